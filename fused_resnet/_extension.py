@@ -1,0 +1,55 @@
+"""The only loader of the compiled extension.
+
+``_C`` holds the CPU kernels and ``_C_cuda`` the CUDA ones. Each is optional: a missing or broken module is
+remembered as one sentence with its remedy, never raised at import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+
+_REMEDY = "install a C++ compiler and run `pip install --no-build-isolation .` in the source tree"
+_modules: dict[str, ModuleType | str] = {}
+
+
+def _load(name: str) -> ModuleType | str:
+    """The module, or the sentence that says why it cannot be had. Tried once per process."""
+    if name not in _modules:
+        try:
+            _modules[name] = importlib.import_module(f"fused_resnet.{name}")
+        except ModuleNotFoundError:
+            _modules[name] = f"the extension fused_resnet.{name} is not built: {_REMEDY}"
+        except ImportError as error:
+            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            _modules[name] = (
+                f"the extension fused_resnet.{name} does not load with torch {torch.__version__} ({first_line}): "
+                f"{_REMEDY}"
+            )
+    return _modules[name]
+
+
+def cpu() -> ModuleType | None:
+    """``fused_resnet._C``, or None."""
+    module = _load("_C")
+    return module if isinstance(module, ModuleType) else None
+
+
+def cuda() -> ModuleType | None:
+    """``fused_resnet._C_cuda``, or None."""
+    module = _load("_C_cuda")
+    return module if isinstance(module, ModuleType) else None
+
+
+def why_not_cpu() -> str | None:
+    """One sentence why ``_C`` is missing, or None when it is there."""
+    module = _load("_C")
+    return module if isinstance(module, str) else None
+
+
+def why_not_cuda() -> str | None:
+    """One sentence why ``_C_cuda`` is missing, or None when it is there."""
+    module = _load("_C_cuda")
+    return module if isinstance(module, str) else None

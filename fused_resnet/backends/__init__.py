@@ -1,0 +1,98 @@
+"""The backends: who can run a problem, who cannot and why, and which one ``auto`` takes.
+
+A backend says with :meth:`Backend.can_run` whether it runs a problem, by None or by one sentence; the same
+sentence serves ``explain``, logs and errors. The choice is the plain ladder of :func:`choose`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from ..problem import Problem
+from ..reference import Tail
+
+#: Every backend by name; each lives in the module of the same name, as ``BACKEND``.
+NAMES: tuple[str, ...] = tuple(
+    name for name in ("eager", "cpu", "triton", "cuda", "cudnn") if importlib.util.find_spec(f"{__name__}.{name}")
+)  # while backends are still landing
+
+#: The order in which ``auto`` asks, per device type. The reason of each order stands in :func:`choose`.
+_LADDER: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "eager"),
+    "cuda": ("cuda", "triton", "cudnn", "eager"),
+}
+
+
+class Backend(ABC):
+    """One way to compute the tail."""
+
+    name: str
+
+    @abstractmethod
+    def can_run(self, problem: Problem) -> str | None:
+        """None when this backend can run ``problem`` here and now, else one sentence that says why not."""
+
+    @abstractmethod
+    def run(self, problem: Problem, tail: Tail) -> Tensor:
+        """Compute the tail. The arguments have been checked; any tensor may have any strides.
+
+        The output has the memory format ``layout.output_memory_format(x, weight)`` and never shares memory
+        with an argument.
+        """
+
+
+_loaded: dict[str, Backend] = {}
+
+
+def get(name: str) -> Backend:
+    """The backend called ``name``; ValueError for an unknown name."""
+    backend = _loaded.get(name)
+    if backend is None:
+        if name not in NAMES:
+            raise ValueError(f"backend: expected 'auto' or one of {', '.join(NAMES)}, got {name!r}")
+        backend = _loaded[name] = importlib.import_module(f".{name}", __name__).BACKEND
+    return backend
+
+
+def names() -> tuple[str, ...]:
+    """The names of all backends, ``eager`` first."""
+    return NAMES
+
+
+def reasons(problem: Problem) -> dict[str, str | None]:
+    """For each backend None (can run ``problem``) or the sentence that says why it cannot."""
+    return {name: get(name).can_run(problem) for name in NAMES}
+
+
+def default_backend() -> str:
+    """The backend that ``auto`` stands for: the environment variable ``FUSED_RESNET_BACKEND``, else ``auto``."""
+    return os.environ.get("FUSED_RESNET_BACKEND", "auto")
+
+
+def choose(problem: Problem, name: str = "auto") -> Backend:
+    """The backend for ``problem``: the named one, or for ``auto`` the first of a ladder that can run it.
+
+    On CUDA the extension comes before Triton (same algorithm, no JIT and the lower launch cost), both before
+    cuDNN's fused operator (needs folded weights), eager last. On the CPU there is one fused backend.
+    RuntimeError with the backend's own sentence when a named backend cannot run the problem.
+    """
+    if name == "auto":
+        name = default_backend()
+    if name != "auto":
+        backend = get(name)
+        why_not = backend.can_run(problem)
+        if why_not is not None:
+            raise RuntimeError(why_not)
+        return backend
+    for candidate in _LADDER.get(problem.device_type, ("eager",)):
+        if candidate not in NAMES:
+            continue
+        backend = get(candidate)
+        if backend.can_run(problem) is None:
+            return backend
+    return get("eager")

@@ -1,0 +1,22 @@
+"""Backend ``eager``: the reference itself, on every device and dtype."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..problem import Problem
+from ..reference import Tail, reference
+from . import Backend
+
+
+class EagerBackend(Backend):
+    name = "eager"
+
+    def can_run(self, problem: Problem) -> str | None:
+        return None
+
+    def run(self, problem: Problem, tail: Tail) -> Tensor:
+        return reference(tail)
+
+
+BACKEND = EagerBackend()

@@ -1,0 +1,142 @@
+"""The tail as functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops as _ops  # registers the operators
+
+__all__ = ["conv_bn_add_relu", "conv_bn_proj_add_relu"]
+
+_Pair = int | tuple[int, int]
+
+assert _ops.NAMESPACE == "fused_resnet"
+
+
+def _pair(name: str, value: _Pair) -> tuple[int, int]:
+    if isinstance(value, int):
+        return (value, value)
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        return (value[0], value[1])
+    raise TypeError(f"{name}: expected an int or a pair of ints, got {value!r}")
+
+
+def conv_bn_add_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    stride: _Pair = 1,
+    padding: _Pair = 0,
+    dilation: _Pair = 1,
+    groups: int = 1,
+    activation: str = "relu",
+    backend: str = "auto",
+    cache_weights: bool = False,
+    winograd: str = "auto",
+) -> Tensor:
+    r"""The residual tail ``act(BN(conv2d(x)) + residual)`` in one pass, BN in evaluation mode.
+
+    .. math::
+        \mathrm{scale}_k &= \gamma_k / \sqrt{\mathrm{running\_var}_k + \mathrm{eps}} \\
+        \mathrm{shift}_k &= \beta_k + (\mathrm{bias}_k - \mathrm{running\_mean}_k)\,\mathrm{scale}_k \\
+        y_{npqk} &= \mathrm{act}\Big(\mathrm{scale}_k \sum_{rsc} x_{n,\,p u + r d - a,\,q u + s d - a,\,c}\,
+        w_{krsc} + \mathrm{shift}_k + \mathrm{residual}_{npqk}\Big)
+
+    Equivalent to ``act(F.batch_norm(F.conv2d(x, weight, bias, stride, padding, dilation, groups), running_mean,
+    running_var, bn_weight, bn_bias, training=False, eps=eps) + residual)``, but accumulated in float32 and rounded
+    once, at the store (eager rounds after every step).
+
+    Args:
+        x: input ``[N, C, H, W]``; float16, bfloat16, float32 or (eager backend) float64. Fastest in channels_last.
+        weight: filter ``[K, C / groups, R, S]``, dtype of ``x``.
+        bias: the convolution's bias ``[K]``, or None.
+        bn_weight: gamma ``[K]``; None for a BN that is not affine. May be float32 beside float16/bfloat16 ``x``.
+        bn_bias: beta ``[K]``, or None.
+        running_mean: ``[K]``; None means that there is no BN at all (then scale is 1 and shift the bias).
+        running_var: ``[K]``, not negative; given exactly when ``running_mean`` is.
+        eps: added to the variance inside the square root.
+        residual: the tensor to add, of exactly the output's shape ``[N, K, P, Q]``, any strides; None adds nothing.
+        stride, padding, dilation: as in :func:`torch.nn.functional.conv2d`, an int or a pair (height, width).
+        groups: as in :func:`torch.nn.functional.conv2d`.
+        activation: ``"relu"``, ``"relu6"`` or ``"none"``.
+        backend: ``"auto"`` or a name from :func:`fused_resnet.backends.names`.
+        cache_weights: the promise that weights change only by ordinary means between calls (an eval-mode
+            module), so that folded or packed copies are kept for reuse under the checks of
+            :mod:`fused_resnet.backends.packing`.
+        winograd: CPU algorithm for 3x3 stride-1 convolutions: ``"auto"``, ``"f2"`` or ``"off"``.
+
+    Returns:
+        ``y`` ``[N, K, P, Q]``, dtype ``torch.result_type(x, residual)``, in the memory format that eager's
+        convolution would give (channels_last if ``x`` or ``weight`` is).
+
+    Differentiable with respect to x, weight, bias, bn_weight, bn_bias and residual.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what was expected and what was got.
+        RuntimeError: the named backend cannot run this problem; the message is its one sentence.
+
+    Source: the operator is defined in ``fused_resnet/reference.py``.
+    """
+    return torch.ops.fused_resnet.conv_bn_add_relu.default(
+        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, residual,
+        _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups,
+        activation, backend, cache_weights, winograd,
+    )  # fmt: skip
+
+
+def conv_bn_proj_add_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    proj_x: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None = None,
+    proj_bn_weight: Tensor | None = None,
+    proj_bn_bias: Tensor | None = None,
+    proj_running_mean: Tensor | None = None,
+    proj_running_var: Tensor | None = None,
+    eps: float = 1e-5,
+    proj_eps: float = 1e-5,
+    stride: _Pair = 1,
+    padding: _Pair = 0,
+    dilation: _Pair = 1,
+    groups: int = 1,
+    proj_stride: _Pair = 1,
+    activation: str = "relu",
+    backend: str = "auto",
+    cache_weights: bool = False,
+    winograd: str = "auto",
+) -> Tensor:
+    r"""The tail of a downsampling block: ``act(BN(conv2d(x)) + BN_proj(conv2d_1x1(proj_x)))`` in one pass.
+
+    .. math::
+        y = \mathrm{act}\big(\mathrm{scale}_k\,(x * w)_k + \mathrm{shift}_k
+            + \mathrm{scale}^{proj}_k\,(x^{proj} * w^{proj})_k + \mathrm{shift}^{proj}_k\big)
+
+    Args:
+        proj_x: ``[N, C_proj, H_proj, W_proj]``, the block's input.
+        proj_weight: ``[K, C_proj, 1, 1]``; its convolution has stride ``proj_stride``, padding 0, one group.
+        proj_bias, proj_bn_weight, proj_bn_bias, proj_running_mean, proj_running_var, proj_eps: the projection's
+            bias and BN, as for :func:`conv_bn_add_relu`.
+
+    All other arguments, the returned tensor, gradients and errors are those of :func:`conv_bn_add_relu`.
+    """
+    return torch.ops.fused_resnet.conv_bn_proj_add_relu.default(
+        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps,
+        _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups,
+        proj_x, proj_weight, proj_bias, proj_bn_weight, proj_bn_bias, proj_running_mean, proj_running_var, proj_eps,
+        _pair("proj_stride", proj_stride), activation, backend, cache_weights, winograd,
+    )  # fmt: skip

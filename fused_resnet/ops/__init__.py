@@ -1,0 +1,8 @@
+"""The operators, registered with torch.library when this package is imported."""
+
+from __future__ import annotations
+
+from . import autocast, tail
+from .schemas import LIBRARY, NAMESPACE, SCHEMAS
+
+__all__ = ["LIBRARY", "NAMESPACE", "SCHEMAS", "autocast", "tail"]

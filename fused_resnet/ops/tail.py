@@ -1,0 +1,248 @@
+"""The tail operators: dispatch to a backend, fake kernels and gradients.
+
+``conv_bn_add_relu`` and ``conv_bn_proj_add_relu`` share everything below: both are turned into a ``Tail`` and
+handled by the same three functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..layout import empty_output, output_memory_format
+from ..problem import Problem, tf32_allowed
+from ..reference import ConvBN, Tail
+from .schemas import LIBRARY, NAMESPACE
+
+# ---- arguments -> Tail -----------------------------------------------------------------------------------
+
+
+def _tail_residual(
+    x: Tensor, weight: Tensor, bias: Tensor | None, bn_weight: Tensor | None, bn_bias: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, eps: float, residual: Tensor | None,
+    stride: Any, padding: Any, dilation: Any, groups: int,
+    activation: str = "relu", backend: str = "auto", cache_weights: bool = False, winograd: str = "auto",
+) -> tuple[Tail, str]:  # fmt: skip
+    conv = ConvBN(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
+    tail = Tail(
+        x, conv, residual, tuple(stride), tuple(padding), tuple(dilation), groups, activation,
+        None, None, (1, 1), cache_weights, winograd,
+    )  # fmt: skip
+    return tail, backend
+
+
+def _tail_projection(
+    x: Tensor, weight: Tensor, bias: Tensor | None, bn_weight: Tensor | None, bn_bias: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, eps: float,
+    stride: Any, padding: Any, dilation: Any, groups: int,
+    proj_x: Tensor, proj_weight: Tensor, proj_bias: Tensor | None,
+    proj_bn_weight: Tensor | None, proj_bn_bias: Tensor | None,
+    proj_running_mean: Tensor | None, proj_running_var: Tensor | None, proj_eps: float, proj_stride: Any,
+    activation: str = "relu", backend: str = "auto", cache_weights: bool = False, winograd: str = "auto",
+) -> tuple[Tail, str]:  # fmt: skip
+    conv = ConvBN(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
+    proj = ConvBN(
+        proj_weight, proj_bias, proj_bn_weight, proj_bn_bias, proj_running_mean, proj_running_var, proj_eps
+    )
+    tail = Tail(
+        x, conv, None, tuple(stride), tuple(padding), tuple(dilation), groups, activation,
+        proj_x, proj, tuple(proj_stride), cache_weights, winograd,
+    )  # fmt: skip
+    return tail, backend
+
+
+_TO_TAIL: dict[str, Callable[..., tuple[Tail, str]]] = {
+    "conv_bn_add_relu": _tail_residual,
+    "conv_bn_proj_add_relu": _tail_projection,
+}
+
+
+# ---- the real kernel: check once per signature, then run ---------------------------------------------------
+
+
+def _signature(t: Tensor | None) -> Any:
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.device)
+
+
+_plans: dict[Any, tuple[Problem, backends.Backend]] = {}
+_PLANS_KEPT = 4096
+
+
+def clear_plans() -> None:
+    """Forget which backend runs which call, for when the answer of ``can_run`` may have changed."""
+    _plans.clear()
+
+
+def run(tail: Tail, backend: str = "auto") -> Tensor:
+    """Check the call (once per signature), choose the backend, run it."""
+    key = (
+        backend, tail[3:8], tail.proj_stride, tail.conv.eps, tail.winograd,
+        _signature(tail.x), *map(_signature, tail.conv[:6]), _signature(tail.residual),
+    )  # fmt: skip
+    if tail.proj is not None:
+        key += (_signature(tail.proj_x), *map(_signature, tail.proj[:6]), tail.proj.eps)
+    if tail.x.is_cuda:
+        key += (tf32_allowed(), torch.are_deterministic_algorithms_enabled())
+    if backend == "auto":
+        key += (backends.default_backend(),)
+    plan = _plans.get(key)
+    if plan is None:
+        problem = Problem.from_tail(tail)
+        if tail.winograd not in ("auto", "f2", "off"):
+            raise ValueError(f"winograd: expected 'auto', 'f2' or 'off', got {tail.winograd!r}")
+        plan = (problem, backends.choose(problem, backend))
+        if len(_plans) >= _PLANS_KEPT:  # shapes without end (a hypothesis test, a detector): start afresh
+            _plans.clear()
+        _plans[key] = plan
+    problem, chosen = plan
+    if problem.n == 0:
+        return _empty(tail, problem.output_shape, problem.output_dtype)
+    return chosen.run(problem, tail)
+
+
+def _empty(tail: Tail, shape: Any, dtype: torch.dtype) -> Tensor:
+    return empty_output(shape, dtype, tail.x.device, output_memory_format(tail.x, tail.conv.weight))
+
+
+# ---- fake kernel -------------------------------------------------------------------------------------------
+
+
+def _fake(tail: Tail) -> Tensor:
+    x, weight = tail.x, tail.conv.weight
+    torch._check(x.dim() == 4, lambda: f"x: expected 4 dimensions, got {x.dim()}")
+    torch._check(weight.dim() == 4, lambda: f"weight: expected 4 dimensions, got {weight.dim()}")
+    torch._check(
+        weight.shape[1] * tail.groups == x.shape[1],
+        lambda: f"weight: expected [K, C / groups, R, S], got {list(weight.shape)} for {list(x.shape)}",
+    )
+    sizes = [
+        (x.shape[2 + i] + 2 * tail.padding[i] - tail.dilation[i] * (weight.shape[2 + i] - 1) - 1)
+        // tail.stride[i] + 1
+        for i in (0, 1)
+    ]  # fmt: skip
+    shape = (x.shape[0], weight.shape[0], sizes[0], sizes[1])
+    dtype = x.dtype
+    if tail.residual is not None:
+        residual = tail.residual
+        torch._check(residual.dim() == 4, lambda: f"residual: expected 4 dimensions, got {residual.dim()}")
+        for i in range(4):
+            torch._check(
+                residual.shape[i] == shape[i],
+                lambda: f"residual: expected shape {list(shape)}, got {list(residual.shape)}",
+            )
+        dtype = torch.promote_types(dtype, residual.dtype)
+    return _empty(tail, shape, dtype)
+
+
+# ---- gradients (BN with running statistics: "frozen BN") ---------------------------------------------------
+
+
+def _activation_gradient(grad: Tensor, y: Tensor, activation: str) -> Tensor:
+    # `not (y <= 0)` rather than `y > 0`: eager's ReLU hands a gradient through where the output is NaN
+    if activation == "relu":
+        return torch.where(y <= 0, 0, grad)
+    if activation == "relu6":
+        return torch.where((y <= 0) | (y >= 6), 0, grad)
+    return grad
+
+
+def _conv_bn_gradients(
+    dz: Tensor, x: Tensor, conv: ConvBN, geometry: tuple[Any, Any, Any, int], needs: list[bool]
+) -> list[Tensor | None]:
+    """Gradients of ``z = BN(conv2d(x))`` for x, weight, bias, gamma and beta, from ``dz``.
+
+    Written in differentiable operators of the inputs alone, so that double backward is right. The convolution is
+    computed again only where gamma needs a gradient.
+    """
+    need_x, need_weight, need_bias, need_gamma, need_beta = needs
+    stride, padding, dilation, groups = geometry
+    grads: list[Tensor | None] = [None] * 5
+    per_channel = (0, 2, 3)
+    # BN's arithmetic in at least float32, as torch's own batch_norm kernels do
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dconv = dz
+    if conv.running_mean is not None and conv.running_var is not None:
+        invstd = torch.rsqrt(conv.running_var.to(wide) + conv.eps)
+        scale = invstd if conv.bn_weight is None else invstd * conv.bn_weight.to(wide)
+        dz_wide = dz.to(wide)
+        dconv = (dz_wide * scale[:, None, None]).to(x.dtype)
+        if need_gamma and conv.bn_weight is not None:
+            y = torch.ops.aten.convolution(
+                x, conv.weight, conv.bias, stride, padding, dilation, False, [0, 0], groups
+            )
+            xhat = (y.to(wide) - conv.running_mean.to(wide)[:, None, None]) * invstd[:, None, None]
+            grads[3] = (dz_wide * xhat).sum(per_channel).to(conv.bn_weight.dtype)
+        if need_beta and conv.bn_bias is not None:
+            grads[4] = dz_wide.sum(per_channel).to(conv.bn_bias.dtype)
+    need_bias = need_bias and conv.bias is not None
+    if need_x or need_weight or need_bias:
+        bias_sizes = None if conv.bias is None else list(conv.bias.shape)
+        dconv = dconv.to(x.dtype)
+        grads[0], grads[1], grads[2] = torch.ops.aten.convolution_backward(
+            dconv, x, conv.weight, bias_sizes, stride, padding, dilation, False, [0, 0], groups,
+            [need_x, need_weight, need_bias],
+        )  # fmt: skip
+    return grads
+
+
+def _register_autograd(name: str) -> None:
+    to_tail = _TO_TAIL[name]
+    arguments = getattr(torch.ops.fused_resnet, name).default._schema.arguments
+    position = {argument.name: i for i, argument in enumerate(arguments)}
+    tensors = [i for i, argument in enumerate(arguments) if str(argument.type) in ("Tensor", "Optional[Tensor]")]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*(inputs[i] for i in tensors), output)
+        ctx.others = {i: value for i, value in enumerate(inputs) if i not in tensors}
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, y = ctx.saved_tensors
+        full: list[Any] = [None] * len(arguments)
+        for i, value in zip(tensors, saved, strict=True):
+            full[i] = value
+        for i, value in ctx.others.items():
+            full[i] = value
+        tail, _ = to_tail(*full)
+        needs = ctx.needs_input_grad
+        grads: list[Tensor | None] = [None] * len(arguments)
+        dz = _activation_gradient(grad, y, tail.activation)
+        if tail.residual is not None and needs[position["residual"]]:
+            grads[position["residual"]] = dz.to(tail.residual.dtype)
+        dz = dz.to(tail.x.dtype)
+        branches = [("", "x", tail.x, tail.conv, (tail.stride, tail.padding, tail.dilation, tail.groups))]
+        if tail.proj is not None and tail.proj_x is not None:
+            branches.append(("proj_", "proj_x", tail.proj_x, tail.proj, (tail.proj_stride, (0, 0), (1, 1), 1)))
+        for prefix, x_name, x, conv, geometry in branches:
+            names = [x_name, *(prefix + field for field in ("weight", "bias", "bn_weight", "bn_bias"))]
+            places = [position[argument] for argument in names]
+            found = _conv_bn_gradients(dz, x, conv, geometry, [needs[place] for place in places])
+            for place, value in zip(places, found, strict=True):
+                grads[place] = value
+        return tuple(grads)
+
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY
+    )
+
+
+def _register(name: str) -> None:
+    to_tail = _TO_TAIL[name]
+
+    def kernel(*args: Any, **kwargs: Any) -> Tensor:
+        return run(*to_tail(*args, **kwargs))
+
+    def fake(*args: Any, **kwargs: Any) -> Tensor:
+        return _fake(to_tail(*args, **kwargs)[0])
+
+    LIBRARY.impl(name, kernel, "CPU")
+    LIBRARY.impl(name, kernel, "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    _register_autograd(name)
+
+
+for _name in _TO_TAIL:
+    _register(_name)
