@@ -20,29 +20,40 @@ _LAZY: dict[str, str] = {
     "fuse": "surgery",
     "refresh": "surgery",
     "unfuse": "surgery",
-    "backends": "",
-    "functional": "",
-    "models": "",
-    "nn": "",
-    "ops": "",
-    "testing": "",
 }
+_MODULES = frozenset({"backends", "functional", "models", "nn", "ops", "surgery", "testing"})
 
-__all__ = ["__version__", *sorted(_LAZY)]
+__all__ = [
+    "FusedBasicBlock",
+    "FusedBottleneck",
+    "FusedConvBNReLU",
+    "__version__",
+    "backends",
+    "explain",
+    "functional",
+    "fuse",
+    "models",
+    "nn",
+    "ops",
+    "refresh",
+    "surgery",
+    "testing",
+    "unfuse",
+]
 
 if TYPE_CHECKING:
-    from . import backends, functional, models, nn, ops, testing
-    from .surgery import explain, fuse, refresh, unfuse
+    from . import backends, functional, models, nn, ops, surgery, testing
     from .nn import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU
+    from .surgery import explain, fuse, refresh, unfuse
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f".{_LAZY[name] or name}", __name__)
-    value = getattr(module, name) if _LAZY[name] else module
-    # A function may share its module's name (fuse); the attribute always ends as the function.
-    globals()[name] = value
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value  # the next access does not come here
     return value
 
 

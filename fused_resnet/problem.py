@@ -313,7 +313,9 @@ def _check_conv_bn(prefix: str, conv: ConvBN, x: Tensor, k: int) -> None:
         if t is None:
             continue
         if tuple(t.shape) != (k,):
-            raise ValueError(f"{prefix}{field}: expected shape [{k}], one value per output channel, got {list(t.shape)}")
+            raise ValueError(
+                f"{prefix}{field}: expected shape [{k}], one value per output channel, got {list(t.shape)}"
+            )
         if field != "bias":
             _check_like(prefix + field, t, x, same_dtype=False)
             # Mixed precision keeps BN in float32 beside float16/bfloat16 activations, as torch's own batch_norm does.
@@ -383,5 +385,3 @@ def _parse_projection(fields: dict[str, str], problem: Problem) -> Projection:
         h, w = (problem.p - 1) * stride[0] + 1, (problem.q - 1) * stride[1] + 1
     integer = _integer_reader(fields)
     return Projection(c, h, w, stride, bias=bool(integer("proj_bias", 0)), bn=bool(integer("proj_bn", int(problem.bn))))
-
-

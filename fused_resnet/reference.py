@@ -33,8 +33,7 @@ class ConvBN(NamedTuple):
     eps: float = 1e-5
 
     def to(self, dtype: torch.dtype) -> ConvBN:
-        tensors = (None if t is None else t.to(dtype) for t in self[:6])
-        return ConvBN(*tensors, eps=self.eps)  # type: ignore[arg-type]
+        return self._replace(**{name: t.to(dtype) for name, t in self._asdict().items() if isinstance(t, Tensor)})
 
 
 class Tail(NamedTuple):

@@ -252,9 +252,7 @@ def read_cubin(cubin: Path | bytes) -> list[Kernel]:
             handle.write(cubin)
             handle.flush()
             return read_cubin(Path(handle.name))
-    done = subprocess.run(
-        [cuobjdump(), "-res-usage", "-sass", str(cubin)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([cuobjdump(), "-res-usage", "-sass", str(cubin)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"cuobjdump: expected a readable cubin in {cubin}, got: {done.stderr.strip()}")
     return _parse(done.stdout)
@@ -278,8 +276,6 @@ def _parse(text: str) -> list[Kernel]:
             arch = int(re.sub(r"\D", "", stripped.split("sm_")[1]))
         elif name and (match := _INSTRUCTION.match(line)):
             address, predicate, opcode, operands = match.groups()
-            code[name].append(
-                Instruction(int(address, 16), (predicate or "").strip(), opcode, operands.strip())
-            )
+            code[name].append(Instruction(int(address, 16), (predicate or "").strip(), opcode, operands.strip()))
     # The cubin of CUDA 13's ptxas pads with NOPs after the closing branch: they are never reached.
     return [Kernel(n, arch, *usage[n], tuple(i for i in c if i.base != "NOP")) for n, c in code.items()]

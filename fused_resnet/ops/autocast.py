@@ -38,9 +38,7 @@ def _register(name: str, device_type: str, key: str) -> None:
 
     def autocast_kernel(*args: Any, **kwargs: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
-        full = list(args) + [
-            kwargs.get(argument.name, argument.default_value) for argument in arguments[len(args) :]
-        ]
+        full = list(args) + [kwargs.get(argument.name, argument.default_value) for argument in arguments[len(args) :]]
         weight = full[1]
         for position in positions:
             full[position] = _cast(full[position], device_type, dtype)

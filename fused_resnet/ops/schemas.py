@@ -21,9 +21,7 @@ _GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, int groups
 _OPTIONS = 'str activation="relu", str backend="auto", bool cache_weights=False, str winograd="auto"'
 
 SCHEMAS: dict[str, str] = {
-    "conv_bn_add_relu": (
-        f"(Tensor x, {_CONV_BN.format(p='')}, Tensor? residual, {_GEOMETRY}, {_OPTIONS}) -> Tensor"
-    ),
+    "conv_bn_add_relu": (f"(Tensor x, {_CONV_BN.format(p='')}, Tensor? residual, {_GEOMETRY}, {_OPTIONS}) -> Tensor"),
     "conv_bn_proj_add_relu": (
         f"(Tensor x, {_CONV_BN.format(p='')}, {_GEOMETRY}, "
         f"Tensor proj_x, {_CONV_BN.format(p='proj_')}, SymInt[2] proj_stride, {_OPTIONS}) -> Tensor"

@@ -45,9 +45,7 @@ def _tail_projection(
     activation: str = "relu", backend: str = "auto", cache_weights: bool = False, winograd: str = "auto",
 ) -> tuple[Tail, str]:  # fmt: skip
     conv = ConvBN(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
-    proj = ConvBN(
-        proj_weight, proj_bias, proj_bn_weight, proj_bn_bias, proj_running_mean, proj_running_var, proj_eps
-    )
+    proj = ConvBN(proj_weight, proj_bias, proj_bn_weight, proj_bn_bias, proj_running_mean, proj_running_var, proj_eps)
     tail = Tail(
         x, conv, None, tuple(stride), tuple(padding), tuple(dilation), groups, activation,
         proj_x, proj, tuple(proj_stride), cache_weights, winograd,
@@ -171,9 +169,7 @@ def _conv_bn_gradients(
         dz_wide = dz.to(wide)
         dconv = (dz_wide * scale[:, None, None]).to(x.dtype)
         if need_gamma and conv.bn_weight is not None:
-            y = torch.ops.aten.convolution(
-                x, conv.weight, conv.bias, stride, padding, dilation, False, [0, 0], groups
-            )
+            y = torch.ops.aten.convolution(x, conv.weight, conv.bias, stride, padding, dilation, False, [0, 0], groups)
             xhat = (y.to(wide) - conv.running_mean.to(wide)[:, None, None]) * invstd[:, None, None]
             grads[3] = (dz_wide * xhat).sum(per_channel).to(conv.bn_weight.dtype)
         if need_beta and conv.bn_bias is not None:
@@ -224,9 +220,7 @@ def _register_autograd(name: str) -> None:
                 grads[place] = value
         return tuple(grads)
 
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY
-    )
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
 def _register(name: str) -> None:

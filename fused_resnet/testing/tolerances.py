@@ -1,0 +1,32 @@
+"""The one table of tolerances. Every number is derived, none is tuned.
+
+The bar compares three results of one call: the implementation's, eager PyTorch's in the same dtype, and the
+exact one (the reference in float64 on the same inputs). Eager's own error is the natural unit: it is what a user
+accepted before, it grows with the depth of the sum as it must, and it needs no constant per shape.
+"""
+
+from __future__ import annotations
+
+import torch
+
+#: Half an ulp, relative: the largest error of one rounding to the dtype.
+ROUNDING: dict[torch.dtype, float] = {
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+    torch.float32: 2.0**-24,
+    torch.float64: 2.0**-53,
+}
+
+#: Forward: max error <= 2 x eager's. One factor of two leaves room for another order of summation.
+FORWARD_FACTOR = 2.0
+
+#: Gradients: max error <= 3 x eager's, since two reductions (over pixels, then over the filter) follow each other.
+GRADIENT_FACTOR = 3.0
+
+#: Winograd F(4x4, 3x3) alone: rms error <= 3 x that of direct convolution (oneDNN). Its transforms multiply by
+#: constants up to 4 and cancel, which costs a factor of 2.2 in rms with the interpolation points in use.
+WINOGRAD_F4_RMS_FACTOR = 3.0
+
+#: Eager's error is a maximum over a random sample. Below this many outputs the maximum of a tiny problem may be
+#: zero by luck, so the problem is drawn again until that many outputs have been seen.
+OUTPUTS_SEEN = 4096
