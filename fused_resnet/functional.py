@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from . import ops as _ops  # registers the operators
+from .functional_training import BatchNormBranch, bn_add_relu, bn_add_relu_train
 
-__all__ = ["conv_bn_add_relu", "conv_bn_proj_add_relu"]
+__all__ = ["BatchNormBranch", "bn_add_relu", "bn_add_relu_train", "conv_bn_add_relu", "conv_bn_proj_add_relu"]
 
 _Pair = int | tuple[int, int]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import autocast, tail
+from . import autocast, tail, training, training_autograd
 from .schemas import LIBRARY, NAMESPACE, SCHEMAS
 
-__all__ = ["LIBRARY", "NAMESPACE", "SCHEMAS", "autocast", "tail"]
+__all__ = ["LIBRARY", "NAMESPACE", "SCHEMAS", "autocast", "tail", "training", "training_autograd"]
