@@ -10,7 +10,11 @@ import importlib
 import importlib.util
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..problem import Problem
@@ -44,6 +48,22 @@ class Backend(ABC):
         The output has the memory format ``layout.output_memory_format(x, weight)`` and never shares memory
         with an argument.
         """
+
+    def candidates(self, problem: Problem, device: torch.device) -> Sequence[Any]:
+        """The configurations that compute ``problem`` on ``device``, the backend's own preference first.
+
+        ``str(configuration)`` names one on disk and in tables, so it is unique among them, and stable as long as the
+        configuration compiles to the same code. None stands for a backend that has nothing to choose.
+        """
+        return (None,)
+
+    def bind(self, problem: Problem, tail: Tail, configuration: Any = None) -> Callable[[Tail], Tensor]:
+        """A function for calls like ``tail``, whose tensors agree with its in shape, strides, dtype and device.
+
+        ``configuration`` is one of :meth:`candidates`, or None for the preferred one. Everything that depends on
+        the signature alone is decided here, once; data pointers (their alignment too) differ from call to call.
+        """
+        return partial(self.run, problem)
 
 
 _loaded: dict[str, Backend] = {}
