@@ -1,0 +1,94 @@
+# Every target sets up what it needs: a virtual environment in .venv, the dependencies, the built extension.
+# Nothing has to be installed by hand beyond Python >= 3.10, make and (for the compiled backends) a C++ compiler.
+#
+#   make demo      the main job on real images: train, fuse, verify, time, draw
+#   make test      all tests, in two processes (Triton's interpreter must be chosen before a process starts)
+#   make lint      ruff, mypy, clang-format
+#   make bench     benchmarks (BENCH="--full -k cpu" for more or less) and their table
+#   make static    compile every CUDA and Triton kernel for every architecture and check the machine code
+#   make mutants   plant each known bug in the CUDA kernels and see that a test catches it
+#   make clean     remove what was built (make distclean: the virtual environment as well)
+
+VENV    ?= .venv
+PYTHON  ?= $(shell for python in python3.11 python3.12 python3.13 python3.10 python3; do \
+  $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$python; break; }; done)
+EXTRAS  ?= dev
+JOBS    ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); if [ $$n -gt 8 ]; then echo 8; else echo $$n; fi)
+PIP_ARGS ?=
+BENCH   ?=
+TESTS   ?= tests fused_resnet/testing
+RESULTS ?= benchmarks/results/latest.json
+
+BIN     := $(VENV)/bin
+SOURCES := $(shell find csrc -type f 2>/dev/null)
+CXX_ALL := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
+# One thread of torch per pytest worker: with more, the workers of a small machine fight for its cores.
+WORKERS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PYTEST  := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+.PHONY: demo test test-interpreter test-rest lint format bench static mutants install clean distclean
+
+demo: $(VENV)/.installed
+	$(BIN)/fused-resnet demo
+
+test: $(VENV)/.installed
+	@status=0; \
+	$(MAKE) --no-print-directory test-interpreter || status=$$?; \
+	$(MAKE) --no-print-directory test-rest || status=$$?; \
+	exit $$status
+
+test-interpreter: $(VENV)/.installed
+	@$(WORKERS) TRITON_INTERPRET=1 $(PYTEST) -m interpreter $(TESTS)
+
+test-rest: $(VENV)/.installed
+	@env -u TRITON_INTERPRET $(WORKERS) $(PYTEST) -m "not interpreter" $(TESTS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CXX_ALL),$(BIN)/clang-format --dry-run -Werror $(CXX_ALL))
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CXX_ALL),$(BIN)/clang-format -i $(CXX_ALL))
+
+bench: $(VENV)/.installed
+	@mkdir -p $(dir $(RESULTS))
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$(RESULTS) -q $(BENCH)
+	$(BIN)/python -m benchmarks.report $(RESULTS)
+
+static: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.static
+
+mutants: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/host_cuda -m mutant -q
+
+install: $(VENV)/.installed
+
+# torch and the build tools come first: the package is built against the torch that it will run with, so without
+# pip's build isolation. `pip` is left as the environment has it.
+$(VENV)/.torch:
+	@python="$(PYTHON)"; test -n "$$python" || { \
+	  echo "fused_resnet: found no Python >= 3.10 with its venv module; install one or set PYTHON=..."; exit 1; }; \
+	echo "creating $(VENV) with $$python"; $$python -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(PIP_ARGS) torch torchvision "setuptools>=77" wheel ninja "pybind11>=2.13"
+	@touch $@
+
+# Editable, so that Python changes need nothing. A changed pyproject.toml installs again; a changed C++ source
+# rebuilds the extension in place, and ninja compiles only what changed.
+$(VENV)/.installed: pyproject.toml setup.py $(SOURCES) | $(VENV)/.torch
+	MAX_JOBS=$(JOBS) $(if $(filter pyproject.toml,$?),\
+	  $(BIN)/python -m pip install -q $(PIP_ARGS) --no-build-isolation -e ".[$(EXTRAS)]",\
+	  $(BIN)/python setup.py -q build_ext --inplace)
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info demo_output .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f fused_resnet/*.so
+	rm -f $(VENV)/.installed
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
