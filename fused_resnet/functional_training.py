@@ -97,9 +97,7 @@ def _statistics(branch: BatchNormBranch, backend: str) -> _Statistics:
     acc = accumulate_dtype(y.dtype)
     if not branch.training:
         if branch.running_mean is None or branch.running_var is None:
-            raise ValueError(
-                "running_mean and running_var: expected tensors where training is False, got None"
-            )
+            raise ValueError("running_mean and running_var: expected tensors where training is False, got None")
         # Copies: the running statistics may be written to before the backward runs.
         mean, var = branch.running_mean.detach().to(acc, copy=True), branch.running_var.detach().to(acc)
         return _Statistics(mean, torch.rsqrt(var + branch.eps))
@@ -121,9 +119,7 @@ def _statistics(branch: BatchNormBranch, backend: str) -> _Statistics:
 _PER_BRANCH = 6
 
 
-def _grad_means(
-    sums: list[Tensor], y: Tensor, total: Tensor | None, training: bool, group: str | None
-) -> list[Tensor]:
+def _grad_means(sums: list[Tensor], y: Tensor, total: Tensor | None, training: bool, group: str | None) -> list[Tensor]:
     """Sums over this rank to means over all elements that shared the statistics; 0 where frozen."""
     if not training:
         return [torch.zeros_like(s) for s in sums]
@@ -172,9 +168,7 @@ class _ApplyAddRelu(torch.autograd.Function):
         means = _grad_means([sum_dz, sum_dz_xhat], y, total, options.training[0], options.groups[0])
         proj_means: list[Tensor | None] = [None, None]
         if proj_y is not None:
-            proj_means = [
-                *_grad_means([sum_dz, proj_sum], proj_y, proj_total, options.training[1], options.groups[1])
-            ]
+            proj_means = [*_grad_means([sum_dz, proj_sum], proj_y, proj_total, options.training[1], options.groups[1])]
         # Without an activation the residual's gradient is grad_out itself: nothing to compute.
         passes_through = mask.numel() == 0 and ctx.residual_dtype == grad_out.dtype
         wanted = ctx.residual_dtype if ctx.needs_input_grad[1] and not passes_through else None
@@ -186,9 +180,7 @@ class _ApplyAddRelu(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             d_residual = grad_out if passes_through else d_second
 
-        def parameters(
-            weight: Tensor | None, bias_dtype: torch.dtype | None, dz_xhat: Tensor
-        ) -> list[Tensor | None]:
+        def parameters(weight: Tensor | None, bias_dtype: torch.dtype | None, dz_xhat: Tensor) -> list[Tensor | None]:
             d_weight = None if weight is None else dz_xhat.to(weight.dtype)
             return [d_weight, None if bias_dtype is None else sum_dz.to(bias_dtype)]
 
@@ -280,9 +272,7 @@ def _empty_batch(main: BatchNormBranch, residual: Tensor | BatchNormBranch | Non
     """Eager PyTorch's own answer for no elements: running statistics untouched, gradients zero."""
 
     def bn(b: BatchNormBranch) -> Tensor:
-        return F.batch_norm(
-            b.y, b.running_mean, b.running_var, b.weight, b.bias, b.training, b.momentum, b.eps
-        )
+        return F.batch_norm(b.y, b.running_mean, b.running_var, b.weight, b.bias, b.training, b.momentum, b.eps)
 
     z = bn(main)
     if residual is not None:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from fused_resnet.testing import assert_within_bar
-from fused_resnet.testing.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fused_resnet.backends import training_dispatch
 from fused_resnet.functional import BatchNormBranch, bn_add_relu, bn_add_relu_train
 from fused_resnet.reference import ACTIVATIONS
+from fused_resnet.testing import assert_within_bar
+from fused_resnet.testing.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR
 
 RUNNABLE = [name for name, why in training_dispatch.reasons(torch.zeros(1, 1, 1, 1)).items() if why is None]
 KINDS = ("plain", "residual", "projection")
@@ -24,9 +24,7 @@ KINDS = ("plain", "residual", "projection")
 class Tail(nn.Module):
     """BN + (residual or the projection's BN) + activation; ``fused`` decides who computes it."""
 
-    def __init__(
-        self, channels: int, kind: str, activation: str = "relu", fused: bool = False, **bn: Any
-    ) -> None:
+    def __init__(self, channels: int, kind: str, activation: str = "relu", fused: bool = False, **bn: Any) -> None:
         super().__init__()
         self.bn = nn.BatchNorm2d(channels, **bn)
         self.bn_proj = nn.BatchNorm2d(channels, **bn) if kind == "projection" else None
@@ -38,9 +36,7 @@ class Tail(nn.Module):
     def forward(self, y: Tensor, other: Tensor) -> Tensor:
         if self.fused:
             residual = {"plain": None, "residual": other, "projection": (other, self.bn_proj)}[self.kind]
-            return bn_add_relu(
-                y, self.bn, residual=residual, activation=self.activation, backend=self.backend
-            )
+            return bn_add_relu(y, self.bn, residual=residual, activation=self.activation, backend=self.backend)
         z = self.bn(y)
         if self.kind == "residual":
             z = z + other
@@ -106,9 +102,7 @@ def test_error_rule(backend: str, kind: str, activation: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("backend", RUNNABLE)
-@pytest.mark.parametrize(
-    "shape", [(2, 64, 16, 16), (3, 1, 5, 5), (2, 130, 1, 1), (1, 3, 40, 41), (70, 16, 8, 8)]
-)
+@pytest.mark.parametrize("shape", [(2, 64, 16, 16), (3, 1, 5, 5), (2, 130, 1, 1), (1, 3, 40, 41), (70, 16, 8, 8)])
 def test_shapes(backend: str, shape: tuple[int, ...]) -> None:
     tail = Tail(shape[1], "residual", fused=True)
     tail.backend = backend
@@ -138,9 +132,7 @@ def test_statistics_do_not_depend_on_the_number_of_threads(backend: str) -> None
             results.append(
                 (
                     *stats,
-                    *torch.ops.fused_resnet.bn_backward_reduce(
-                        grad, mask, y, *stats, None, None, None, backend
-                    ),
+                    *torch.ops.fused_resnet.bn_backward_reduce(grad, mask, y, *stats, None, None, None, backend),
                 )
             )
     finally:
@@ -173,9 +165,7 @@ def test_gradcheck(kind: str, activation: str) -> None:
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("track", [True, False])
 def test_running_statistics_over_steps_and_modes(momentum: float | None, affine: bool, track: bool) -> None:
-    tail = Tail(
-        6, "projection", fused=True, momentum=momentum, affine=affine, track_running_stats=track
-    ).double()
+    tail = Tail(6, "projection", fused=True, momentum=momentum, affine=affine, track_running_stats=track).double()
     twin = tail.twin()
     for step, training in enumerate([True, True, False, True, False]):
         tail.train(training)
@@ -381,9 +371,7 @@ def test_torch_compile_with_inductor() -> None:
     for model in (eager, compiled):
         (model(x) - 1).square().mean().backward()
     for (name, p), q in zip(step.named_parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(
-            p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -394,9 +382,7 @@ def test_amp_with_grad_scaler(dtype: torch.dtype) -> None:
     for name in ("exact", "eager", "fused"):
         model = Step(name == "fused")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        scaler = torch.amp.GradScaler(
-            "cpu", init_scale=256.0, enabled=dtype == torch.float16 and name != "exact"
-        )
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=dtype == torch.float16 and name != "exact")
         for _ in range(3):
             optimizer.zero_grad()
             with torch.autocast("cpu", dtype, enabled=name != "exact"):

@@ -173,9 +173,7 @@ def test_any_strides(backend: str, layout: str) -> None:
 
 def test_outputs_have_the_memory_format_of_y() -> None:
     t = tensors()
-    assert OPS.bn_apply_add_relu(*apply_arguments(t, "residual"))[0].is_contiguous(
-        memory_format=torch.channels_last
-    )
+    assert OPS.bn_apply_add_relu(*apply_arguments(t, "residual"))[0].is_contiguous(memory_format=torch.channels_last)
     t["y"] = t["y"].contiguous()
     assert OPS.bn_apply_add_relu(*apply_arguments(t, "residual"))[0].is_contiguous()
 

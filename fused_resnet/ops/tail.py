@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import backends
 from ..layout import empty_output, output_memory_format
@@ -77,6 +78,11 @@ def clear_plans() -> None:
 
 def run(tail: Tail, backend: str = "auto") -> Tensor:
     """Check the call (once per signature), choose the backend, run it."""
+    if forward_ad._current_level >= 0:
+        # register_autograd knows nothing of forward mode and would drop the tangents without a word
+        raise NotImplementedError(
+            "fused_resnet: forward-mode differentiation is not implemented; unfuse(model) first, or use reverse mode"
+        )
     key = (
         backend, tail[3:8], tail.proj_stride, tail.conv.eps, tail.winograd,
         _signature(tail.x), *map(_signature, tail.conv[:6]), _signature(tail.residual),
@@ -218,7 +224,8 @@ def _register_autograd(name: str) -> None:
             found = _conv_bn_gradients(dz, x, conv, geometry, [needs[place] for place in places])
             for place, value in zip(places, found, strict=True):
                 grads[place] = value
-        return tuple(grads)
+        # Arguments left at their defaults are not passed through autograd, so they get no gradient either.
+        return tuple(grads[: len(needs)])
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 

@@ -29,9 +29,7 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def _check_y(op: str, name: str, y: Tensor, like: Tensor | None = None) -> None:
     if y.dim() != 4 or y.dtype not in _FLOATING:
-        raise ValueError(
-            f"{op}: {name}: expected a floating-point [N, C, H, W] tensor, got {y.dtype} {list(y.shape)}"
-        )
+        raise ValueError(f"{op}: {name}: expected a floating-point [N, C, H, W] tensor, got {y.dtype} {list(y.shape)}")
     if like is not None and y.shape != like.shape:
         raise ValueError(f"{op}: {name}: expected the shape of y, {list(like.shape)}, got {list(y.shape)}")
 

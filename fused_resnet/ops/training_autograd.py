@@ -37,9 +37,7 @@ def _stats_backward(ctx: Any, d_mean: Tensor, d_var: Tensor) -> tuple[Tensor, No
 
 
 def _apply_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    y, mean, invstd, weight, bias, residual, proj_y, proj_mean, proj_invstd, proj_weight, proj_bias = inputs[
-        :11
-    ]
+    y, mean, invstd, weight, bias, residual, proj_y, proj_mean, proj_invstd, proj_weight, proj_bias = inputs[:11]
     activation, with_mask, backend = inputs[11:]
     if activation != "none" and not with_mask:
         ctx.refusal = "bn_apply_add_relu: with_mask: expected True where a gradient is wanted, got False"
@@ -48,9 +46,7 @@ def _apply_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.backend = backend
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.vector_dtypes = [None if t is None else t.dtype for t in (mean, invstd, weight, bias)]
-    ctx.proj_vector_dtypes = [
-        None if t is None else t.dtype for t in (proj_mean, proj_invstd, proj_weight, proj_bias)
-    ]
+    ctx.proj_vector_dtypes = [None if t is None else t.dtype for t in (proj_mean, proj_invstd, proj_weight, proj_bias)]
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(
         output[1], y, mean, invstd, weight, proj_y, proj_mean, proj_invstd, proj_weight
@@ -101,9 +97,7 @@ def _no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _refuse(name: str) -> Any:
     def backward(ctx: Any, *grads: Any) -> NoReturn:
-        raise RuntimeError(
-            f"{name} cannot be differentiated: double backward of the training tail is not supported"
-        )
+        raise RuntimeError(f"{name} cannot be differentiated: double backward of the training tail is not supported")
 
     return backward
 

@@ -49,7 +49,7 @@ PROBLEMS: tuple[Case, ...] = (
     _case("wide_padding", "n=1,h=4,w=4,c=8,k=8,padding=3,residual=1", "rows whose taps are all outside the input"),
     _case("1x1_pixel", "n=3,h=1,w=1,c=48,k=32,padding=1,residual=1", "1x1 spatial: only the centre tap is valid"),
     _case("7x7_pixels", "n=1,h=7,w=7,c=96,k=128,padding=1,residual=1", "49 pixels, deep sum: split-K territory"),
-    _case("one_channel", "n=2,h=6,w=6,c=1,k=1,padding=1,residual=1", "C = K = 1"),
+    _case("one_channel", "n=2,h=6,w=6,c=1,k=1,padding=1,residual=1", "C = K = 1: NHWC and NCHW strides coincide"),
     _case("k_tail", "n=1,h=6,w=6,c=16,k=7,padding=1,residual=1", "K below the smallest tile and odd"),
     _case("c_tail", "n=1,h=6,w=6,c=10,k=16,padding=1,residual=1", "C even, yet no multiple of 8"),
     _case("many_images", "n=9,h=3,w=3,c=16,k=16,padding=1,residual=1", "a tile of pixels spans several images"),

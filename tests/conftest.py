@@ -1,0 +1,30 @@
+"""What every test shares: which process runs which marker."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what cannot run in this process, with the reason.
+
+    Triton decides at import whether kernels are interpreted, and once imported for interpretation its library
+    functions stay interpreted; so interpreter tests and everything that compiles are two processes.
+    """
+    no_ptxi = not os.environ.get("PTXI_HOME")
+    no_gpu = not torch.cuda.is_available()
+    for item in items:
+        interpreter = item.get_closest_marker("interpreter") is not None
+        if interpreter and not INTERPRETING:
+            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1 before the process starts"))
+        elif INTERPRETING and not interpreter:
+            item.add_marker(pytest.mark.skip(reason="runs in the process without TRITON_INTERPRET=1"))
+        if no_ptxi and item.get_closest_marker("ptx"):
+            item.add_marker(pytest.mark.skip(reason="needs PTXI_HOME, the folder of the PTX interpreter"))
+        if no_gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

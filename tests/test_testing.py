@@ -1,0 +1,107 @@
+"""The bar itself: it accepts the exact answer and rejects every classic mistake, naming the problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_resnet.reference import Tail, conv_bn, reference
+from fused_resnet.testing import PROBLEMS, Case, Kind, check_tail, in_dtype, make_tail, round_to_tf32
+
+BY_NAME = {case.name: case.problem for case in PROBLEMS}
+
+
+def _eps_forgotten(tail: Tail) -> Tensor:
+    return reference(tail._replace(conv=tail.conv._replace(eps=0.0)))
+
+
+def _add_after_activation(tail: Tail) -> Tensor:
+    y = conv_bn(tail.x, tail.conv, tail.stride, tail.padding, tail.dilation, tail.groups)
+    assert tail.residual is not None
+    return F.relu(y) + tail.residual
+
+
+def _residual_forgotten(tail: Tail) -> Tensor:
+    return reference(tail._replace(residual=None))
+
+
+def _gamma_made_positive(tail: Tail) -> Tensor:
+    gamma = tail.conv.bn_weight
+    assert gamma is not None
+    return reference(tail._replace(conv=tail.conv._replace(bn_weight=gamma.abs())))
+
+
+def _axes_swapped(tail: Tail) -> Tensor:
+    return reference(tail._replace(conv=tail.conv._replace(weight=tail.conv.weight.transpose(2, 3))))
+
+
+def _last_channel_dropped(tail: Tail) -> Tensor:
+    x = tail.x.clone()
+    x[:, -1] = 0
+    return reference(tail._replace(x=x))
+
+
+def _one_output_wrong(tail: Tail) -> Tensor:
+    y = reference(tail)
+    y[-1, -1, -1, -1] += 0.5
+    return y
+
+
+def _half_precision_sum(tail: Tail) -> Tensor:
+    return reference(tail.to(torch.bfloat16)).to(tail.x.dtype)
+
+
+BOTH: tuple[Kind, ...] = ("integers", "random")
+#: each mistake with the kinds of tensors that can show it
+MISTAKES: list[tuple[Callable[[Tail], Tensor], tuple[Kind, ...]]] = [
+    (_eps_forgotten, ("integers",)),  # eps = 1 there; 1e-5 beside a variance of 0.25 is within float32's bar
+    (_add_after_activation, BOTH),
+    (_residual_forgotten, BOTH),
+    (_gamma_made_positive, BOTH),
+    (_axes_swapped, BOTH),
+    (_last_channel_dropped, BOTH),
+    (_one_output_wrong, BOTH),
+    (_half_precision_sum, ("random",)),
+]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "kind"), [(m, kind) for m, kinds in MISTAKES for kind in kinds], ids=lambda v: getattr(v, "__name__", v)
+)
+def test_each_mistake_is_caught(mistake: Callable[[Tail], Tensor], kind: Kind) -> None:
+    with pytest.raises(AssertionError, match="n=2,h=9,w=7,c=33,k=37"):
+        check_tail(mistake, BY_NAME["odd"], kinds=(kind,))
+
+
+@pytest.mark.parametrize("case", PROBLEMS, ids=[case.name for case in PROBLEMS])
+def test_the_exact_answer_rounded_once_passes(case: Case) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        check_tail(lambda tail: reference(tail.to(torch.float64)).to(tail.x.dtype), in_dtype(case.problem, dtype))
+
+
+def test_nan_is_an_error_not_a_pass() -> None:
+    with pytest.raises(AssertionError, match="inf"):
+        check_tail(lambda tail: reference(tail) * torch.nan, BY_NAME["no_relu"], kinds=("random",))
+
+
+def test_integers_cannot_round_in_float32() -> None:
+    """The claim behind the bit-exact check: float32 eager equals float64 on the integer tensors."""
+    for case in PROBLEMS:
+        tail = make_tail(case.problem, "integers")
+        assert torch.equal(reference(tail).to(torch.float64), reference(tail.to(torch.float64))), case.name
+
+
+def test_the_list_has_a_reason_for_each_problem_and_no_twins() -> None:
+    assert all(len(case.reason) > 10 for case in PROBLEMS)
+    assert len({case.name for case in PROBLEMS}) == len({case.problem for case in PROBLEMS}) == len(PROBLEMS)
+
+
+def test_round_to_tf32_keeps_ten_bits() -> None:
+    ulp = 2.0**-10
+    values = torch.tensor([1.0, 1.0 + ulp, 1.0 + ulp / 2, 1.0 + ulp / 4, -1.0 - ulp / 2, torch.inf])
+    expected = torch.tensor([1.0, 1.0 + ulp, 1.0 + ulp, 1.0, -1.0 - ulp, torch.inf])
+    assert torch.equal(round_to_tf32(values), expected)
