@@ -1,0 +1,294 @@
+"""The one timing protocol: command line, demo, tuner and benchmarks all time through :func:`compare`.
+
+What makes two times comparable here: both sides run in one process, in inference mode, with the same number of
+threads, in alternating order, on fresh inputs, and both sides' outputs are checked before and after. Preparation
+(folding, packing, compiling) is timed apart. On CUDA events are used, the callable is followed by a synchronisation
+inside the timed section, and L2 is flushed before it.
+
+A speed-up is the median of the ratios of each round, with a 95 % interval from order statistics (no assumption
+about the distribution of times). "At least as fast" means that the interval's lower end is at least
+:data:`AS_FAST`.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "AS_FAST", "ROUNDS", "Comparison", "Contender", "Ratio", "Timing", "compare", "first_tensor", "median_interval",
+    "relative_error", "stopwatch", "threads",
+]  # fmt: skip
+
+#: Fewest alternating rounds of a comparison whose figures are reported.
+ROUNDS = 30
+
+#: The lower end of a ratio's interval from which a side counts as at least as fast.
+AS_FAST = 0.98
+
+#: Untimed calls of each contender before the first round; caches, allocators and lazy initialisation settle.
+_WARM_UP = 3
+
+Inputs = tuple[Any, ...]
+
+
+class Ratio(NamedTuple):
+    """A median and the interval that holds the true median with 95 % confidence."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def as_fast(self) -> bool:
+        return self.low >= AS_FAST
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f}x [{self.low:.2f}, {self.high:.2f}]"
+
+
+def _fresh(*inputs: Any) -> Inputs:
+    return tuple(t.clone() if isinstance(t, Tensor) else t for t in inputs)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The tensor of a model's output that is checked: itself, or the first in a tuple, list or dict."""
+    while not isinstance(output, Tensor):
+        if isinstance(output, dict):
+            output = next(iter(output.values()))
+        elif isinstance(output, (list, tuple)) and output:
+            output = output[0]
+        else:
+            return torch.as_tensor(output)
+    return output
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One side of a comparison.
+
+    Args:
+        name: as it stands in tables.
+        build: prepares (folds, compiles, exports, …) and returns the callable to time; its duration and that of
+            the first call are reported as ``preparation``.
+        inputs: makes this side's own copy of a round's inputs, untimed (in its memory format, or as numpy arrays).
+        output: the tensor to check in what the callable returns, untimed.
+        optional: whether a failure to build or run makes it absent, with the reason (a rival that is not
+            installed), instead of ending the comparison.
+    """
+
+    name: str
+    build: Callable[[], Callable[..., Any]]
+    inputs: Callable[..., Inputs] = _fresh
+    output: Callable[[Any], Tensor] = first_tensor
+    optional: bool = False
+
+
+@dataclass
+class Timing:
+    """The times of one contender, in seconds, one per round."""
+
+    name: str
+    times: list[float] = field(default_factory=list)
+    preparation: float = 0.0
+    error: float = 0.0  # largest |output - expected| / largest |expected|
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.times)
+
+    def percentile(self, percent: float) -> float:
+        ordered = sorted(self.times)
+        return ordered[min(len(ordered) - 1, int(percent / 100 * len(ordered)))]
+
+
+@dataclass
+class Comparison:
+    """What :func:`compare` measured."""
+
+    timings: dict[str, Timing]
+    absent: dict[str, str]  # contender -> one sentence why it was not timed
+    device: str
+    threads: int
+    rounds: int
+
+    def best(self, names: Sequence[str]) -> str:
+        """The one of ``names`` with the lowest median (of those that were timed)."""
+        present = [name for name in names if name in self.timings]
+        if not present:
+            raise KeyError(f"none of {', '.join(names)} was timed")
+        return min(present, key=lambda name: self.timings[name].median)
+
+    def speedup(self, name: str, over: str | Sequence[str]) -> Ratio:
+        """How many times faster ``name`` is than ``over``; with several, than the fastest of them."""
+        baseline = self.timings[over if isinstance(over, str) else self.best(over)]
+        return median_interval([b / t for b, t in zip(baseline.times, self.timings[name].times, strict=True)])
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> Ratio:
+    """The median with its distribution-free interval: the order statistics l and n + 1 - l of the largest l for
+    which a Binomial(n, 1/2) falls below l with probability at most ``(1 - confidence) / 2``."""
+    ordered = sorted(values)
+    n = len(ordered)
+    if n == 0:
+        raise ValueError("median_interval: expected at least one value, got none")
+    rank, tail = 0, 0.5**n
+    while rank < n // 2 and tail <= (1 - confidence) / 2:
+        rank += 1
+        tail += math.comb(n, rank) * 0.5**n
+    rank = max(rank, 1)  # below six values no such interval exists: the range is the honest answer
+    return Ratio(statistics.median(ordered), ordered[rank - 1], ordered[n - rank])
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over largest expected magnitude; inf where shapes differ or values are not finite."""
+    if actual.shape != expected.shape:
+        return math.inf
+    if expected.numel() == 0:
+        return 0.0
+    a, e = actual.detach().to("cpu", torch.float64), expected.detach().to("cpu", torch.float64)
+    difference = float((a - e).abs().max())
+    scale = float(e.abs().max())
+    return difference / scale if math.isfinite(difference) and scale > 0 else (0.0 if difference == 0 else math.inf)
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[int]:
+    """Run with ``count`` torch threads (None: as it is), and put the old number back."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def stopwatch(device: torch.device) -> Callable[[Callable[..., Any], Inputs], tuple[float, Any]]:
+    """The timer for ``device``: ``seconds, output = timer(fn, inputs)``."""
+    if device.type != "cuda":
+
+        def time_on_cpu(fn: Callable[..., Any], inputs: Inputs) -> tuple[float, Any]:
+            start = time.perf_counter()
+            output = fn(*inputs)
+            return time.perf_counter() - start, output
+
+        return time_on_cpu
+
+    # Twice L2, written before each call: no contender finds its operands in cache.
+    properties = torch.cuda.get_device_properties(device)
+    flush = torch.empty(2 * max(getattr(properties, "L2_cache_size", 0), 32 << 20), dtype=torch.int8, device=device)
+
+    def time_on_cuda(fn: Callable[..., Any], inputs: Inputs) -> tuple[float, Any]:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        torch.cuda.synchronize(device)
+        start.record()
+        output = fn(*inputs)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3, output
+
+    return time_on_cuda
+
+
+def compare(
+    contenders: Sequence[Contender],
+    make_inputs: Callable[[int], Inputs],
+    *,
+    expected: Callable[..., Tensor] | None = None,
+    max_error: float = 1e-2,
+    rounds: int = ROUNDS,
+    device: torch.device | str = "cpu",
+    num_threads: int | None = None,
+    pause: float = 0.0,
+    timer: Callable[[Callable[..., Any], Inputs], tuple[float, Any]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Time ``contenders`` against each other by the protocol of this module.
+
+    Args:
+        make_inputs: the inputs of a round, by its number; each contender gets its own copy of them.
+        expected: computes the right output from a round's inputs; the first contender by default. An output whose
+            :func:`relative_error` exceeds ``max_error`` raises RuntimeError: the time of a wrong answer is no time.
+        max_error: coarse on purpose; it tells a wrong result from a rounded one. The errors are in the result.
+        rounds: each contender is called once per round; the order rotates from round to round.
+        num_threads: torch threads for all; None leaves them as they are.
+        pause: seconds of sleep before each timed call, which lets thread pools of other libraries stop spinning.
+        timer: replaces the clock of ``device`` (tests).
+        progress: called as ``progress(done, total)`` after each round.
+    """
+    device = torch.device(device)
+    timer = timer or stopwatch(device)
+    timings: dict[str, Timing] = {}
+    absent: dict[str, str] = {}
+    running: list[tuple[Contender, Callable[..., Any]]] = []
+
+    with threads(num_threads) as count, torch.inference_mode():
+        first = make_inputs(0)
+        answer = expected(*_fresh(*first)) if expected is not None else None
+
+        def checked(contender: Contender, output: Any, answer: Tensor) -> None:
+            timing = timings[contender.name]
+            timing.error = max(timing.error, relative_error(contender.output(output), answer))
+            if timing.error > max_error:
+                raise RuntimeError(
+                    f"{contender.name}: output differs from the expected one by {timing.error:.1e} of its largest "
+                    f"value, allowed {max_error:.1e}; its time would be meaningless"
+                )
+
+        for contender in contenders:
+            start = time.perf_counter()
+            try:
+                fn = contender.build()
+                output = fn(*contender.inputs(*first))
+            except Exception as error:
+                if not contender.optional:
+                    raise
+                absent[contender.name] = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+                continue
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            timings[contender.name] = Timing(contender.name, preparation=time.perf_counter() - start)
+            if answer is None:
+                answer = contender.output(output).clone()
+            checked(contender, output, answer)
+            for _ in range(_WARM_UP):
+                fn(*contender.inputs(*first))
+            running.append((contender, fn))
+
+        last: list[tuple[Contender, Any]] = []
+        for round_number in range(1, rounds + 1):
+            inputs = make_inputs(round_number)
+            turn = round_number % max(1, len(running))
+            last = []
+            for contender, fn in running[turn:] + running[:turn]:
+                own = contender.inputs(*inputs)
+                if pause:
+                    time.sleep(pause)
+                seconds, output = timer(fn, own)
+                timings[contender.name].times.append(seconds)
+                if round_number == rounds:
+                    last.append((contender, output))
+            if progress is not None:
+                progress(round_number, rounds)
+        if last:
+            by_name = {contender.name: output for contender, output in last}
+            baseline = running[0][0]
+            answer = expected(*_fresh(*inputs)) if expected else baseline.output(by_name[baseline.name])
+            for contender, output in last:
+                checked(contender, output, answer)
+        if torch.get_num_threads() != count:
+            raise RuntimeError(
+                f"a contender changed the number of torch threads from {count} to {torch.get_num_threads()}; "
+                f"the comparison is void"
+            )
+    return Comparison(timings, absent, device.type, count, rounds)
