@@ -7,6 +7,8 @@ from torch import Tensor
 
 from . import ops as _ops  # registers the operators
 from .functional_training import BatchNormBranch, bn_add_relu, bn_add_relu_train
+from .ops import direct as _direct
+from .reference import ConvBN, Tail
 
 __all__ = ["BatchNormBranch", "bn_add_relu", "bn_add_relu_train", "conv_bn_add_relu", "conv_bn_proj_add_relu"]
 
@@ -15,7 +17,14 @@ _Pair = int | tuple[int, int]
 assert _ops.NAMESPACE == "fused_resnet"
 
 
+# Bound once: the lookup through torch.ops takes half a microsecond.
+_CONV_BN_ADD_RELU = torch.ops.fused_resnet.conv_bn_add_relu.default
+_CONV_BN_PROJ_ADD_RELU = torch.ops.fused_resnet.conv_bn_proj_add_relu.default
+
+
 def _pair(name: str, value: _Pair) -> tuple[int, int]:
+    if type(value) is tuple and len(value) == 2:
+        return value
     if isinstance(value, int):
         return (value, value)
     if isinstance(value, (tuple, list)) and len(value) == 2:
@@ -86,11 +95,24 @@ def conv_bn_add_relu(
 
     Source: the operator is defined in ``fused_resnet/reference.py``.
     """
-    return torch.ops.fused_resnet.conv_bn_add_relu.default(
+    stride, padding, dilation = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
+    tail = None
+    if not torch.compiler.is_compiling() and _direct.quiet():
+        conv = ConvBN(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
+        tail = Tail(
+            x, conv, residual, stride, padding, dilation, groups, activation,
+            None, None, (1, 1), cache_weights, winograd,
+        )  # fmt: skip
+        run = _direct.find(tail, backend)
+        if run is not None:
+            return run(tail)
+    y = _CONV_BN_ADD_RELU(
         x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, residual,
-        _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups,
-        activation, backend, cache_weights, winograd,
+        stride, padding, dilation, groups, activation, backend, cache_weights, winograd,
     )  # fmt: skip
+    if tail is not None:
+        _direct.remember(tail, backend)
+    return y
 
 
 def conv_bn_proj_add_relu(
@@ -135,9 +157,26 @@ def conv_bn_proj_add_relu(
 
     All other arguments, the returned tensor, gradients and errors are those of :func:`conv_bn_add_relu`.
     """
-    return torch.ops.fused_resnet.conv_bn_proj_add_relu.default(
-        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps,
-        _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups,
+    stride, padding, dilation = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
+    proj_stride = _pair("proj_stride", proj_stride)
+    tail = None
+    if not torch.compiler.is_compiling() and _direct.quiet():
+        conv = ConvBN(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
+        proj = ConvBN(
+            proj_weight, proj_bias, proj_bn_weight, proj_bn_bias, proj_running_mean, proj_running_var, proj_eps
+        )
+        tail = Tail(
+            x, conv, None, stride, padding, dilation, groups, activation,
+            proj_x, proj, proj_stride, cache_weights, winograd,
+        )  # fmt: skip
+        run = _direct.find(tail, backend)
+        if run is not None:
+            return run(tail)
+    y = _CONV_BN_PROJ_ADD_RELU(
+        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, stride, padding, dilation, groups,
         proj_x, proj_weight, proj_bias, proj_bn_weight, proj_bn_bias, proj_running_mean, proj_running_var, proj_eps,
-        _pair("proj_stride", proj_stride), activation, backend, cache_weights, winograd,
+        proj_stride, activation, backend, cache_weights, winograd,
     )  # fmt: skip
+    if tail is not None:
+        _direct.remember(tail, backend)
+    return y

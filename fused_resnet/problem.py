@@ -28,15 +28,18 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+# What torch.backends.cudnn.conv.fp32_precision reads, without the 2.6 microseconds of the properties around it.
+_fp32_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
+
+
 def tf32_allowed() -> bool:
     """Whether torch allows tf32 in convolutions on CUDA.
 
     ``fp32_precision`` is read first: once any of the new switches has been set, reading the old
     ``allow_tf32`` raises. torch itself keeps the two in step.
     """
-    conv = getattr(torch.backends.cudnn, "conv", None)
-    if conv is not None and hasattr(conv, "fp32_precision"):
-        return conv.fp32_precision == "tf32"
+    if _fp32_precision is not None:
+        return _fp32_precision("cuda", "conv") == "tf32"
     return bool(torch.backends.cudnn.allow_tf32)
 
 

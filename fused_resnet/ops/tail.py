@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import backends
 from ..layout import empty_output, output_memory_format
-from ..problem import Problem, tf32_allowed
 from ..reference import ConvBN, Tail
+from . import plans
 from .schemas import LIBRARY, NAMESPACE
 
 # ---- arguments -> Tail -----------------------------------------------------------------------------------
@@ -60,52 +59,17 @@ _TO_TAIL: dict[str, Callable[..., tuple[Tail, str]]] = {
 }
 
 
-# ---- the real kernel: check once per signature, then run ---------------------------------------------------
-
-
-def _signature(t: Tensor | None) -> Any:
-    return None if t is None else (t.shape, t.stride(), t.dtype, t.device)
-
-
-_plans: dict[Any, tuple[Problem, backends.Backend]] = {}
-_PLANS_KEPT = 4096
-
-
-def clear_plans() -> None:
-    """Forget which backend runs which call, for when the answer of ``can_run`` may have changed."""
-    _plans.clear()
+# ---- the real kernel ---------------------------------------------------------------------------------------
 
 
 def run(tail: Tail, backend: str = "auto") -> Tensor:
-    """Check the call (once per signature), choose the backend, run it."""
+    """Run the call by its plan."""
     if forward_ad._current_level >= 0:
         # register_autograd knows nothing of forward mode and would drop the tangents without a word
         raise NotImplementedError(
             "fused_resnet: forward-mode differentiation is not implemented; unfuse(model) first, or use reverse mode"
         )
-    key = (
-        backend, tail[3:8], tail.proj_stride, tail.conv.eps, tail.winograd,
-        _signature(tail.x), *map(_signature, tail.conv[:6]), _signature(tail.residual),
-    )  # fmt: skip
-    if tail.proj is not None:
-        key += (_signature(tail.proj_x), *map(_signature, tail.proj[:6]), tail.proj.eps)
-    if tail.x.is_cuda:
-        key += (tf32_allowed(), torch.are_deterministic_algorithms_enabled())
-    if backend == "auto":
-        key += (backends.default_backend(),)
-    plan = _plans.get(key)
-    if plan is None:
-        problem = Problem.from_tail(tail)
-        if tail.winograd not in ("auto", "f2", "off"):
-            raise ValueError(f"winograd: expected 'auto', 'f2' or 'off', got {tail.winograd!r}")
-        plan = (problem, backends.choose(problem, backend))
-        if len(_plans) >= _PLANS_KEPT:  # shapes without end (a hypothesis test, a detector): start afresh
-            _plans.clear()
-        _plans[key] = plan
-    problem, chosen = plan
-    if problem.n == 0:
-        return _empty(tail, problem.output_shape, problem.output_dtype)
-    return chosen.run(problem, tail)
+    return plans.find(tail, backend)(tail)
 
 
 def _empty(tail: Tail, shape: Any, dtype: torch.dtype) -> Tensor:
