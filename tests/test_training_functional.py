@@ -96,6 +96,9 @@ def assert_same_as_eager(tail: Tail, tensors: list[Tensor]) -> None:
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_rule(backend: str, kind: str, activation: str, dtype: torch.dtype) -> None:
+    reason = training_dispatch.get(backend).can_run(torch.zeros(1, 1, 1, 1, dtype=dtype))
+    if reason is not None:
+        pytest.skip(reason)
     tail = Tail(33, kind, activation, fused=True)
     tail.backend = backend
     assert_same_as_eager(tail, inputs((4, 33, 9, 7), dtype))

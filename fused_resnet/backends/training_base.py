@@ -38,8 +38,8 @@ class TrainingBackend:
 
     name: str
 
-    def can_run(self, y: Tensor) -> str | None:
-        """None, or one sentence why activations like ``y`` cannot be handled."""
+    def can_run(self, y: Tensor, *others: Tensor | None) -> str | None:
+        """None, or one sentence why ``y`` and the other activations of the call cannot be handled."""
         raise NotImplementedError
 
     def stats(self, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from .training_base import TrainingBackend
 
 #: In order of preference; ``eager`` can always run.
-NAMES = ("eager",)
+NAMES = ("cpu", "eager")
 
 
 def get(name: str) -> TrainingBackend:
@@ -21,20 +21,23 @@ def get(name: str) -> TrainingBackend:
     return backend
 
 
-def reasons(y: Tensor) -> dict[str, str | None]:
-    """For every training backend None, or the sentence why it cannot handle activations like ``y``."""
-    return {name: get(name).can_run(y) for name in NAMES}
+def reasons(y: Tensor, *others: Tensor | None) -> dict[str, str | None]:
+    """For every training backend None, or the sentence why it cannot handle these activations."""
+    return {name: get(name).can_run(y, *others) for name in NAMES}
 
 
-def choose(y: Tensor, name: str = "auto") -> TrainingBackend:
-    """The backend called ``name``, which must be able to run, or for "auto" the first that can."""
+def choose(name: str, y: Tensor, *others: Tensor | None) -> TrainingBackend:
+    """The backend called ``name``, which must be able to run, or for "auto" the first that can.
+
+    ``others`` are the call's further activations: residual, proj_y, grad_out.
+    """
     if name == "auto":
         for candidate in NAMES:
             backend = get(candidate)
-            if backend.can_run(y) is None:
+            if backend.can_run(y, *others) is None:
                 return backend
     backend = get(name)
-    reason = backend.can_run(y)
+    reason = backend.can_run(y, *others)
     if reason is not None:
         raise RuntimeError(reason)
     return backend

@@ -61,7 +61,7 @@ def _through_bn(bn: BatchNorm, dz: Tensor, means: GradMeans) -> Tensor:
 class EagerTraining(TrainingBackend):
     name = "eager"
 
-    def can_run(self, y: Tensor) -> str | None:
+    def can_run(self, y: Tensor, *others: Tensor | None) -> str | None:
         return None
 
     def stats(self, y: Tensor) -> tuple[Tensor, Tensor]:

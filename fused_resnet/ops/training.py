@@ -110,7 +110,7 @@ def _bn_stats(y: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     if y.numel() == 0:
         raise ValueError(f"bn_stats: y: expected at least one element, got shape {list(y.shape)}")
     dense = _dense(y)
-    return training_dispatch.choose(dense, backend).stats(dense)
+    return training_dispatch.choose(backend, dense).stats(dense)
 
 
 def _bn_apply_add_relu(
@@ -147,7 +147,7 @@ def _bn_apply_add_relu(
     mask = torch.empty(mask_words(y.numel()) if with_mask else 0, dtype=torch.int32, device=y.device)
     if y.numel() != 0:
         bn = _canonical(bn)
-        training_dispatch.choose(bn.y, backend).apply(
+        training_dispatch.choose(backend, bn.y, residual, proj_y).apply(
             bn,
             None if residual is None else _dense(residual),
             None if proj is None else _canonical(proj),
@@ -184,7 +184,7 @@ def _bn_backward_reduce(
         zeros = [torch.zeros(y.shape[1], dtype=accumulate_dtype(y.dtype), device=y.device) for _ in range(3)]
         return zeros[0], zeros[1], zeros[2] if proj is not None else zeros[2][:0].clone()
     bn = _canonical(bn)
-    return training_dispatch.choose(bn.y, backend).backward_reduce(
+    return training_dispatch.choose(backend, bn.y, proj_y, grad_out).backward_reduce(
         _dense(grad_out), mask, bn, None if proj is None else _canonical(proj)
     )
 
@@ -231,7 +231,7 @@ def _bn_backward_apply(
     if y.numel() != 0:
         bn = _canonical(bn)
         means = GradMeans(mean_dz.to(bn.mean.dtype), mean_dz_xhat.to(bn.mean.dtype))
-        training_dispatch.choose(bn.y, backend).backward_apply(
+        training_dispatch.choose(backend, bn.y, proj_y, grad_out, d_second).backward_apply(
             _dense(grad_out),
             mask,
             bn,

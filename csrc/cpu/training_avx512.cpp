@@ -1,0 +1,17 @@
+#include "training.h"
+
+#if defined(__x86_64__)
+  // Standard headers first: what they define is shared with code for older CPUs.
+  #include <immintrin.h>
+
+  #include <cstdint>
+  #include <cstring>
+  #include <type_traits>
+  #include <utility>
+  #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+  #include "training_kernel.h"
+
+namespace fused_resnet::cpu {
+constexpr TrainingKernel kTrainingAvx512 = TrainingImpl<16>::kernel("avx512");
+}  // namespace fused_resnet::cpu
+#endif

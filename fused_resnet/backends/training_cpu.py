@@ -1,0 +1,98 @@
+"""The training passes by the extension's own CPU kernels: float32 and bfloat16, vectorised, multi-threaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _extension
+from .training_base import BatchNorm, GradMeans, TrainingBackend
+
+_DTYPES = (torch.float32, torch.bfloat16)
+# NaN is "no bound": every comparison with it is false.
+_BOUNDS = {"relu": (0.0, float("nan")), "relu6": (0.0, 6.0), "none": (float("nan"), float("nan"))}
+
+
+def _statistics(proj: BatchNorm | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (None, None, None) if proj is None else (proj.y, proj.mean, proj.invstd)
+
+
+class CpuTraining(TrainingBackend):
+    name = "cpu"
+
+    def can_run(self, y: Tensor, *others: Tensor | None) -> str | None:
+        if y.device.type != "cpu":
+            return f"cpu: y must be on the CPU, got {y.device}"
+        for t in (y, *others):
+            if t is not None and t.dtype not in _DTYPES:
+                return f"cpu: activations must be float32 or bfloat16, got {t.dtype}"
+        why_not = _extension.why_not_cpu()
+        return None if why_not is None else f"cpu: {why_not}"
+
+    @property
+    def _ops(self) -> Any:
+        return torch.ops.fused_resnet_C
+
+    def stats(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        mean, var = (torch.empty(y.shape[1], dtype=torch.float32) for _ in range(2))
+        self._ops.cpu_bn_stats(y, mean, var)
+        return mean, var
+
+    def apply(
+        self,
+        bn: BatchNorm,
+        residual: Tensor | None,
+        proj: BatchNorm | None,
+        activation: str,
+        with_mask: bool,
+        out: Tensor,
+        mask: Tensor,
+    ) -> None:
+        lower, upper = _BOUNDS[activation]
+        branch = (None,) * 5 if proj is None else tuple(proj)
+        self._ops.cpu_bn_apply(*bn, residual, *branch, lower, upper, out, mask if with_mask else None)
+
+    def backward_reduce(
+        self, grad_out: Tensor, mask: Tensor, bn: BatchNorm, proj: BatchNorm | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        words = mask if mask.numel() else None
+        sums = [torch.empty_like(bn.mean) for _ in range(2)]
+        proj_sum = torch.empty(0 if proj is None else bn.mean.shape[0], dtype=torch.float32)
+        self._ops.cpu_bn_backward_reduce(
+            grad_out, words, bn.y, bn.mean, bn.invstd, *_statistics(proj), *sums, None if proj is None else proj_sum
+        )
+        return sums[0], sums[1], proj_sum
+
+    def backward_apply(
+        self,
+        grad_out: Tensor,
+        mask: Tensor,
+        bn: BatchNorm,
+        means: GradMeans,
+        proj: BatchNorm | None,
+        proj_means: GradMeans | None,
+        d_y: Tensor,
+        d_second: Tensor | None,
+    ) -> None:
+        if d_second is None and grad_out.dtype != d_y.dtype:
+            # The kernels know grad_out's dtype by that of the residual; a residual no one asked about is dropped.
+            d_second = torch.empty_like(grad_out)
+        branch = (*_statistics(proj), None if proj is None else proj.weight)
+        self._ops.cpu_bn_backward_apply(
+            grad_out,
+            mask if mask.numel() else None,
+            bn.y,
+            bn.mean,
+            bn.invstd,
+            bn.weight,
+            *means,
+            *branch,
+            *((None, None) if proj_means is None else proj_means),
+            d_y,
+            d_second,
+        )
+
+
+BACKEND = CpuTraining()
