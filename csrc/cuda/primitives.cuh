@@ -33,6 +33,9 @@ __device__ __forceinline__ float float_of(uint32_t bits) {
   return __uint_as_float(bits);
 }
 
+// Makes the compiler keep this pointer in registers, where it would rather compute it again in every step.
+__device__ __forceinline__ void keep(const char*& p) { asm volatile("" : "+l"(p)); }
+
 // ---- shared memory
 // ------------------------------------------------------------------------------------------------- First
 // byte of the block's dynamic shared memory; a multiple of 128.
@@ -203,6 +206,11 @@ __device__ __forceinline__ Words4 global_load_16(const void* p) {
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
                : "l"(p));
+  return v;
+}
+__device__ __forceinline__ Words2 global_load_8(const void* p) {
+  Words2 v;
+  asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.w[0]), "=r"(v.w[1]) : "l"(p));
   return v;
 }
 __device__ __forceinline__ void global_store_u16(void* p, uint16_t v) {

@@ -1,0 +1,217 @@
+// y = act(scale * acc + shift + residual), in fp32, rounded once.
+//
+// Accumulators lie scattered over the lanes, so they pass through shared memory (the pipeline's, now free) as fp32 rows;
+// then neighbouring lanes take 16 bytes each of one row of y and residual, and every sector is touched once, in full.
+#pragma once
+
+#include "../conv_params.h"
+#include "primitives.cuh"
+#include "tiles.h"
+
+namespace fused_resnet {
+
+// ---- numbers of a type known at run time (the same one for the whole launch) --------------------------------------------
+__device__ __forceinline__ float load_number(const void* base, int64_t index, int dtype) {
+  if (dtype == kFloat32) return float_of(global_load_u32(static_cast<const uint32_t*>(base) + index));
+  const uint16_t bits = global_load_u16(static_cast<const uint16_t*>(base) + index);
+  return dtype == kFloat16 ? f16_to_f32(bits) : bf16_to_f32(bits);
+}
+
+// kCount neighbouring numbers, as they lie in memory: one access of up to 16 bytes.
+template <int kCount>
+__device__ __forceinline__ Words4 load_packet(const void* base, int64_t index, int dtype) {
+  Words4 packet = {};
+  if constexpr (kCount == 8) {  // only 16-bit types
+    packet = global_load_16(static_cast<const uint16_t*>(base) + index);
+  } else if constexpr (kCount == 4) {
+    if (dtype == kFloat32) {
+      packet = global_load_16(static_cast<const uint32_t*>(base) + index);
+    } else {
+      const Words2 half = global_load_8(static_cast<const uint16_t*>(base) + index);
+      packet.w[0] = half.w[0];
+      packet.w[1] = half.w[1];
+    }
+  } else {
+    static_assert(kCount == 1, "8, 4 or 1 numbers");
+    packet.w[0] = dtype == kFloat32 ? global_load_u32(static_cast<const uint32_t*>(base) + index)
+                                    : global_load_u16(static_cast<const uint16_t*>(base) + index);
+  }
+  return packet;
+}
+
+template <int kCount>
+__device__ __forceinline__ float unpack(const Words4& packet, int i, int dtype) {
+  if (kCount < 8 && dtype == kFloat32) return float_of(packet.w[i % 4]);
+  const uint16_t bits = static_cast<uint16_t>(packet.w[i / 2] >> (i % 2 * 16));
+  return dtype == kFloat16 ? f16_to_f32(bits) : bf16_to_f32(bits);
+}
+
+__device__ __forceinline__ uint32_t pack16(float low, float high, int dtype) {
+  return dtype == kFloat16 ? pack_f16x2(low, high) : pack_bf16x2(low, high);
+}
+
+template <int kCount>
+__device__ __forceinline__ void store_packet(void* base, int64_t index, const float (&v)[kCount], int dtype) {
+  if constexpr (kCount == 8) {  // only 16-bit types
+    global_store_16(static_cast<uint16_t*>(base) + index, {pack16(v[0], v[1], dtype), pack16(v[2], v[3], dtype),
+                                                           pack16(v[4], v[5], dtype), pack16(v[6], v[7], dtype)});
+  } else if constexpr (kCount == 4) {  // only fp32
+    global_store_16(static_cast<uint32_t*>(base) + index, {bits_of(v[0]), bits_of(v[1]), bits_of(v[2]), bits_of(v[3])});
+  } else if (dtype == kFloat32) {
+    global_store_u32(static_cast<uint32_t*>(base) + index, bits_of(v[0]));
+  } else {
+    global_store_u16(static_cast<uint16_t*>(base) + index, static_cast<uint16_t>(pack16(v[0], 0.0f, dtype)));
+  }
+}
+
+// ---- batch norm ------------------------------------------------------------------------------------------------------------
+// Forms scale[k] and shift[k] of the tile's channels from the BN tensors as they are now, in shared memory at `norm`:
+// scale0[kN], shift0[kN], and of the projection scale1[kN], shift1[kN]. Visible after the next barrier.
+template <class Tile>
+__device__ __forceinline__ void load_norm(const ConvParams& params, int channel0, uint32_t norm) {
+  for (int j = threadIdx.x; j < Tile::kN * params.sources; j += Tile::kThreads) {
+    const int column = j % Tile::kN, source = j / Tile::kN;
+    const ChannelNorm& n = params.norm[source];
+    const int k = channel0 + column;
+    float scale = 1.0f, shift = 0.0f;
+    if (k < params.k) {
+      if (n.conv_bias) shift = load_number(n.conv_bias, k, n.conv_bias_dtype);
+      if (n.mean) {
+        const float gamma = n.weight ? load_number(n.weight, k, n.norm_dtype) : 1.0f;
+        const float beta = n.bias ? load_number(n.bias, k, n.norm_dtype) : 0.0f;
+        const float centred = add_rn(shift, -load_number(n.mean, k, n.norm_dtype));
+        scale = div_rn(gamma, sqrt_rn(add_rn(load_number(n.var, k, n.norm_dtype), n.eps)));
+        shift = fma_rn(centred, scale, beta);
+      }
+    }
+    const uint32_t at = norm + (source * 2 * Tile::kN + column) * 4;
+    shared_store_f32(at, scale);
+    shared_store_f32(at + Tile::kN * 4, shift);
+  }
+}
+
+// Comparisons with NaN are false, so NaN passes through, as in eager.
+__device__ __forceinline__ float activate(float v, int activation) {
+  if (activation != kActivationNone && v < 0.0f) v = 0.0f;
+  if (activation == kActivationRelu6 && v > 6.0f) v = 6.0f;
+  return v;
+}
+
+// ---- the store ---------------------------------------------------------------------------------------------------------------
+template <class Tile, class Warp>
+struct Staging {
+  static constexpr int kPitch = (Tile::kN + 8) * 4;  // 8 floats on: the rows of a fragment fall into different banks
+  static constexpr int rows(int groups) { return Tile::kWarpsM * groups * Warp::kGroupRows; }
+  static constexpr int groups_that_fit() {
+    int groups = Warp::kGroups;
+    while (rows(groups) * kPitch > Tile::kPipelineBytes) groups /= 2;
+    return groups;
+  }
+  static constexpr int kGroups = groups_that_fit();  // of each warp, staged at once
+  static constexpr int kPasses = Warp::kGroups / kGroups;
+  static constexpr int kRows = rows(kGroups);
+  static_assert(Warp::kGroups % kGroups == 0, "whole passes");
+
+  // Row of the tile that lies at row `staged` in pass `pass`.
+  __device__ __forceinline__ static int tile_row(int staged, int pass) {
+    constexpr int kWarpRows = kGroups * Warp::kGroupRows;
+    return staged / kWarpRows * Tile::kWarpM + pass * kWarpRows + staged % kWarpRows;
+  }
+};
+
+// Finishes the staged rows, kCount channels a thread.
+template <class Tile, class Warp, int kCount>
+__device__ __forceinline__ void store_rows(const ConvParams& params, int pixel0, int channel0, int pass, uint32_t staging,
+                                           uint32_t norm) {
+  using S = Staging<Tile, Warp>;
+  constexpr int kLanes = Tile::kN / kCount, kRowsAtOnce = Tile::kThreads / kLanes;
+  constexpr int kTurns = S::kRows / kRowsAtOnce, kBatch = kTurns < 4 ? kTurns : 4;  // residuals under way at a time
+  static_assert(S::kRows % kRowsAtOnce == 0 && kTurns % kBatch == 0, "whole turns");
+  const int column = static_cast<int>(threadIdx.x) % kLanes * kCount, row = static_cast<int>(threadIdx.x) / kLanes;
+  const int channel = channel0 + column;
+  if (channel >= params.k) return;
+
+  float scale[kCount], shift[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const uint32_t at = norm + (column + i) * 4;
+    scale[i] = shared_load_f32(at);
+    shift[i] = shared_load_f32(at + Tile::kN * 4);
+    if (params.sources == 2) {  // both sums are scaled already
+      scale[i] = 1.0f;
+      shift[i] = add_rn(shift[i], shared_load_f32(at + 3 * Tile::kN * 4));
+    }
+  }
+
+#pragma unroll 1
+  for (int turn = 0; turn < kTurns; turn += kBatch) {
+    Words4 residual[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int pixel = pixel0 + S::tile_row(row + (turn + b) * kRowsAtOnce, pass);
+      residual[b] = {};
+      if (params.residual && pixel < params.pixels) {
+        residual[b] =
+            load_packet<kCount>(params.residual, static_cast<int64_t>(pixel) * params.k + channel, params.residual_dtype);
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int staged = row + (turn + b) * kRowsAtOnce;
+      const int pixel = pixel0 + S::tile_row(staged, pass);
+      const uint32_t from = staging + staged * S::kPitch + column * 4;
+      float v[kCount];
+      if constexpr (kCount == 1) {
+        v[0] = shared_load_f32(from);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kCount; i += 4) {
+          const Words4 words = shared_load_16(from + i * 4);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) v[i + e] = float_of(words.w[e]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        v[i] = fma_rn(v[i], scale[i], shift[i]);
+        if (params.residual) v[i] = add_rn(v[i], unpack<kCount>(residual[b], i, params.residual_dtype));
+        v[i] = activate(v[i], params.activation);
+      }
+      if (pixel < params.pixels) {
+        store_packet<kCount>(params.y, static_cast<int64_t>(pixel) * params.k + channel, v, params.y_dtype);
+      }
+    }
+  }
+}
+
+// Stages the groups of pass `pass`; the choice among passes is made once per block, not per element.
+template <class Tile, class Warp, int kPass = 0>
+__device__ __forceinline__ void stage_pass(const float (&acc)[Warp::kFragments][4], const Warp& warp, int pass,
+                                           uint32_t staging) {
+  using S = Staging<Tile, Warp>;
+  if (pass == kPass) {
+    warp.template stage<kPass * S::kGroups, S::kGroups>(acc, staging, S::kPitch);
+  } else if constexpr (kPass + 1 < S::kPasses) {
+    stage_pass<Tile, Warp, kPass + 1>(acc, warp, pass, staging);
+  }
+}
+
+template <class Tile, class Warp>
+__device__ __forceinline__ void store_tile(const ConvParams& params, const float (&acc)[Warp::kFragments][4], const Warp& warp,
+                                           int pixel0, int channel0, uint32_t staging, uint32_t norm) {
+#pragma unroll 1
+  for (int pass = 0; pass < Staging<Tile, Warp>::kPasses; ++pass) {
+    if (pass > 0) __syncthreads();  // the previous pass has been read
+    stage_pass<Tile, Warp>(acc, warp, pass, staging);
+    __syncthreads();
+    if (params.y_vector == 8) {
+      store_rows<Tile, Warp, 8>(params, pixel0, channel0, pass, staging, norm);
+    } else if (params.y_vector == 4) {
+      store_rows<Tile, Warp, 4>(params, pixel0, channel0, pass, staging, norm);
+    } else {
+      store_rows<Tile, Warp, 1>(params, pixel0, channel0, pass, staging, norm);
+    }
+  }
+}
+
+}  // namespace fused_resnet

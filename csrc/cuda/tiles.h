@@ -1,0 +1,70 @@
+// The tile configurations, and the list of kernels built from them. No Torch, no CUDA: kernels, launcher and planner
+// all read this one list.
+#pragma once
+
+namespace fused_resnet {
+
+enum class Math : int { kFloat16 = 0, kBFloat16 = 1, kTensorFloat32 = 2, kFloat32 = 3 };
+enum class Load : int { kVector = 0, kGather = 1 };
+
+// One block computes kM pixels x kN channels with kWarpsM x kWarpsN warps. Per step it takes kDepthBytes of the depth
+// from every row (so 16-bit types go twice as deep as 32-bit ones), through kStages buffers. kBlocks is how many
+// blocks one SM is meant to hold; it bounds the registers.
+template <int M, int N, int DepthBytes, int Stages, int WarpsM, int WarpsN, int Blocks>
+struct Tile {
+  static constexpr int kM = M, kN = N, kDepthBytes = DepthBytes, kStages = Stages;
+  static constexpr int kWarpsM = WarpsM, kWarpsN = WarpsN, kBlocks = Blocks;
+  static constexpr int kThreads = 32 * WarpsM * WarpsN;
+  static constexpr int kWarpM = M / WarpsM, kWarpN = N / WarpsN;
+  static constexpr int kBytesA = M * DepthBytes, kBytesB = N * DepthBytes;
+  static constexpr int kStageBytes = kBytesA + kBytesB;
+
+  // Dynamic shared memory, in this order; offsets in bytes.
+  static constexpr int kPipelineBytes = Stages * kStageBytes;  // after the main loop: staging of the epilogue
+  static constexpr int kNormOffset = kPipelineBytes;           // scale, shift of source 0, then of source 1
+  static constexpr int kFlagOffset = kNormOffset + 4 * N * 4;  // split-K: did this block arrive last?
+  static constexpr int kRowsOffset = kFlagOffset + 16;         // gather kernels: where each pixel's window begins
+  static constexpr int kRowBytes = 16;
+  template <Load kLoad>
+  static constexpr int kSharedBytes = kRowsOffset + (kLoad == Load::kGather ? M * kRowBytes : 0);
+  static constexpr int kParkBytes = M * N * 4;  // behind all others, where there is a projection (projection.cuh)
+};
+
+// 64 x 64 per warp in the two largest: per product, a warp reads half the shared memory that 32 x 32 reads.
+using Tile32x32 = Tile<32, 32, 128, 4, 2, 2, 4>;
+using Tile64x64 = Tile<64, 64, 128, 3, 2, 2, 3>;
+using Tile128x64 = Tile<128, 64, 64, 4, 2, 2, 3>;
+using Tile64x128 = Tile<64, 128, 64, 4, 2, 2, 3>;
+using Tile128x128 = Tile<128, 128, 64, 4, 2, 2, 2>;
+using Tile256x128 = Tile<256, 128, 64, 4, 4, 2, 1>;
+// fp32 on the FMA units, where a warp's lanes are 4 rows x 8 columns (warp_fma.cuh).
+using TileFma128x64 = Tile<128, 64, 128, 3, 4, 1, 2>;
+
+// X(symbol, tile, math, load)
+#define FUSED_RESNET_TENSOR_KERNELS(X, type, math)                     \
+  X(conv_##type##_32x32, Tile32x32, math, Load::kVector)               \
+  X(conv_##type##_64x64, Tile64x64, math, Load::kVector)               \
+  X(conv_##type##_128x64, Tile128x64, math, Load::kVector)             \
+  X(conv_##type##_64x128, Tile64x128, math, Load::kVector)             \
+  X(conv_##type##_128x128, Tile128x128, math, Load::kVector)           \
+  X(conv_##type##_256x128, Tile256x128, math, Load::kVector)           \
+  X(conv_##type##_gather_32x32, Tile32x32, math, Load::kGather)        \
+  X(conv_##type##_gather_128x64, Tile128x64, math, Load::kGather)
+
+#define FUSED_RESNET_KERNELS_F16(X) FUSED_RESNET_TENSOR_KERNELS(X, f16, Math::kFloat16)
+#define FUSED_RESNET_KERNELS_BF16(X) FUSED_RESNET_TENSOR_KERNELS(X, bf16, Math::kBFloat16)
+#define FUSED_RESNET_KERNELS_TF32(X) FUSED_RESNET_TENSOR_KERNELS(X, tf32, Math::kTensorFloat32)
+#define FUSED_RESNET_KERNELS_F32(X)                                    \
+  X(conv_f32_32x32, Tile32x32, Math::kFloat32, Load::kVector)          \
+  X(conv_f32_64x64, Tile64x64, Math::kFloat32, Load::kVector)          \
+  X(conv_f32_128x64, TileFma128x64, Math::kFloat32, Load::kVector)     \
+  X(conv_f32_gather_32x32, Tile32x32, Math::kFloat32, Load::kGather)   \
+  X(conv_f32_gather_128x64, TileFma128x64, Math::kFloat32, Load::kGather)
+
+#define FUSED_RESNET_KERNELS(X) \
+  FUSED_RESNET_KERNELS_F16(X)   \
+  FUSED_RESNET_KERNELS_BF16(X)  \
+  FUSED_RESNET_KERNELS_TF32(X)  \
+  FUSED_RESNET_KERNELS_F32(X)
+
+}  // namespace fused_resnet
