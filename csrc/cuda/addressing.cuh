@@ -1,8 +1,9 @@
 // Where things are: in a stage of shared memory, in the depth of the product, and in x.
 //
-// The depth is a number with the digits (r, s, c), c fastest: weights lie in memory just so, and x is found by adding r
-// rows, s columns and c channels to the pixel's window. One step forward is an addition with two carries: no division in
-// the main loop, whatever R, S and C are, and no work wasted where C is not a multiple of the step.
+// The depth is a number with the digits (r, s, c), c fastest: weights lie in memory just so, and x is found
+// by adding r rows, s columns and c channels to the pixel's window. One step forward is an addition with two
+// carries: no division in the main loop, whatever R, S and C are, and no work wasted where C is not a
+// multiple of the step.
 #pragma once
 
 #include "../conv_params.h"
@@ -11,8 +12,8 @@
 
 namespace fused_resnet {
 
-// Within a stage, row i keeps its 16-byte chunk j at position j ^ swizzle(i), so that the eight rows of one ldmatrix (and
-// the eight lanes that write them) meet all 32 banks once.
+// Within a stage, row i keeps its 16-byte chunk j at position j ^ swizzle(i), so that the eight rows of one
+// ldmatrix (and the eight lanes that write them) meet all 32 banks once.
 template <class Tile>
 __device__ __forceinline__ uint32_t swizzle(uint32_t row) {
   static_assert(Tile::kDepthBytes == 128 || Tile::kDepthBytes == 64, "a row is 8 or 4 chunks of 16 bytes");

@@ -1,7 +1,8 @@
 // y = act(scale * acc + shift + residual), in fp32, rounded once.
 //
-// Accumulators lie scattered over the lanes, so they pass through shared memory (the pipeline's, now free) as fp32 rows;
-// then neighbouring lanes take 16 bytes each of one row of y and residual, and every sector is touched once, in full.
+// Accumulators lie scattered over the lanes, so they pass through shared memory (the pipeline's, now free) as
+// fp32 rows; then neighbouring lanes take 16 bytes each of one row of y and residual, and every sector is
+// touched once, in full.
 #pragma once
 
 #include "../conv_params.h"
@@ -10,7 +11,7 @@
 
 namespace fused_resnet {
 
-// ---- numbers of a type known at run time (the same one for the whole launch) --------------------------------------------
+// ---- numbers of a type known at run time (the same one for the whole launch) ----
 __device__ __forceinline__ float load_number(const void* base, int64_t index, int dtype) {
   if (dtype == kFloat32) return float_of(global_load_u32(static_cast<const uint32_t*>(base) + index));
   const uint16_t bits = global_load_u16(static_cast<const uint16_t*>(base) + index);
@@ -53,10 +54,12 @@ __device__ __forceinline__ uint32_t pack16(float low, float high, int dtype) {
 template <int kCount>
 __device__ __forceinline__ void store_packet(void* base, int64_t index, const float (&v)[kCount], int dtype) {
   if constexpr (kCount == 8) {  // only 16-bit types
-    global_store_16(static_cast<uint16_t*>(base) + index, {pack16(v[0], v[1], dtype), pack16(v[2], v[3], dtype),
-                                                           pack16(v[4], v[5], dtype), pack16(v[6], v[7], dtype)});
+    global_store_16(static_cast<uint16_t*>(base) + index,
+                    {pack16(v[0], v[1], dtype), pack16(v[2], v[3], dtype), pack16(v[4], v[5], dtype),
+                     pack16(v[6], v[7], dtype)});
   } else if constexpr (kCount == 4) {  // only fp32
-    global_store_16(static_cast<uint32_t*>(base) + index, {bits_of(v[0]), bits_of(v[1]), bits_of(v[2]), bits_of(v[3])});
+    global_store_16(static_cast<uint32_t*>(base) + index,
+                    {bits_of(v[0]), bits_of(v[1]), bits_of(v[2]), bits_of(v[3])});
   } else if (dtype == kFloat32) {
     global_store_u32(static_cast<uint32_t*>(base) + index, bits_of(v[0]));
   } else {
@@ -64,9 +67,10 @@ __device__ __forceinline__ void store_packet(void* base, int64_t index, const fl
   }
 }
 
-// ---- batch norm ------------------------------------------------------------------------------------------------------------
-// Forms scale[k] and shift[k] of the tile's channels from the BN tensors as they are now, in shared memory at `norm`:
-// scale0[kN], shift0[kN], and of the projection scale1[kN], shift1[kN]. Visible after the next barrier.
+// ---- batch norm ----
+// Forms scale[k] and shift[k] of the tile's channels from the BN tensors as they are now, in shared memory at
+// `norm`: scale0[kN], shift0[kN], and of the projection scale1[kN], shift1[kN]. Visible after the next
+// barrier.
 template <class Tile>
 __device__ __forceinline__ void load_norm(const ConvParams& params, int channel0, uint32_t norm) {
   for (int j = threadIdx.x; j < Tile::kN * params.sources; j += Tile::kThreads) {
@@ -97,10 +101,11 @@ __device__ __forceinline__ float activate(float v, int activation) {
   return v;
 }
 
-// ---- the store ---------------------------------------------------------------------------------------------------------------
+// ---- the store ----
 template <class Tile, class Warp>
 struct Staging {
-  static constexpr int kPitch = (Tile::kN + 8) * 4;  // 8 floats on: the rows of a fragment fall into different banks
+  static constexpr int kPitch =
+      (Tile::kN + 8) * 4;  // 8 floats on: the rows of a fragment fall into different banks
   static constexpr int rows(int groups) { return Tile::kWarpsM * groups * Warp::kGroupRows; }
   static constexpr int groups_that_fit() {
     int groups = Warp::kGroups;
@@ -121,13 +126,15 @@ struct Staging {
 
 // Finishes the staged rows, kCount channels a thread.
 template <class Tile, class Warp, int kCount>
-__device__ __forceinline__ void store_rows(const ConvParams& params, int pixel0, int channel0, int pass, uint32_t staging,
-                                           uint32_t norm) {
+__device__ __forceinline__ void store_rows(const ConvParams& params, int pixel0, int channel0, int pass,
+                                           uint32_t staging, uint32_t norm) {
   using S = Staging<Tile, Warp>;
   constexpr int kLanes = Tile::kN / kCount, kRowsAtOnce = Tile::kThreads / kLanes;
-  constexpr int kTurns = S::kRows / kRowsAtOnce, kBatch = kTurns < 4 ? kTurns : 4;  // residuals under way at a time
+  constexpr int kTurns = S::kRows / kRowsAtOnce,
+                kBatch = kTurns < 4 ? kTurns : 4;  // residuals under way at a time
   static_assert(S::kRows % kRowsAtOnce == 0 && kTurns % kBatch == 0, "whole turns");
-  const int column = static_cast<int>(threadIdx.x) % kLanes * kCount, row = static_cast<int>(threadIdx.x) / kLanes;
+  const int column = static_cast<int>(threadIdx.x) % kLanes * kCount,
+            row = static_cast<int>(threadIdx.x) / kLanes;
   const int channel = channel0 + column;
   if (channel >= params.k) return;
 
@@ -151,8 +158,8 @@ __device__ __forceinline__ void store_rows(const ConvParams& params, int pixel0,
       const int pixel = pixel0 + S::tile_row(row + (turn + b) * kRowsAtOnce, pass);
       residual[b] = {};
       if (params.residual && pixel < params.pixels) {
-        residual[b] =
-            load_packet<kCount>(params.residual, static_cast<int64_t>(pixel) * params.k + channel, params.residual_dtype);
+        residual[b] = load_packet<kCount>(params.residual, static_cast<int64_t>(pixel) * params.k + channel,
+                                          params.residual_dtype);
       }
     }
 #pragma unroll
@@ -186,8 +193,8 @@ __device__ __forceinline__ void store_rows(const ConvParams& params, int pixel0,
 
 // Stages the groups of pass `pass`; the choice among passes is made once per block, not per element.
 template <class Tile, class Warp, int kPass = 0>
-__device__ __forceinline__ void stage_pass(const float (&acc)[Warp::kFragments][4], const Warp& warp, int pass,
-                                           uint32_t staging) {
+__device__ __forceinline__ void stage_pass(const float (&acc)[Warp::kFragments][4], const Warp& warp,
+                                           int pass, uint32_t staging) {
   using S = Staging<Tile, Warp>;
   if (pass == kPass) {
     warp.template stage<kPass * S::kGroups, S::kGroups>(acc, staging, S::kPitch);
@@ -197,8 +204,9 @@ __device__ __forceinline__ void stage_pass(const float (&acc)[Warp::kFragments][
 }
 
 template <class Tile, class Warp>
-__device__ __forceinline__ void store_tile(const ConvParams& params, const float (&acc)[Warp::kFragments][4], const Warp& warp,
-                                           int pixel0, int channel0, uint32_t staging, uint32_t norm) {
+__device__ __forceinline__ void store_tile(const ConvParams& params, const float (&acc)[Warp::kFragments][4],
+                                           const Warp& warp, int pixel0, int channel0, uint32_t staging,
+                                           uint32_t norm) {
 #pragma unroll 1
   for (int pass = 0; pass < Staging<Tile, Warp>::kPasses; ++pass) {
     if (pass > 0) __syncthreads();  // the previous pass has been read

@@ -1,7 +1,8 @@
-// One block's tile of y = act(BN(conv(x, w)) + residual), or of y = act(BN(conv(x, w)) + BN(conv1x1(proj_x, proj_w))).
+// One block's tile of y = act(BN(conv(x, w)) + residual), or of y = act(BN(conv(x, w)) + BN(conv1x1(proj_x,
+// proj_w))).
 //
-// The convolution as a matrix product that never builds its matrix: rows are output pixels, columns output channels, the
-// depth is R*S*C. Phases:
+// The convolution as a matrix product that never builds its matrix: rows are output pixels, columns output
+// channels, the depth is R*S*C. Phases:
 //   1 accumulate   copies of the next steps fly (cp.async) while the warps multiply the present one
 //   2 projection   the same again for the second source, its 1x1 convolution (projection.cuh)
 //   3 reduce       split-K: the last block of a tile to arrive adds the partial sums (split_k.cuh)
@@ -22,11 +23,11 @@
 
 namespace fused_resnet {
 
-// Adds `steps` steps of the product, from where the loader stands, to acc. `overlap` runs while the first copies fly.
-// Afterwards no copy is under way, and every thread may overwrite the pipeline's shared memory.
+// Adds `steps` steps of the product, from where the loader stands, to acc. `overlap` runs while the first
+// copies fly. Afterwards no copy is under way, and every thread may overwrite the pipeline's shared memory.
 template <class Tile, class Warp, class Loader, class Overlap>
-__device__ __forceinline__ void accumulate(float (&acc)[Warp::kFragments][4], const Warp& warp, Loader& loader, int steps,
-                                           uint32_t pipeline, Overlap overlap) {
+__device__ __forceinline__ void accumulate(float (&acc)[Warp::kFragments][4], const Warp& warp,
+                                           Loader& loader, int steps, uint32_t pipeline, Overlap overlap) {
   constexpr int kAhead = Tile::kStages - 1;
   const uint32_t pipeline_end = pipeline + Tile::kPipelineBytes;
 #pragma unroll
@@ -39,7 +40,8 @@ __device__ __forceinline__ void accumulate(float (&acc)[Warp::kFragments][4], co
   uint32_t stage = pipeline, free_stage = pipeline + kAhead * Tile::kStageBytes;
 #pragma unroll 1
   for (int remaining = steps; remaining > 0; --remaining) {
-    // One group per step, whether or not it holds a copy: the oldest kAhead - 1 still fly, this step's has landed.
+    // One group per step, whether or not it holds a copy: the oldest kAhead - 1 still fly, this step's has
+    // landed.
     cp_async_wait<kAhead - 1>();
     // Every thread sees this step's data; and all have read the previous step's, so its stage is free.
     __syncthreads();
@@ -99,7 +101,8 @@ __device__ __forceinline__ void conv_tile(const ConvParams& params) {
     }
   }
 
-  if (params.splits > 1 && !reduce_splits<Tile, Warp>(params, acc, tile, split, shared + Tile::kFlagOffset)) return;
+  if (params.splits > 1 && !reduce_splits<Tile, Warp>(params, acc, tile, split, shared + Tile::kFlagOffset))
+    return;
   store_tile<Tile, Warp>(params, acc, warp, pixel0, channel0, shared, norm);
 }
 

@@ -1,7 +1,8 @@
-// Copies of 8, 4 or 2 bytes (or 16) from global to shared memory: for any C, any alignment, any filter, any size.
+// Copies of 8, 4 or 2 bytes (or 16) from global to shared memory: for any C, any alignment, any filter, any
+// size.
 //
-// Slower than VectorLoad, and meant for what that cannot do: a stem with C = 3, odd channel counts, unaligned views,
-// filters of more than 15 taps a side, images beyond 2^31 bytes.
+// Slower than VectorLoad, and meant for what that cannot do: a stem with C = 3, odd channel counts, unaligned
+// views, filters of more than 15 taps a side, images beyond 2^31 bytes.
 #pragma once
 
 #include "../conv_params.h"
@@ -11,8 +12,9 @@
 
 namespace fused_resnet {
 
-// A thread copies one piece of the step (`vector_bytes` wide) from as many rows as it takes. They are too many to keep
-// in registers, so each pixel's window lies in shared memory: its address in x, and its corner (h, w).
+// A thread copies one piece of the step (`vector_bytes` wide) from as many rows as it takes. They are too
+// many to keep in registers, so each pixel's window lies in shared memory: its address in x, and its corner
+// (h, w).
 template <class Tile, int kElementBytes>
 class GatherLoad {
   static constexpr int kDepth = Tile::kDepthBytes / kElementBytes;
@@ -22,9 +24,9 @@ class GatherLoad {
   const char* weight_;
   Cursor cursor_;
   Stride stride_;
-  uint32_t rows_;           // shared address of the windows
+  uint32_t rows_;            // shared address of the windows
   int row_, rows_per_pass_;  // this thread's rows are row_ + i * rows_per_pass_
-  int byte_;                // where in the step its piece begins
+  int byte_;                 // where in the step its piece begins
   int channel0_, channels_;
 
   template <int kBytes>
@@ -64,8 +66,8 @@ class GatherLoad {
   }
 
  public:
-  __device__ __forceinline__ GatherLoad(const ConvParams& params, const ConvSource& source, int pixel0, int channel0,
-                                        int first_step, uint32_t rows)
+  __device__ __forceinline__ GatherLoad(const ConvParams& params, const ConvSource& source, int pixel0,
+                                        int channel0, int first_step, uint32_t rows)
       : source_(source),
         weight_(static_cast<const char*>(source.weight)),
         stride_(source),

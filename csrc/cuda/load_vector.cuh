@@ -18,8 +18,9 @@ class VectorLoad {
   static_assert(kRowsPerPass % 8 == 0, "every pass of a thread has the same swizzle");
   static_assert(Tile::kM % kRowsPerPass == 0 && Tile::kN % kRowsPerPass == 0, "whole passes");
 
-  // Bit r says that filter row r of this pixel lies outside the image, bit 16 + s the same of filter column s (the
-  // planner sends larger filters to GatherLoad). Bit 31 is always set, all bits are where the pixel itself is none.
+  // Bit r says that filter row r of this pixel lies outside the image, bit 16 + s the same of filter column s
+  // (the planner sends larger filters to GatherLoad). Bit 31 is always set, all bits are where the pixel
+  // itself is none.
   static constexpr uint32_t kColumnBit = 1u << 16, kNever = 1u << 31;
 
   const char* x_[kPassesA];
@@ -34,20 +35,22 @@ class VectorLoad {
     uint32_t bits = kNever;
 #pragma unroll 1
     for (int r = 0; r < source.r; ++r) {
-      const bool outside = static_cast<uint32_t>(window.h + r * source.dilation_h) >= static_cast<uint32_t>(source.h);
+      const bool outside =
+          static_cast<uint32_t>(window.h + r * source.dilation_h) >= static_cast<uint32_t>(source.h);
       bits |= outside ? 1u << r : 0u;
     }
 #pragma unroll 1
     for (int s = 0; s < source.s; ++s) {
-      const bool outside = static_cast<uint32_t>(window.w + s * source.dilation_w) >= static_cast<uint32_t>(source.w);
+      const bool outside =
+          static_cast<uint32_t>(window.w + s * source.dilation_w) >= static_cast<uint32_t>(source.w);
       bits |= outside ? kColumnBit << s : 0u;
     }
     return bits;
   }
 
  public:
-  __device__ __forceinline__ VectorLoad(const ConvParams& params, const ConvSource& source, int pixel0, int channel0,
-                                        int first_step, uint32_t /*rows*/)
+  __device__ __forceinline__ VectorLoad(const ConvParams& params, const ConvSource& source, int pixel0,
+                                        int channel0, int first_step, uint32_t /*rows*/)
       : stride_(source),
         depth_(source.depth),
         row_stride_(static_cast<int>(source.dilation_h * source.x_stride_h)),
@@ -82,8 +85,8 @@ class VectorLoad {
     const uint32_t a = stage + destination_, b = a + Tile::kBytesA;
 #pragma unroll
     for (int i = 0; i < kPassesA; ++i) {
-      cp_async<16>(a + i * kRowsPerPass * Tile::kDepthBytes, x_[i] + static_cast<int64_t>(offset) * kElementBytes,
-                   (halo_[i] & tap) == 0);
+      cp_async<16>(a + i * kRowsPerPass * Tile::kDepthBytes,
+                   x_[i] + static_cast<int64_t>(offset) * kElementBytes, (halo_[i] & tap) == 0);
     }
 #pragma unroll
     for (int i = 0; i < kPassesB; ++i) {

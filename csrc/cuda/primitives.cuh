@@ -17,8 +17,7 @@
 
 namespace fused_resnet {
 
-// ---- vectors of 32-bit words, for 8- and 16-byte accesses
-// ----------------------------------------------------------
+// ---- vectors of 32-bit words, for 8- and 16-byte accesses ----
 struct alignas(8) Words2 {
   uint32_t w[2];
 };
@@ -34,11 +33,12 @@ __device__ __forceinline__ float float_of(uint32_t bits) {
 }
 
 // Makes the compiler keep this pointer in registers, where it would rather compute it again in every step.
-__device__ __forceinline__ void keep(const char*& p) { asm volatile("" : "+l"(p)); }
+__device__ __forceinline__ void keep(const char*& p) {
+  asm volatile("" : "+l"(p));
+}
 
-// ---- shared memory
-// ------------------------------------------------------------------------------------------------- First
-// byte of the block's dynamic shared memory; a multiple of 128.
+// ---- shared memory ----
+// First byte of the block's dynamic shared memory; a multiple of 128.
 __device__ __forceinline__ uint32_t shared_base() {
   extern __shared__ __align__(128) unsigned char memory[];
   return static_cast<uint32_t>(__cvta_generic_to_shared(memory));
@@ -80,10 +80,10 @@ __device__ __forceinline__ void shared_store_16(uint32_t address, const Words4& 
                : "memory");
 }
 
-// ---- asynchronous copies, global to shared
-// --------------------------------------------------------------------------- Copies kBytes (16, 8 or 4; both
-// addresses multiples of it), or writes zeros where `valid` is false: then `source` is not read and may point
-// anywhere. The data may be read after commit, wait and (by other threads) a barrier.
+// ---- asynchronous copies, global to shared ----
+// Copies kBytes (16, 8 or 4; both addresses multiples of it), or writes zeros where `valid` is false: then
+// `source` is not read and may point anywhere. The data may be read after commit, wait and (by other threads)
+// a barrier.
 template <int kBytes>
 __device__ __forceinline__ void cp_async(uint32_t destination, const void* source, bool valid) {
   static_assert(kBytes == 16 || kBytes == 8 || kBytes == 4, "cp.async copies 16, 8 or 4 bytes");
@@ -107,10 +107,9 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- tensor cores
-// ------------------------------------------------------------------------------------------------------ Four
-// 8x8 matrices of 16-bit elements (or 8x4 of 32-bit ones); lanes 8i..8i+7 give the addresses of the 16-byte
-// rows of matrix i. Lane l receives in r[i] the 32 bits at row l / 4, bytes 4 * (l % 4) of matrix i.
+// ---- tensor cores ----
+// Four 8x8 matrices of 16-bit elements (or 8x4 of 32-bit ones); lanes 8i..8i+7 give the addresses of the
+// 16-byte rows of matrix i. Lane l receives in r[i] the 32 bits at row l / 4, bytes 4 * (l % 4) of matrix i.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -148,8 +147,7 @@ __device__ __forceinline__ uint32_t round_to_tf32(uint32_t v) {
   return r;
 }
 
-// ---- arithmetic with IEEE rounding, whatever the compiler's fast-math flags
-// ---------------------------------------------
+// ---- arithmetic with IEEE rounding, whatever the compiler's fast-math flags ----
 __device__ __forceinline__ float fma_rn(float a, float b, float c) {
   return __fmaf_rn(a, b, c);
 }
@@ -166,8 +164,7 @@ __device__ __forceinline__ float sqrt_rn(float a) {
   return __fsqrt_rn(a);
 }
 
-// ---- 16-bit floating point
-// -----------------------------------------------------------------------------------------------
+// ---- 16-bit floating point ----
 __device__ __forceinline__ float f16_to_f32(uint16_t v) {
   float r;
   asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v));
@@ -188,8 +185,7 @@ __device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
   return r;
 }
 
-// ---- global memory
-// -------------------------------------------------------------------------------------------------------
+// ---- global memory ----
 // Read-only for the whole launch (.nc).
 __device__ __forceinline__ uint16_t global_load_u16(const void* p) {
   uint16_t v;
@@ -225,9 +221,8 @@ __device__ __forceinline__ void global_store_16(void* p, const Words4& v) {
                : "memory");
 }
 
-// ---- between blocks of one launch
-// ------------------------------------------------------------------------------------------ Written by other
-// blocks of this launch, so read from L2 (.cg), never from a stale L1 line.
+// ---- between blocks of one launch ----
+// Written by other blocks of this launch, so read from L2 (.cg), never from a stale L1 line.
 __device__ __forceinline__ Words4 workspace_load_16(const void* p) {
   Words4 v;
   asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -1,7 +1,8 @@
-// Split-K: several blocks share the steps of one tile; the last of them to arrive adds the partial sums and stores.
+// Split-K: several blocks share the steps of one tile; the last of them to arrive adds the partial sums and
+// stores.
 //
-// Partial sums are added in the order of the splits, whichever block does it, so the result is the same bit for bit in
-// every run: nothing has to change under torch.use_deterministic_algorithms.
+// Partial sums are added in the order of the splits, whichever block does it, so the result is the same bit
+// for bit in every run: nothing has to change under torch.use_deterministic_algorithms.
 #pragma once
 
 #include "../conv_params.h"
@@ -18,8 +19,8 @@ __device__ __forceinline__ void clear(float (&acc)[Warp::kFragments][4]) {
 
 // True for the block that goes on to store the tile; its acc then holds the whole sum.
 template <class Tile, class Warp>
-__device__ __forceinline__ bool reduce_splits(const ConvParams& params, float (&acc)[Warp::kFragments][4], uint32_t tile,
-                                              uint32_t split, uint32_t flag) {
+__device__ __forceinline__ bool reduce_splits(const ConvParams& params, float (&acc)[Warp::kFragments][4],
+                                              uint32_t tile, uint32_t split, uint32_t flag) {
   // A partial tile is laid out as the threads hold it: fragment by fragment, 16 bytes a thread.
   constexpr int64_t kPartialBytes = int64_t{16} * Warp::kFragments * Tile::kThreads;
   char* const first = static_cast<char*>(params.workspace) + params.partials_offset +

@@ -1,5 +1,5 @@
-// The tile configurations, and the list of kernels built from them. No Torch, no CUDA: kernels, launcher and planner
-// all read this one list.
+// The tile configurations, and the list of kernels built from them. No Torch, no CUDA: kernels, launcher and
+// planner all read this one list.
 #pragma once
 
 namespace fused_resnet {
@@ -7,9 +7,9 @@ namespace fused_resnet {
 enum class Math : int { kFloat16 = 0, kBFloat16 = 1, kTensorFloat32 = 2, kFloat32 = 3 };
 enum class Load : int { kVector = 0, kGather = 1 };
 
-// One block computes kM pixels x kN channels with kWarpsM x kWarpsN warps. Per step it takes kDepthBytes of the depth
-// from every row (so 16-bit types go twice as deep as 32-bit ones), through kStages buffers. kBlocks is how many
-// blocks one SM is meant to hold; it bounds the registers.
+// One block computes kM pixels x kN channels with kWarpsM x kWarpsN warps. Per step it takes kDepthBytes of
+// the depth from every row (so 16-bit types go twice as deep as 32-bit ones), through kStages buffers.
+// kBlocks is how many blocks one SM is meant to hold; it bounds the registers.
 template <int M, int N, int DepthBytes, int Stages, int WarpsM, int WarpsN, int Blocks>
 struct Tile {
   static constexpr int kM = M, kN = N, kDepthBytes = DepthBytes, kStages = Stages;
@@ -23,11 +23,12 @@ struct Tile {
   static constexpr int kPipelineBytes = Stages * kStageBytes;  // after the main loop: staging of the epilogue
   static constexpr int kNormOffset = kPipelineBytes;           // scale, shift of source 0, then of source 1
   static constexpr int kFlagOffset = kNormOffset + 4 * N * 4;  // split-K: did this block arrive last?
-  static constexpr int kRowsOffset = kFlagOffset + 16;         // gather kernels: where each pixel's window begins
+  static constexpr int kRowsOffset = kFlagOffset + 16;  // gather kernels: where each pixel's window begins
   static constexpr int kRowBytes = 16;
   template <Load kLoad>
   static constexpr int kSharedBytes = kRowsOffset + (kLoad == Load::kGather ? M * kRowBytes : 0);
-  static constexpr int kParkBytes = M * N * 4;  // behind all others, where there is a projection (projection.cuh)
+  static constexpr int kParkBytes =
+      M * N * 4;  // behind all others, where there is a projection (projection.cuh)
 };
 
 // 64 x 64 per warp in the two largest: per product, a warp reads half the shared memory that 32 x 32 reads.
@@ -40,31 +41,36 @@ using Tile256x128 = Tile<256, 128, 64, 4, 4, 2, 1>;
 // fp32 on the FMA units, where a warp's lanes are 4 rows x 8 columns (warp_fma.cuh).
 using TileFma128x64 = Tile<128, 64, 128, 3, 4, 1, 2>;
 
-// X(symbol, tile, math, load)
-#define FUSED_RESNET_TENSOR_KERNELS(X, type, math)                     \
-  X(conv_##type##_32x32, Tile32x32, math, Load::kVector)               \
-  X(conv_##type##_64x64, Tile64x64, math, Load::kVector)               \
-  X(conv_##type##_128x64, Tile128x64, math, Load::kVector)             \
-  X(conv_##type##_64x128, Tile64x128, math, Load::kVector)             \
-  X(conv_##type##_128x128, Tile128x128, math, Load::kVector)           \
-  X(conv_##type##_256x128, Tile256x128, math, Load::kVector)           \
-  X(conv_##type##_gather_32x32, Tile32x32, math, Load::kGather)        \
-  X(conv_##type##_gather_128x64, Tile128x64, math, Load::kGather)
+// X(symbol, tile, math, load): every tile with 16-byte copies, and for any other alignment.
+#define FUSED_RESNET_TILES(X, prefix, math, load)          \
+  X(prefix##_32x32, Tile32x32, Math::math, Load::load)     \
+  X(prefix##_64x64, Tile64x64, Math::math, Load::load)     \
+  X(prefix##_128x64, Tile128x64, Math::math, Load::load)   \
+  X(prefix##_64x128, Tile64x128, Math::math, Load::load)   \
+  X(prefix##_128x128, Tile128x128, Math::math, Load::load) \
+  X(prefix##_256x128, Tile256x128, Math::math, Load::load)
+#define FUSED_RESNET_FMA_TILES(X, prefix, math, load)  \
+  X(prefix##_32x32, Tile32x32, Math::math, Load::load) \
+  X(prefix##_64x64, Tile64x64, Math::math, Load::load) \
+  X(prefix##_128x64, TileFma128x64, Math::math, Load::load)
 
-#define FUSED_RESNET_KERNELS_F16(X) FUSED_RESNET_TENSOR_KERNELS(X, f16, Math::kFloat16)
-#define FUSED_RESNET_KERNELS_BF16(X) FUSED_RESNET_TENSOR_KERNELS(X, bf16, Math::kBFloat16)
-#define FUSED_RESNET_KERNELS_TF32(X) FUSED_RESNET_TENSOR_KERNELS(X, tf32, Math::kTensorFloat32)
-#define FUSED_RESNET_KERNELS_F32(X)                                    \
-  X(conv_f32_32x32, Tile32x32, Math::kFloat32, Load::kVector)          \
-  X(conv_f32_64x64, Tile64x64, Math::kFloat32, Load::kVector)          \
-  X(conv_f32_128x64, TileFma128x64, Math::kFloat32, Load::kVector)     \
-  X(conv_f32_gather_32x32, Tile32x32, Math::kFloat32, Load::kGather)   \
-  X(conv_f32_gather_128x64, TileFma128x64, Math::kFloat32, Load::kGather)
+#define FUSED_RESNET_KERNELS_F16(X) FUSED_RESNET_TILES(X, conv_f16, kFloat16, kVector)
+#define FUSED_RESNET_KERNELS_BF16(X) FUSED_RESNET_TILES(X, conv_bf16, kBFloat16, kVector)
+#define FUSED_RESNET_KERNELS_TF32(X) FUSED_RESNET_TILES(X, conv_tf32, kTensorFloat32, kVector)
+#define FUSED_RESNET_KERNELS_F32(X) FUSED_RESNET_FMA_TILES(X, conv_f32, kFloat32, kVector)
+#define FUSED_RESNET_KERNELS_GATHER_F16(X) FUSED_RESNET_TILES(X, conv_gather_f16, kFloat16, kGather)
+#define FUSED_RESNET_KERNELS_GATHER_BF16(X) FUSED_RESNET_TILES(X, conv_gather_bf16, kBFloat16, kGather)
+#define FUSED_RESNET_KERNELS_GATHER_TF32(X) FUSED_RESNET_TILES(X, conv_gather_tf32, kTensorFloat32, kGather)
+#define FUSED_RESNET_KERNELS_GATHER_F32(X) FUSED_RESNET_FMA_TILES(X, conv_gather_f32, kFloat32, kGather)
 
-#define FUSED_RESNET_KERNELS(X) \
-  FUSED_RESNET_KERNELS_F16(X)   \
-  FUSED_RESNET_KERNELS_BF16(X)  \
-  FUSED_RESNET_KERNELS_TF32(X)  \
-  FUSED_RESNET_KERNELS_F32(X)
+#define FUSED_RESNET_KERNELS(X)       \
+  FUSED_RESNET_KERNELS_F16(X)         \
+  FUSED_RESNET_KERNELS_BF16(X)        \
+  FUSED_RESNET_KERNELS_TF32(X)        \
+  FUSED_RESNET_KERNELS_F32(X)         \
+  FUSED_RESNET_KERNELS_GATHER_F16(X)  \
+  FUSED_RESNET_KERNELS_GATHER_BF16(X) \
+  FUSED_RESNET_KERNELS_GATHER_TF32(X) \
+  FUSED_RESNET_KERNELS_GATHER_F32(X)
 
 }  // namespace fused_resnet

@@ -7,18 +7,21 @@
 
 namespace fused_resnet {
 
-// Lanes form a grid of 4 rows x 8 columns; a lane owns rows 4 apart and columns 8 apart. So the eight lanes that one
-// 16-byte shared load serves at a time read one row of a (a broadcast) and eight neighbouring rows of b (all banks).
+// Lanes form a grid of 4 rows x 8 columns; a lane owns rows 4 apart and columns 8 apart. So the eight lanes
+// that one 16-byte shared load serves at a time read one row of a (a broadcast) and eight neighbouring rows
+// of b (all banks).
 template <class Tile>
 class WarpFma {
   static constexpr int kRows = Tile::kWarpM / 4, kColumns = Tile::kWarpN / 8;
 
  public:
-  static constexpr int kFragments = kRows * kColumns / 4;  // value (i, j) is acc[v / 4][v % 4], v = i * kColumns + j
+  static constexpr int kFragments =
+      kRows * kColumns / 4;  // value (i, j) is acc[v / 4][v % 4], v = i * kColumns + j
   static constexpr int kGroups = kRows, kGroupRows = 4;
   static constexpr int kSlabs = Tile::kDepthBytes / 16;
   static constexpr int kElementBytes = 4;
-  static_assert(Tile::kDepthBytes == 128 && kRows % 2 == 0, "rows i and i + 2 of a lane have the same swizzle");
+  static_assert(Tile::kDepthBytes == 128 && kRows % 2 == 0,
+                "rows i and i + 2 of a lane have the same swizzle");
 
   struct Operands {
     Words4 a[kRows];
@@ -73,7 +76,8 @@ class WarpFma {
   }
 
   template <int kFirst, int kCount>
-  __device__ __forceinline__ void stage(const float (&acc)[kFragments][4], uint32_t staging, uint32_t pitch) const {
+  __device__ __forceinline__ void stage(const float (&acc)[kFragments][4], uint32_t staging,
+                                        uint32_t pitch) const {
     const uint32_t lane = staging + (row_ * kCount * kGroupRows + lane_row_) * pitch +
                           (column_ * Tile::kWarpN + lane_column_) * 4;
 #pragma unroll

@@ -1,0 +1,93 @@
+#include "launch.h"
+
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <cstdio>
+
+// The host side of each kernel: its address names it to the CUDA runtime.
+#define FUSED_RESNET_DECLARE_KERNEL(symbol, tile, math, load) \
+  extern "C" void symbol(fused_resnet::ConvParams);
+FUSED_RESNET_KERNELS(FUSED_RESNET_DECLARE_KERNEL)
+
+namespace fused_resnet {
+namespace {
+
+#define FUSED_RESNET_KERNEL_ADDRESS(symbol, tile, math, load) reinterpret_cast<const void*>(&::symbol),
+const void* const kKernels[] = {FUSED_RESNET_KERNELS(FUSED_RESNET_KERNEL_ADDRESS)};
+constexpr int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
+
+int failed(cudaError_t status, const char* what, char* error, int error_bytes) {
+  std::snprintf(error, error_bytes, "cuda: %s: %s", what, cudaGetErrorString(status));
+  return 1;
+}
+
+// A kernel must be allowed more than 48 KiB of dynamic shared memory once per device; kept as the largest
+// size so far.
+constexpr int kDevices = 64;
+std::atomic<int> allowed_shared[kDevices][kKernelCount];
+
+cudaError_t allow_shared(int kernel, int bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  int device = 0;
+  if (const cudaError_t status = cudaGetDevice(&device)) return status;
+  const bool remembered = device < kDevices;
+  if (remembered && allowed_shared[device][kernel].load(std::memory_order_relaxed) >= bytes)
+    return cudaSuccess;
+  const cudaError_t status =
+      cudaFuncSetAttribute(kKernels[kernel], cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (remembered && status == cudaSuccess)
+    allowed_shared[device][kernel].store(bytes, std::memory_order_relaxed);
+  return status;
+}
+
+}  // namespace
+
+int query_device(DeviceProperties& device, char* error, int error_bytes) {
+  int current = 0, major = 0, minor = 0;
+  cudaError_t status = cudaGetDevice(&current);
+  const auto read = [&](int32_t& value, cudaDeviceAttr attribute) {
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&value, attribute, current);
+  };
+  read(device.sm_count, cudaDevAttrMultiProcessorCount);
+  read(major, cudaDevAttrComputeCapabilityMajor);
+  read(minor, cudaDevAttrComputeCapabilityMinor);
+  read(device.shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  read(device.shared_bytes_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  device.capability = major * 10 + minor;
+  return status == cudaSuccess ? 0 : failed(status, "reading the device's properties", error, error_bytes);
+}
+
+int launch_plan(const Plan& plan, const ConvParams& params, void* stream, char* error, int error_bytes) {
+  if (plan.grid[0] == 0) return 0;
+  if (const cudaError_t status = allow_shared(plan.kernel, plan.dynamic_shared_bytes)) {
+    return failed(status, "allowing the kernel's shared memory", error, error_bytes);
+  }
+  const dim3 grid(plan.grid[0], plan.grid[1], plan.grid[2]),
+      block(plan.block[0], plan.block[1], plan.block[2]);
+  void* arguments[] = {const_cast<ConvParams*>(&params)};
+  const cudaError_t status = cudaLaunchKernel(kKernels[plan.kernel], grid, block, arguments,
+                                              plan.dynamic_shared_bytes, static_cast<cudaStream_t>(stream));
+  if (status != cudaSuccess) return failed(status, kernel_info(plan.kernel).symbol, error, error_bytes);
+  return 0;
+}
+
+int check_addresses(const Plan& plan, const void* const* addresses, char* error, int error_bytes) {
+  for (int slot = 0; slot < kTensorCount; ++slot) {
+    const int alignment = plan.alignment[slot];
+    const auto address = reinterpret_cast<uintptr_t>(addresses[slot]);
+    if (alignment == 0 && address != 0) {
+      std::snprintf(error, error_bytes, "%s: expected no address, the plan has no such tensor",
+                    tensor_name(slot));
+      return 1;
+    }
+    if (alignment > 0 && (address == 0 || address % alignment != 0) && plan.grid[0] > 0) {
+      std::snprintf(error, error_bytes, "%s: expected an address that is a multiple of %d, got 0x%llx",
+                    tensor_name(slot), alignment, static_cast<unsigned long long>(address));
+      return 1;
+    }
+  }
+  return 0;
+}
+
+}  // namespace fused_resnet

@@ -1,0 +1,19 @@
+// Executes a plan on raw addresses. Uses the CUDA runtime, but no Torch.
+#pragma once
+
+#include "plan.h"
+
+namespace fused_resnet {
+
+// Properties of the current device; returns 0, or 1 and one sentence in `error`.
+int query_device(DeviceProperties& device, char* error, int error_bytes);
+
+// Launches on `stream` of the current device and returns at once; nothing is launched for an empty grid. Only
+// kernel launches reach the stream, so this may be captured into a CUDA graph. Returns 0, or 1 and one
+// sentence in `error`.
+int launch_plan(const Plan& plan, const ConvParams& params, void* stream, char* error, int error_bytes);
+
+// The checks that launch_plan leaves out: every address the plan needs is there, and aligned.
+int check_addresses(const Plan& plan, const void* const* addresses, char* error, int error_bytes);
+
+}  // namespace fused_resnet

@@ -1,0 +1,328 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdio>
+#include <cstring>
+#include <string>
+
+#include "schedule.h"
+
+namespace fused_resnet {
+namespace {
+
+#define FUSED_RESNET_KERNEL_INFO(symbol, tile, math, load)                    \
+  {#symbol,          tile::kM,       tile::kN,      tile::kDepthBytes,        \
+   tile::kStages,    tile::kThreads, tile::kBlocks, tile::kSharedBytes<load>, \
+   tile::kParkBytes, math,           load},
+constexpr KernelInfo kCatalogue[] = {FUSED_RESNET_KERNELS(FUSED_RESNET_KERNEL_INFO)};
+#undef FUSED_RESNET_KERNEL_INFO
+
+struct Tensor {
+  const char* name;
+  size_t offset;
+};
+#define FUSED_RESNET_NORM_TENSORS(prefix, index)                         \
+  {prefix "bias", offsetof(ConvParams, norm[index].conv_bias)},          \
+      {prefix "bn_weight", offsetof(ConvParams, norm[index].weight)},    \
+      {prefix "bn_bias", offsetof(ConvParams, norm[index].bias)},        \
+      {prefix "running_mean", offsetof(ConvParams, norm[index].mean)}, { \
+    prefix "running_var", offsetof(ConvParams, norm[index].var)          \
+  }
+constexpr Tensor kTensors[kTensorCount] = {
+    {"x", offsetof(ConvParams, source[0].x)},
+    {"weight", offsetof(ConvParams, source[0].weight)},
+    FUSED_RESNET_NORM_TENSORS("", 0),
+    {"proj_x", offsetof(ConvParams, source[1].x)},
+    {"proj_weight", offsetof(ConvParams, source[1].weight)},
+    FUSED_RESNET_NORM_TENSORS("proj_", 1),
+    {"residual", offsetof(ConvParams, residual)},
+    {"y", offsetof(ConvParams, y)},
+    {"workspace", offsetof(ConvParams, workspace)},
+};
+#undef FUSED_RESNET_NORM_TENSORS
+
+int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
+int bytes_of(int32_t dtype) {
+  return dtype == kFloat32 ? 4 : 2;
+}
+bool known(int32_t dtype) {
+  return dtype == kFloat16 || dtype == kBFloat16 || dtype == kFloat32;
+}
+int32_t out_size(int64_t size, int64_t window, int64_t stride, int64_t padding, int64_t dilation) {
+  return static_cast<int32_t>((size + 2 * padding - dilation * (window - 1) - 1) / stride + 1);
+}
+
+struct Refusal {
+  std::string sentence;
+};
+template <class... Args>
+[[noreturn]] void refuse(const char* format, Args... args) {
+  char text[256];
+  std::snprintf(text, sizeof(text), format, args...);
+  throw Refusal{text};
+}
+
+// ---- checks ----
+
+constexpr int64_t kLimit = int64_t{1} << 30;  // every size, and every coordinate that the kernels form
+
+void check_norm(const char* prefix, const NormRequest& norm) {
+  if (norm.bias_dtype != kAbsent && !known(norm.bias_dtype)) {
+    refuse("cuda: %sbias must be float16, bfloat16 or float32", prefix);
+  }
+  if (norm.norm_dtype != kAbsent && !known(norm.norm_dtype)) {
+    refuse("cuda: the %sBN tensors must be float16, bfloat16 or float32", prefix);
+  }
+}
+
+void check(const PlanRequest& q, const DeviceProperties& device) {
+  if (device.capability < 80) refuse("cuda: needs sm_80 or newer, got sm_%d", device.capability);
+  if (q.groups != 1) refuse("cuda: groups must be 1, got %d", q.groups);
+  if (!known(q.dtype)) refuse("cuda: dtype must be float16, bfloat16 or float32");
+  if (q.residual_dtype != kAbsent && !known(q.residual_dtype)) {
+    refuse("cuda: residual must be float16, bfloat16 or float32");
+  }
+  if (q.projection && q.residual_dtype != kAbsent)
+    refuse("cuda: expected a residual or a projection, got both");
+  check_norm("", q.norm);
+  check_norm("proj_", q.proj_norm);
+  const struct {
+    const char* name;
+    int64_t value, least;
+  } numbers[] = {{"n", q.n, 0},
+                 {"h", q.h, 0},
+                 {"w", q.w, 0},
+                 {"c", q.c, 1},
+                 {"k", q.k, 1},
+                 {"r", q.r, 1},
+                 {"s", q.s, 1},
+                 {"stride", std::min(q.stride_h, q.stride_w), 1},
+                 {"dilation", std::min(q.dilation_h, q.dilation_w), 1},
+                 {"padding", std::min(q.padding_h, q.padding_w), 0},
+                 {"largest stride", std::max(q.stride_h, q.stride_w), 1},
+                 {"padded height", q.h + 2 * int64_t{q.padding_h}, 0},
+                 {"padded width", q.w + 2 * int64_t{q.padding_w}, 0},
+                 {"dilated filter height", int64_t{q.dilation_h} * q.r, 1},
+                 {"dilated filter width", int64_t{q.dilation_w} * q.s, 1},
+                 {"filter size times c", int64_t{q.r} * q.s * q.c, 1}};
+  for (const auto& number : numbers) {
+    if (number.value < number.least || number.value > kLimit) {
+      refuse("cuda: %s must be between %lld and 2^30, got %lld", number.name,
+             static_cast<long long>(number.least), static_cast<long long>(number.value));
+    }
+  }
+  const int32_t p = out_size(q.h, q.r, q.stride_h, q.padding_h, q.dilation_h);
+  const int32_t width = out_size(q.w, q.s, q.stride_w, q.padding_w, q.dilation_w);
+  if (p < 1 || width < 1) refuse("cuda: the output would be %d x %d", p, width);
+  if (int64_t{q.n} * p * width > kLimit) {
+    refuse("cuda: batch times output pixels must be at most 2^30, got %lld",
+           static_cast<long long>(int64_t{q.n} * p * width));
+  }
+  if (!q.projection) return;
+  if (q.proj_c < 1 || q.proj_h < 1 || q.proj_w < 1 || std::min(q.proj_stride_h, q.proj_stride_w) < 1 ||
+      std::max({q.proj_c, q.proj_h, q.proj_w, q.proj_stride_h, q.proj_stride_w}) > kLimit) {
+    refuse("cuda: the sizes of proj_x must be between 1 and 2^30");
+  }
+  const int32_t proj_p = out_size(q.proj_h, 1, q.proj_stride_h, 0, 1);
+  const int32_t proj_q = out_size(q.proj_w, 1, q.proj_stride_w, 0, 1);
+  if (proj_p != p || proj_q != width) {
+    refuse("cuda: the projection is %d x %d, expected %d x %d", proj_p, proj_q, p, width);
+  }
+}
+
+// ---- params ----
+
+int widest_load(int64_t row_bytes, int alignment) {
+  int width = 16;
+  while (row_bytes % width || alignment % width) width /= 2;
+  return width;
+}
+
+void fill_source(ConvSource& source, int32_t h, int32_t w, int32_t c, int element_bytes, int alignment) {
+  source.h = h;
+  source.w = w;
+  source.c = c;
+  source.x_stride_w = c;
+  source.x_stride_h = int64_t{w} * c;
+  source.x_stride_n = int64_t{h} * w * c;
+  source.depth = source.r * source.s * c;
+  source.vector_bytes = std::max(element_bytes, widest_load(int64_t{c} * element_bytes, alignment));
+}
+
+void fill_steps(ConvSource& source, int depth) {  // `depth` elements a step
+  source.steps = static_cast<int32_t>(ceil_div(source.depth, depth));
+  source.step_c = depth % source.c;
+  source.step_s = depth / source.c % source.s;
+  source.step_r = depth / source.c / source.s;
+}
+
+void fill_norm(ChannelNorm& norm, const NormRequest& request) {
+  norm.eps = request.eps;
+  norm.norm_dtype = request.norm_dtype == kAbsent ? kFloat32 : request.norm_dtype;
+  norm.conv_bias_dtype = request.bias_dtype == kAbsent ? kFloat32 : request.bias_dtype;
+}
+
+// What VectorLoad keeps in 32 bits: 15 taps a side, and offsets within a window.
+bool suits_vector_load(const ConvSource& source) {
+  const int64_t span = (source.r - 1) * source.dilation_h * source.x_stride_h +
+                       (source.s - 1) * source.dilation_w * source.x_stride_w + source.c;
+  return source.vector_bytes == 16 && source.r <= 15 && source.s <= 15 && span < (int64_t{1} << 31) &&
+         source.dilation_h * source.x_stride_h < (int64_t{1} << 31);
+}
+
+Math math_of(const PlanRequest& q) {
+  if (q.dtype == kFloat16) return Math::kFloat16;
+  if (q.dtype == kBFloat16) return Math::kBFloat16;
+  return q.tf32 ? Math::kTensorFloat32 : Math::kFloat32;
+}
+
+// Everything that does not depend on the tile.
+ConvParams fill_params(const PlanRequest& q) {
+  ConvParams params;
+  std::memset(&params, 0, sizeof(params));
+  const int element_bytes = bytes_of(q.dtype), alignment = std::max(q.alignment, element_bytes);
+  ConvSource& main = params.source[0];
+  main.r = q.r;
+  main.s = q.s;
+  main.stride_h = q.stride_h;
+  main.stride_w = q.stride_w;
+  main.padding_h = q.padding_h;
+  main.padding_w = q.padding_w;
+  main.dilation_h = q.dilation_h;
+  main.dilation_w = q.dilation_w;
+  fill_source(main, q.h, q.w, q.c, element_bytes, alignment);
+  fill_norm(params.norm[0], q.norm);
+  params.sources = 1;
+  if (q.projection) {
+    ConvSource& proj = params.source[1];
+    proj.r = proj.s = proj.dilation_h = proj.dilation_w = 1;
+    proj.stride_h = q.proj_stride_h;
+    proj.stride_w = q.proj_stride_w;
+    fill_source(proj, q.proj_h, q.proj_w, q.proj_c, element_bytes, alignment);
+    fill_norm(params.norm[1], q.proj_norm);
+    params.sources = 2;
+  }
+  params.p = out_size(q.h, q.r, q.stride_h, q.padding_h, q.dilation_h);
+  params.q = out_size(q.w, q.s, q.stride_w, q.padding_w, q.dilation_w);
+  params.k = q.k;
+  params.pixels = q.n * params.p * params.q;
+  params.activation = q.activation;
+  params.residual_dtype = q.residual_dtype == kAbsent ? q.dtype : q.residual_dtype;
+  // The type torch.result_type gives: that of both, or float32.
+  params.y_dtype = params.residual_dtype == q.dtype ? q.dtype : kFloat32;
+  const int count = params.y_dtype == kFloat32 ? 4 : 8;  // one 16-byte store of y
+  const bool whole = q.k % count == 0 && alignment % 16 == 0;
+  params.y_vector = whole ? count : 1;
+  return params;
+}
+
+// ---- the plan ----
+
+[[noreturn]] void refuse_tile(const PlanRequest& q, const DeviceProperties& device) {
+  std::string tiles;
+  bool exists = q.tile_m == 0 && q.tile_n == 0;
+  for (const KernelInfo& kernel : kCatalogue) {
+    if (kernel.math != math_of(q) || kernel.load != Load::kVector) continue;
+    const std::string name = std::to_string(kernel.tile_m) + "x" + std::to_string(kernel.tile_n);
+    tiles += (tiles.empty() ? "" : ", ") + name;
+    exists = exists || (kernel.tile_m == q.tile_m && kernel.tile_n == q.tile_n);
+  }
+  if (!exists) refuse("cuda: tile must be one of %s, got %dx%d", tiles.c_str(), q.tile_m, q.tile_n);
+  refuse(
+      "cuda: tile %dx%d needs more than the %d bytes of shared memory that a block of this device may have",
+      q.tile_m, q.tile_n, device.shared_bytes_per_block);
+}
+
+void fill_alignment(const PlanRequest& q, Plan& plan) {
+  const ConvParams& params = plan.params;
+  const auto norm = [&](int first, const NormRequest& request) {  // slots: bias, weight, bias, mean, var
+    if (request.bias_dtype != kAbsent) plan.alignment[first] = bytes_of(request.bias_dtype);
+    if (request.norm_dtype == kAbsent) return;
+    for (int i = request.affine ? 1 : 3; i <= 4; ++i)
+      plan.alignment[first + i] = bytes_of(request.norm_dtype);
+  };
+  plan.alignment[kTensorX] = plan.alignment[kTensorWeight] = params.source[0].vector_bytes;
+  norm(kTensorBias, q.norm);
+  if (q.projection) {
+    plan.alignment[kTensorProjX] = plan.alignment[kTensorProjWeight] = params.source[1].vector_bytes;
+    norm(kTensorProjBias, q.proj_norm);
+  }
+  if (q.residual_dtype != kAbsent)
+    plan.alignment[kTensorResidual] = bytes_of(params.residual_dtype) * params.y_vector;
+  plan.alignment[kTensorY] = bytes_of(params.y_dtype) * params.y_vector;
+  if (plan.workspace_bytes) plan.alignment[kTensorWorkspace] = 16;
+}
+
+void fill_plan(const PlanRequest& q, const DeviceProperties& device, Plan& plan) {
+  check(q, device);
+  std::memset(&plan, 0, sizeof(plan));
+  plan.params = fill_params(q);
+  ConvParams& params = plan.params;
+  bool vector = true;
+  for (int i = 0; i < params.sources; ++i) vector = vector && suits_vector_load(params.source[i]);
+  if (q.splits < 0 || q.splits > 65535) refuse("cuda: splitk must be between 1 and 65535, got %d", q.splits);
+  const Load load = vector ? Load::kVector : Load::kGather;
+  const Schedule choice = choose_schedule(params, math_of(q), load, device, {q.tile_m, q.tile_n, q.splits});
+  if (choice.kernel < 0) refuse_tile(q, device);
+  const KernelInfo& kernel = kCatalogue[choice.kernel];
+  plan.kernel = choice.kernel;
+  for (int i = 0; i < params.sources; ++i)
+    fill_steps(params.source[i], kernel.depth_bytes / bytes_of(q.dtype));
+  const int64_t tiles_n = ceil_div(params.k, kernel.tile_n);
+  const int64_t tiles = ceil_div(params.pixels, kernel.tile_m) * tiles_n;
+  if (tiles >= (int64_t{1} << 31))
+    refuse("cuda: a grid of %lld tiles is more than 2^31", static_cast<long long>(tiles));
+  params.tiles_n = static_cast<int32_t>(tiles_n);
+  params.splits = static_cast<int32_t>(choice.splits);
+  plan.grid[0] = static_cast<int32_t>(tiles);
+  plan.grid[1] = params.splits;
+  plan.grid[2] = 1;
+  plan.block[0] = kernel.threads;
+  plan.block[1] = plan.block[2] = 1;
+  plan.dynamic_shared_bytes = kernel.shared_bytes + (params.sources == 2 ? kernel.park_bytes : 0);
+  if (params.splits > 1) {
+    plan.counter_bytes = round_up(tiles * 4, 256);
+    params.partials_offset = plan.counter_bytes;
+    plan.workspace_bytes = plan.counter_bytes + tiles * params.splits * kernel.tile_m * kernel.tile_n * 4;
+  }
+  fill_alignment(q, plan);
+}
+
+}  // namespace
+
+int kernel_count() {
+  return static_cast<int>(sizeof(kCatalogue) / sizeof(kCatalogue[0]));
+}
+const KernelInfo& kernel_info(int index) {
+  return kCatalogue[index];
+}
+const char* tensor_name(int slot) {
+  return kTensors[slot].name;
+}
+int64_t tensor_offset(int slot) {
+  return static_cast<int64_t>(kTensors[slot].offset);
+}
+
+int make_plan(const PlanRequest& request, const DeviceProperties& device, Plan& plan, char* error,
+              int error_bytes) {
+  try {
+    fill_plan(request, device, plan);
+    return 0;
+  } catch (const Refusal& refusal) {
+    std::snprintf(error, error_bytes, "%s", refusal.sentence.c_str());
+    return 1;
+  }
+}
+
+ConvParams bind_addresses(const Plan& plan, const void* const* addresses) {
+  ConvParams params = plan.params;
+  for (int slot = 0; slot < kTensorCount; ++slot) {
+    std::memcpy(reinterpret_cast<char*>(&params) + kTensors[slot].offset, &addresses[slot], sizeof(void*));
+  }
+  return params;
+}
+
+}  // namespace fused_resnet

@@ -1,0 +1,104 @@
+// Planning: a pure function from a problem and a device to everything one launch needs except addresses.
+// No Torch, no CUDA, no allocation; all structs are plain data, also for the C API (c_api.cpp).
+#pragma once
+
+#include <cstdint>
+
+#include "../conv_params.h"
+#include "tiles.h"
+
+namespace fused_resnet {
+
+constexpr int32_t kAbsent = -1;  // in place of a DType: there is no such tensor
+
+// The BN and the bias of one convolution.
+struct NormRequest {
+  int32_t bias_dtype;  // of the convolution's bias
+  int32_t norm_dtype;  // of running_mean, running_var and the affine parameters; kAbsent: no BN
+  int32_t affine;      // 1 where BN has weight and bias
+  float eps;
+};
+
+struct PlanRequest {
+  int32_t n, h, w, c, k, r, s;
+  int32_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  int32_t groups;
+  int32_t dtype;  // of x and the weights
+  int32_t tf32;   // 1: fp32 products may be rounded to tf32
+  int32_t residual_dtype;
+  int32_t activation;
+  NormRequest norm;
+  int32_t projection;  // 1: proj_x [n, proj_h, proj_w, proj_c] passes a 1x1 convolution and is added
+  int32_t proj_c, proj_h, proj_w, proj_stride_h, proj_stride_w;
+  NormRequest proj_norm;
+  int32_t alignment;  // bytes that the addresses of x, weights, residual and y are all multiples of (16 is
+                      // enough)
+  int32_t tile_m, tile_n;  // 0: the planner's choice
+  int32_t splits;          // 0: the planner's choice
+};
+
+struct DeviceProperties {
+  int32_t sm_count;
+  int32_t capability;              // 80 for sm_80
+  int32_t shared_bytes_per_block;  // the opt-in limit
+  int32_t shared_bytes_per_sm;
+};
+
+// The tensors whose addresses a launch needs. Their names in Python and in launch.json: tensor_name().
+enum TensorSlot : int32_t {
+  kTensorX,
+  kTensorWeight,
+  kTensorBias,
+  kTensorBnWeight,
+  kTensorBnBias,
+  kTensorRunningMean,
+  kTensorRunningVar,
+  kTensorProjX,
+  kTensorProjWeight,
+  kTensorProjBias,
+  kTensorProjBnWeight,
+  kTensorProjBnBias,
+  kTensorProjRunningMean,
+  kTensorProjRunningVar,
+  kTensorResidual,
+  kTensorY,
+  kTensorWorkspace,
+  kTensorCount
+};
+
+struct KernelInfo {
+  const char* symbol;
+  int32_t tile_m, tile_n, depth_bytes, stages, threads;
+  int32_t blocks_per_sm;  // that the registers allow
+  int32_t shared_bytes;
+  int32_t park_bytes;  // more, with a projection
+  Math math;
+  Load load;
+};
+
+struct Plan {
+  int32_t kernel;  // index into the catalogue
+  int32_t grid[3], block[3];
+  int32_t dynamic_shared_bytes;
+  int64_t workspace_bytes;  // 0 where there is none
+  int64_t
+      counter_bytes;  // the first ones of the workspace: zero before the first launch, zero again after each
+  int32_t
+      alignment[kTensorCount];  // bytes each address must be a multiple of; 0: the launch has no such tensor
+  ConvParams params;            // every address null
+};
+
+int kernel_count();
+const KernelInfo& kernel_info(int index);
+const char* tensor_name(int slot);
+int64_t tensor_offset(int slot);  // bytes into ConvParams
+
+// One sentence why this extension does not run the request on any device, or on this one; empty where it
+// does. Returns 0 and the plan, or 1 and one sentence in `error`.
+int make_plan(const PlanRequest& request, const DeviceProperties& device, Plan& plan, char* error,
+              int error_bytes);
+
+// The params of a launch at these addresses (by slot; null where there is no tensor).
+ConvParams bind_addresses(const Plan& plan, const void* const* addresses);
+
+}  // namespace fused_resnet
