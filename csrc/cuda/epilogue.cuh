@@ -207,6 +207,7 @@ template <class Tile, class Warp>
 __device__ __forceinline__ void store_tile(const ConvParams& params, const float (&acc)[Warp::kFragments][4],
                                            const Warp& warp, int pixel0, int channel0, uint32_t staging,
                                            uint32_t norm) {
+  enter_epilogue();
 #pragma unroll 1
   for (int pass = 0; pass < Staging<Tile, Warp>::kPasses; ++pass) {
     if (pass > 0) __syncthreads();  // the previous pass has been read

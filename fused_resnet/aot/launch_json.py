@@ -129,7 +129,7 @@ class Launch:
         record |= record.pop("extra")
         # the keys of the format first, ours after them
         record = {key: record[key] for key in _KEYS} | record
-        return json.dumps(record, indent=1) + "\n"
+        return "{\n" + ",\n".join(f" {json.dumps(key)}: {_value(value)}" for key, value in record.items()) + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str) -> Launch:
@@ -146,6 +146,15 @@ class Launch:
         fields = {f.name for f in dataclasses.fields(cls)}
         extra = {key: record.pop(key) for key in list(record) if key not in fields}
         return cls(**record, tensors=tensors, extra=extra)
+
+
+def _value(value: Any) -> str:
+    """JSON with one argument or tensor a line."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n  " + ",\n  ".join(json.dumps(item) for item in value) + "\n ]"
+    if isinstance(value, dict) and value and isinstance(next(iter(value.values())), dict):
+        return "{\n  " + ",\n  ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n }"
+    return json.dumps(value)
 
 
 def _check_argument(where: str, argument: dict[str, Any]) -> set[str]:

@@ -20,14 +20,26 @@ struct alignas(16) Words4 {
   uint32_t w[4];
 };
 
-inline uint32_t bits_of(float v) { return __builtin_bit_cast(uint32_t, v); }
-inline float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+inline uint32_t bits_of(float v) {
+  return __builtin_bit_cast(uint32_t, v);
+}
+inline float float_of(uint32_t bits) {
+  return __builtin_bit_cast(float, bits);
+}
 
 // Not zero, as it need not be on a GPU (static shared memory comes first).
 constexpr uint32_t kSharedBase = 1024;
-inline uint32_t shared_base() { return kSharedBase; }
+inline uint32_t shared_base() {
+  return kSharedBase;
+}
 
-inline void enter_epilogue() { host_cuda::set_phase(1); }
+// Keeps nvcc from computing a value anew: nothing to do here.
+template <class T>
+inline void keep(T&) {}
+
+inline void enter_epilogue() {
+  host_cuda::set_phase(1);
+}
 
 namespace host {
 
@@ -156,43 +168,55 @@ struct Mma {
   const uint32_t* a;
   uint32_t b[2];
 };
-struct HalfToFloat {
+// Eight words along the depth as floats.
+struct Half {
   static constexpr int kPerWord = 2;
-  static float at(uint32_t word, int i) {
-    return static_cast<float>(__builtin_bit_cast(_Float16, static_cast<uint16_t>(word >> (16 * i))));
+  static void unpack(const uint32_t (&words)[8], float* out) {
+    _Float16 values[16];
+    memcpy(values, words, sizeof values);
+    for (int i = 0; i < 16; i++) out[i] = static_cast<float>(values[i]);
   }
 };
-struct BfloatToFloat {
+struct Bfloat {
   static constexpr int kPerWord = 2;
-  static float at(uint32_t word, int i) { return float_of(i ? word & 0xffff0000u : word << 16); }
+  static void unpack(const uint32_t (&words)[8], float* out) {
+    for (int i = 0; i < 16; i++) out[i] = float_of(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
+  }
 };
-struct TfloatToFloat {  // the tensor core ignores the 13 low bits
+struct TensorFloat {  // the tensor core ignores the 13 low bits
   static constexpr int kPerWord = 1;
-  static float at(uint32_t word, int) { return float_of(word & 0xffffe000u); }
+  static void unpack(const uint32_t (&words)[8], float* out) {
+    for (int i = 0; i < 8; i++) out[i] = float_of(words[i] & 0xffffe000u);
+  }
 };
 
 // m16n8k16 for 16-bit elements, m16n8k8 for tf32: with g = lane / 4, t = lane % 4, e elements in a word,
-// word i of A holds row g + 8 * (i % 2), columns e * (t + 4 * (i / 2)) ..; word i of B the rows e * (t + 4 * i) ..
-// of column g; D rows g and g + 8, columns 2t and 2t + 1. Products are exact in fp32.
+// word i of A holds row g + 8 * (i % 2), columns e * (t + 4 * (i / 2)) and up; word i of B the rows e * (t +
+// 4 * i) and up of column g; D rows g and g + 8, columns 2t and 2t + 1. Products are exact in fp32.
 template <class Format>
 void mma_execute(Warp& warp, uint32_t) {
   constexpr int e = Format::kPerWord, depth = 8 * e;
-  float a[16][depth], b[depth][8], d[16][8];
+  using Columns = float __attribute__((vector_size(32)));
+  uint32_t a_words[16][8], b_words[8][8];  // [row of A or column of B][word along the depth]
+  Columns d[16], b[depth];
   for (int lane = 0; lane < 32; lane++) {
     const auto& mma = operands<Mma>(warp, lane);
     const int g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; i++) {
-      for (int j = 0; j < e; j++) a[g + 8 * (i % 2)][e * (t + 4 * (i / 2)) + j] = Format::at(mma.a[i], j);
+      a_words[g + 8 * (i % 2)][t + 4 * (i / 2)] = mma.a[i];
       d[g + 8 * (i / 2)][2 * t + i % 2] = mma.d[i];
     }
-    for (int i = 0; i < 2; i++) {
-      for (int j = 0; j < e; j++) b[e * (t + 4 * i) + j][g] = Format::at(mma.b[i], j);
-    }
+    for (int i = 0; i < 2; i++) b_words[g][t + 4 * i] = mma.b[i];
+  }
+  for (int column = 0; column < 8; column++) {
+    float row[depth];
+    Format::unpack(b_words[column], row);
+    for (int k = 0; k < depth; k++) b[k][column] = row[k];
   }
   for (int row = 0; row < 16; row++) {
-    for (int k = 0; k < depth; k++) {
-      for (int column = 0; column < 8; column++) d[row][column] += a[row][k] * b[k][column];
-    }
+    float a[depth];
+    Format::unpack(a_words[row], a);
+    for (int k = 0; k < depth; k++) d[row] += a[k] * b[k];
   }
   for (int lane = 0; lane < 32; lane++) {
     float* out = operands<Mma>(warp, lane).d;
@@ -210,16 +234,30 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 }  // namespace host
 
 // ---- shared memory
-inline float shared_load_f32(uint32_t address) { return host::shared_load<float>(address); }
-inline uint32_t shared_load_u32(uint32_t address) { return host::shared_load<uint32_t>(address); }
-inline Words4 shared_load_16(uint32_t address) { return host::shared_load<Words4>(address); }
-inline void shared_store_u16(uint32_t address, uint16_t v) { host::shared_store(address, v); }
-inline void shared_store_u32(uint32_t address, uint32_t v) { host::shared_store(address, v); }
-inline void shared_store_f32(uint32_t address, float v) { host::shared_store(address, v); }
+inline float shared_load_f32(uint32_t address) {
+  return host::shared_load<float>(address);
+}
+inline uint32_t shared_load_u32(uint32_t address) {
+  return host::shared_load<uint32_t>(address);
+}
+inline Words4 shared_load_16(uint32_t address) {
+  return host::shared_load<Words4>(address);
+}
+inline void shared_store_u16(uint32_t address, uint16_t v) {
+  host::shared_store(address, v);
+}
+inline void shared_store_u32(uint32_t address, uint32_t v) {
+  host::shared_store(address, v);
+}
+inline void shared_store_f32(uint32_t address, float v) {
+  host::shared_store(address, v);
+}
 inline void shared_store_f32x2(uint32_t address, float v0, float v1) {
   host::shared_store(address, std::array<float, 2>{v0, v1});
 }
-inline void shared_store_16(uint32_t address, const Words4& v) { host::shared_store(address, v); }
+inline void shared_store_16(uint32_t address, const Words4& v) {
+  host::shared_store(address, v);
+}
 
 template <int kBytes>
 void cp_async(uint32_t destination, const void* source, bool valid) {
@@ -229,7 +267,9 @@ void cp_async(uint32_t destination, const void* source, bool valid) {
   host_cuda::perform(op, &copy);
   host_cuda::copy_async(copy.destination, source, kBytes, valid ? kBytes : 0);
 }
-inline void cp_async_commit() { host_cuda::commit_copies(); }
+inline void cp_async_commit() {
+  host_cuda::commit_copies();
+}
 template <int kPending>
 void cp_async_wait() {
   host_cuda::wait_copies(kPending);
@@ -242,13 +282,13 @@ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
   host_cuda::perform(op, &operands);
 }
 inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  host::mma<host::HalfToFloat>(d, a, b0, b1);
+  host::mma<host::Half>(d, a, b0, b1);
 }
 inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  host::mma<host::BfloatToFloat>(d, a, b0, b1);
+  host::mma<host::Bfloat>(d, a, b0, b1);
 }
 inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  host::mma<host::TfloatToFloat>(d, a, b0, b1);
+  host::mma<host::TensorFloat>(d, a, b0, b1);
 }
 inline uint32_t round_to_tf32(uint32_t v) {
   const bool finite = (v & 0x7f800000u) != 0x7f800000u;
@@ -256,15 +296,29 @@ inline uint32_t round_to_tf32(uint32_t v) {
 }
 
 // ---- arithmetic
-inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float add_rn(float a, float b) { return a + b; }
-inline float mul_rn(float a, float b) { return a * b; }
-inline float div_rn(float a, float b) { return a / b; }
-inline float sqrt_rn(float a) { return std::sqrt(a); }
+inline float fma_rn(float a, float b, float c) {
+  return std::fma(a, b, c);
+}
+inline float add_rn(float a, float b) {
+  return a + b;
+}
+inline float mul_rn(float a, float b) {
+  return a * b;
+}
+inline float div_rn(float a, float b) {
+  return a / b;
+}
+inline float sqrt_rn(float a) {
+  return std::sqrt(a);
+}
 
 // ---- 16-bit floating point
-inline float f16_to_f32(uint16_t v) { return static_cast<float>(__builtin_bit_cast(_Float16, v)); }
-inline float bf16_to_f32(uint16_t v) { return float_of(static_cast<uint32_t>(v) << 16); }
+inline float f16_to_f32(uint16_t v) {
+  return static_cast<float>(__builtin_bit_cast(_Float16, v));
+}
+inline float bf16_to_f32(uint16_t v) {
+  return float_of(static_cast<uint32_t>(v) << 16);
+}
 inline uint32_t pack_f16x2(float low, float high) {
   const auto half = [](float v) {
     return static_cast<uint32_t>(__builtin_bit_cast(uint16_t, static_cast<_Float16>(v)));
@@ -281,16 +335,33 @@ inline uint32_t pack_bf16x2(float low, float high) {
 }
 
 // ---- global memory
-inline uint16_t global_load_u16(const void* p) { return host::global_load<uint16_t>(p); }
-inline uint32_t global_load_u32(const void* p) { return host::global_load<uint32_t>(p); }
-inline Words4 global_load_16(const void* p) { return host::global_load<Words4>(p); }
-inline void global_store_u16(void* p, uint16_t v) { host::global_store(p, v); }
-inline void global_store_u32(void* p, uint32_t v) { host::global_store(p, v); }
-inline void global_store_16(void* p, const Words4& v) { host::global_store(p, v); }
+inline uint16_t global_load_u16(const void* p) {
+  return host::global_load<uint16_t>(p);
+}
+inline uint32_t global_load_u32(const void* p) {
+  return host::global_load<uint32_t>(p);
+}
+inline Words2 global_load_8(const void* p) {
+  return host::global_load<Words2>(p);
+}
+inline Words4 global_load_16(const void* p) {
+  return host::global_load<Words4>(p);
+}
+inline void global_store_u16(void* p, uint16_t v) {
+  host::global_store(p, v);
+}
+inline void global_store_u32(void* p, uint32_t v) {
+  host::global_store(p, v);
+}
+inline void global_store_16(void* p, const Words4& v) {
+  host::global_store(p, v);
+}
 
 // ---- between blocks. Blocks run one after another here, in random order; orderings that only interleaved
 // blocks can break are ptxi's part of the proof.
-inline Words4 workspace_load_16(const void* p) { return host::global_load<Words4>(p); }
+inline Words4 workspace_load_16(const void* p) {
+  return host::global_load<Words4>(p);
+}
 inline uint32_t arrive(uint32_t* counter, uint32_t blocks) {
   host_cuda::check_global(counter, 4, true);
   const uint32_t before = *counter;

@@ -10,7 +10,7 @@
 #include <random>
 
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
+  #include <sanitizer/asan_interface.h>
 #endif
 
 uint3 threadIdx, blockIdx;
@@ -39,7 +39,7 @@ struct Lane {
   uint3 index{};
   Warp* warp = nullptr;
   int lane = 0;
-  std::vector<Copy> copies;            // in flight, oldest first
+  std::vector<Copy> copies;          // in flight, oldest first
   std::vector<uint32_t> group_ends;  // where in `copies` the committed groups end
   int phase = 0;
   int barrier_line = 0;
@@ -48,8 +48,9 @@ struct Lane {
 
 struct Warp {
   Lane* lanes = nullptr;  // 32 of them, fewer in the last warp of an odd block
-  uint32_t live = 0;      // lanes that have not returned
-  uint32_t waiting = 0;   // at a warp operation
+  uint32_t launched = 0;
+  uint32_t live = 0;     // lanes that have not returned
+  uint32_t waiting = 0;  // at a warp operation
   uint32_t at_barrier = 0;
   int current = 0;  // the lane to resume
   const WarpOp* op[32]{};
@@ -80,8 +81,9 @@ int phase = 0;  // of the lanes whose operation is being executed
 alignas(1024) unsigned char shared_memory[kMaxShared + kSharedGuard];
 
 unsigned char* stacks() {
-  static auto* memory = static_cast<unsigned char*>(mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
-                                                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  static auto* memory =
+      static_cast<unsigned char*>(mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
+                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   return memory;
 }
 
@@ -153,7 +155,7 @@ host_cuda_switch:
 constexpr size_t kSavedRegisters = 20;
 constexpr size_t kReturnSlot = 19;  // x30
 #else
-#error "host_cuda: the context switch is written for x86-64 and aarch64"
+  #error "host_cuda: the context switch is written for x86-64 and aarch64"
 #endif
 
 namespace {
@@ -179,7 +181,8 @@ Lane* next_ready(Warp& warp, int after) {
   return &warp.lanes[__builtin_ctz(later ? later : ready)];
 }
 
-// Every lane of the warp is blocked: execute the operation that can be executed. False: the warp waits at a barrier.
+// Every lane of the warp is blocked: execute the operation that can be executed. False: the warp waits at a
+// barrier.
 bool resolve(Warp& warp) {
   if (!warp.waiting) return false;
   // Lanes at a memory access may still join the others at a collective, so they go first.
@@ -198,7 +201,8 @@ bool resolve(Warp& warp) {
     int lane = __builtin_ctz(rest);
     if (warp.op[lane] == op) group |= 1u << lane;
   }
-  if (op->collective && group != warp.live) fail(std::string(op->name) + ": not every lane of the warp takes part");
+  if (op->collective && group != warp.launched)
+    fail(std::string(op->name) + ": not every lane of the warp takes part");
   stats.collectives++;
   phase = warp.lanes[first].phase;
   op->execute(warp, group);
@@ -226,7 +230,8 @@ void give_way() {
   }
 }
 
-// A lane that gives way may be resumed while it is still blocked only by mistake of this file: loop to be sure.
+// A lane that gives way may be resumed while it is still blocked only by mistake of this file: loop to be
+// sure.
 void block_until(uint32_t Warp::* set) {
   Lane* me = self;
   while (me->warp->*set & (1u << me->lane)) give_way();
@@ -234,7 +239,8 @@ void block_until(uint32_t Warp::* set) {
 
 extern "C" void host_cuda_lane() {
   kernel_function(kernel_context);
-  if (!self->copies.empty()) fail("the thread returned with cp.async copies in flight that nobody waited for");
+  if (!self->copies.empty())
+    fail("the thread returned with cp.async copies in flight that nobody waited for");
   Warp& warp = *self->warp;
   warp.live &= ~(1u << self->lane);
   for (;;) give_way();
@@ -316,24 +322,31 @@ void barrier(const char* file, int line) {
   block_until(&Warp::at_barrier);
 }
 
-void set_phase(int which) { self->phase = which; }
+void set_phase(int which) {
+  self->phase = which;
+}
 
 void fail(const std::string& what) {
   char where[128];
-  snprintf(where, sizeof where, " [block (%u,%u,%u) thread %u]", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x);
+  snprintf(where, sizeof where, " [block (%u,%u,%u) thread %u]", blockIdx.x, blockIdx.y, blockIdx.z,
+           threadIdx.x);
   failure = what + where;
   for (;;) resume(nullptr);  // the block is abandoned: never comes back
 }
 
-unsigned char* shared_base() { return shared_memory; }
+unsigned char* shared_base() {
+  return shared_memory;
+}
 
 uint32_t shared_offset(const void* pointer, uint32_t bytes) {
   auto offset = static_cast<const unsigned char*>(pointer) - shared_memory;
   if (offset < 0 || offset + bytes > static_cast<ptrdiff_t>(block.dynamic_shared)) {
-    fail("shared memory: offset " + std::to_string(offset) + " + " + std::to_string(bytes) + " is outside of " +
-         std::to_string(block.dynamic_shared) + " bytes");
+    fail("shared memory: offset " + std::to_string(offset) + " + " + std::to_string(bytes) +
+         " is outside of " + std::to_string(block.dynamic_shared) + " bytes");
   }
-  if (offset % bytes) fail("shared memory: offset " + std::to_string(offset) + " is not a multiple of the access size " + std::to_string(bytes));
+  if (offset % bytes)
+    fail("shared memory: offset " + std::to_string(offset) + " is not a multiple of the access size " +
+         std::to_string(bytes));
   return static_cast<uint32_t>(offset);
 }
 
@@ -342,7 +355,9 @@ void copy_async(uint32_t offset, const void* source, uint32_t bytes, uint32_t so
   self->copies.push_back({offset, bytes, source_bytes, source});
 }
 
-void commit_copies() { self->group_ends.push_back(static_cast<uint32_t>(self->copies.size())); }
+void commit_copies() {
+  self->group_ends.push_back(static_cast<uint32_t>(self->copies.size()));
+}
 
 void wait_copies(uint32_t left) {
   auto& groups = self->group_ends;
@@ -359,8 +374,12 @@ void wait_copies(uint32_t left) {
   for (uint32_t& end : groups) end -= last;
 }
 
-void* warp_operands(Warp& warp, int lane) { return warp.operands[lane]; }
-Statistics& statistics() { return stats; }
+void* warp_operands(Warp& warp, int lane) {
+  return warp.operands[lane];
+}
+Statistics& statistics() {
+  return stats;
+}
 
 // ---------------------------------------------------------------- global and shared traffic
 namespace {
@@ -388,28 +407,29 @@ void check_global(const void* pointer, uint32_t bytes, bool write) {
     }
     fail("global memory: " + std::to_string(bytes) + " bytes outside of every tensor" + near);
   }
-  if (address % bytes) fail("global memory: misaligned " + std::to_string(bytes) + "-byte access to " + tensor->name);
+  if (address % bytes)
+    fail("global memory: misaligned " + std::to_string(bytes) + "-byte access to " + tensor->name);
   if (write && !tensor->writable) fail("global memory: write to the input " + tensor->name);
 }
 
+// Lanes mostly ask for ascending addresses: what lies above all that has been seen is new without a search.
 void count_global(const Access* lanes, uint32_t mask, bool store) {
-  uintptr_t sector[64], word[32];
-  int sectors = 0, words = 0;
+  uintptr_t sector[64], place[32], highest_sector = 0, highest_place = 0;
+  int sectors = 0, places = 0;
   uint64_t bytes = 0;
   Tensor* tensor = nullptr;
   for (uint32_t rest = mask; rest; rest &= rest - 1) {
     const Access& a = lanes[__builtin_ctz(rest)];
     if (!a.bytes) continue;
     if (!tensor) tensor = find_tensor(a.address);
-    bool seen = false;
-    for (int i = words - 1; i >= 0 && !seen; i--) seen = word[i] == a.address;
-    if (seen) continue;
-    word[words++] = a.address;
+    if (a.address <= highest_place && std::find(place, place + places, a.address) != place + places) continue;
+    highest_place = std::max(highest_place, a.address);
+    place[places++] = a.address;
     bytes += a.bytes;
     for (uintptr_t s = a.address / 32; s <= (a.address + a.bytes - 1) / 32; s++) {
-      bool known = false;
-      for (int i = sectors - 1; i >= 0 && !known; i--) known = sector[i] == s;
-      if (!known) sector[sectors++] = s;
+      if (s <= highest_sector && std::find(sector, sector + sectors, s) != sector + sectors) continue;
+      highest_sector = std::max(highest_sector, s);
+      sector[sectors++] = s;
     }
   }
   if (!tensor) return;
@@ -419,44 +439,63 @@ void count_global(const Access* lanes, uint32_t mask, bool store) {
   traffic.bytes += bytes;
 }
 
-// 16-byte accesses are served in quarters of a warp, 8-byte ones in halves; within a part each of the 32 banks
-// delivers one 4-byte word per wavefront, and equal words are broadcast.
+namespace {
+// Wavefronts of one part of a request: the most distinct words that any bank has to deliver.
+int wavefronts(const Access* lanes, uint32_t mask, uint32_t bytes) {
+  uint32_t taken = 0;  // banks; as long as no two lanes meet in one, there is nothing to search
+  bool meet = false;
+  for (uint32_t rest = mask; rest && !meet; rest &= rest - 1) {
+    const uint32_t bank = static_cast<uint32_t>(lanes[__builtin_ctz(rest)].address / 4 % 32);
+    const uint32_t banks =
+        bytes <= 4 ? 1u << bank : (bytes == 8 ? 3u : 15u) << bank;  // wide ones are aligned
+    meet = taken & banks;
+    taken |= banks;
+  }
+  if (!meet) return 1;
+  uintptr_t words[32][32];
+  int count[32]{}, most = 0;
+  for (uint32_t rest = mask; rest; rest &= rest - 1) {
+    const uintptr_t address = lanes[__builtin_ctz(rest)].address;
+    for (uintptr_t w = address / 4; w <= (address + bytes - 1) / 4; w++) {
+      const int bank = static_cast<int>(w % 32);
+      if (std::find(words[bank], words[bank] + count[bank], w) != words[bank] + count[bank]) continue;
+      words[bank][count[bank]++] = w;
+      most = std::max(most, count[bank]);
+    }
+  }
+  return most;
+}
+}  // namespace
+
+// 16-byte accesses are served in quarters of a warp, 8-byte ones in halves; within a part each of the 32
+// banks delivers one 4-byte word per wavefront, and equal words are broadcast.
 void count_shared(const Access* lanes, uint32_t mask, uint32_t bytes) {
   const int part = bytes >= 16 ? 8 : bytes == 8 ? 16 : 32;
   SharedTraffic& traffic = stats.shared[phase];
   for (int start = 0; start < 32; start += part) {
-    uintptr_t words[32][32];
-    int count[32]{}, most = 0;
-    for (int lane = start; lane < start + part; lane++) {
-      if (!(mask >> lane & 1)) continue;
-      uintptr_t first = lanes[lane].address / 4, last = (lanes[lane].address + bytes - 1) / 4;
-      for (uintptr_t w = first; w <= last; w++) {
-        int bank = static_cast<int>(w % 32);
-        bool seen = false;
-        for (int i = 0; i < count[bank] && !seen; i++) seen = words[bank][i] == w;
-        if (!seen) words[bank][count[bank]++] = w;
-        most = std::max(most, count[bank]);
-      }
-    }
-    if (!most) continue;
+    const uint32_t lanes_of_part = mask & (part == 32 ? ~0u : ((1u << part) - 1) << start);
+    if (!lanes_of_part) continue;
     traffic.wavefronts++;
-    traffic.conflicts += static_cast<uint64_t>(most - 1);
+    traffic.conflicts += static_cast<uint64_t>(wavefronts(lanes, lanes_of_part, bytes) - 1);
   }
 }
 
 // ---------------------------------------------------------------- called by the harness
-void clear_tensors() { stats = Statistics(); }
+void clear_tensors() {
+  stats = Statistics();
+}
 
 void register_tensor(const char* name, const void* begin, size_t bytes, bool writable) {
   auto address = reinterpret_cast<uintptr_t>(begin);
   stats.tensors.push_back({name, address, address + bytes, writable, {}, {}});
 }
 
-std::string launch(void (*kernel)(const void*), const void* context, Dim3 grid, Dim3 threads, size_t dynamic_shared,
-                   Options options) {
+std::string launch(void (*kernel)(const void*), const void* context, Dim3 grid, Dim3 threads,
+                   size_t dynamic_shared, Options options) {
   const size_t count = size_t{threads.x} * threads.y * threads.z;
   if (!count || count > kMaxThreads) return "block of " + std::to_string(count) + " threads";
-  if (dynamic_shared > kMaxShared) return "dynamic shared memory of " + std::to_string(dynamic_shared) + " bytes";
+  if (dynamic_shared > kMaxShared)
+    return "dynamic shared memory of " + std::to_string(dynamic_shared) + " bytes";
   kernel_function = kernel;
   kernel_context = context;
   failure.clear();
@@ -468,7 +507,8 @@ std::string launch(void (*kernel)(const void*), const void* context, Dim3 grid, 
   gridDim = {grid.x, grid.y, grid.z};
 #if defined(__SANITIZE_ADDRESS__)
   ASAN_UNPOISON_MEMORY_REGION(shared_memory, sizeof shared_memory);
-  ASAN_POISON_MEMORY_REGION(shared_memory + (dynamic_shared + 7) / 8 * 8, kMaxShared + kSharedGuard - (dynamic_shared + 7) / 8 * 8);
+  ASAN_POISON_MEMORY_REGION(shared_memory + (dynamic_shared + 7) / 8 * 8,
+                            kMaxShared + kSharedGuard - (dynamic_shared + 7) / 8 * 8);
 #endif
   std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
   for (uint64_t b = 0; b < blocks.size(); b++) blocks[b] = b;
@@ -493,7 +533,7 @@ std::string launch(void (*kernel)(const void*), const void* context, Dim3 grid, 
       lane.phase = 0;
       lane.copies.clear();
       lane.group_ends.clear();
-      warp.live |= 1u << lane.lane;
+      warp.launched = warp.live |= 1u << lane.lane;
       prepare(lane, t);
     }
     run_block(rng);

@@ -1,8 +1,9 @@
-// A CUDA thread block on one host thread: enough of the CUDA model to run the kernels of csrc/cuda unchanged and
-// to be stricter than a GPU while doing so.
+// A CUDA thread block on one host thread: enough of the CUDA model to run the kernels of csrc/cuda unchanged
+// and to be stricter than a GPU while doing so.
 //
 //   * every CUDA thread is a fiber; a warp advances lane by lane between warp-level operations;
-//   * warp collectives (ldmatrix, mma, shuffles) need all lanes, memory accesses execute as one request of the
+//   * warp collectives (ldmatrix, mma, shuffles) need all lanes, memory accesses execute as one request of
+//   the
 //     lanes that reach them, as on hardware, so that sectors and bank conflicts can be counted;
 //   * cp.async poisons its destination at once and delivers the data only in the wait that guarantees it;
 //   * shared memory starts as NaN, blocks and warps run in a seeded random order.
@@ -55,8 +56,8 @@ struct Statistics {
   uint64_t mma = 0, collectives = 0, barriers = 0, blocks = 0;
 };
 
-// One operation of a warp. `execute` sees the operands of the lanes in `mask` (pointers to the lanes' own frames);
-// a collective needs every lane of the warp, any other operation takes the lanes that are there.
+// One operation of a warp. `execute` sees the operands of the lanes in `mask` (pointers to the lanes' own
+// frames); a collective needs every lane of the warp, any other operation takes the lanes that are there.
 struct Warp;
 struct WarpOp {
   const char* name;
@@ -68,7 +69,8 @@ struct WarpOp {
 void perform(const WarpOp& op, void* operands);  // returns when the operation has been executed
 void barrier(const char* file, int line);
 void set_phase(int phase);
-[[noreturn]] void fail(const std::string& what);  // ends the launch with this message and the thread's position
+[[noreturn]] void fail(
+    const std::string& what);  // ends the launch with this message and the thread's position
 
 // cp.async of the running thread
 void copy_async(uint32_t shared_offset, const void* source, uint32_t bytes, uint32_t source_bytes);
@@ -76,7 +78,8 @@ void commit_copies();
 void wait_copies(uint32_t newest_groups_left);
 
 unsigned char* shared_base();
-uint32_t shared_offset(const void* pointer, uint32_t bytes);  // checked: inside the block's dynamic shared memory
+uint32_t shared_offset(const void* pointer,
+                       uint32_t bytes);  // checked: inside the block's dynamic shared memory
 void* warp_operands(Warp& warp, int lane);
 void check_global(const void* pointer, uint32_t bytes, bool write);  // bounds, alignment, write permission
 
@@ -92,8 +95,8 @@ Statistics& statistics();
 void clear_tensors();
 void register_tensor(const char* name, const void* begin, size_t bytes, bool writable);
 // Runs `kernel(context)` once per thread; returns "" or the sentence that says what went wrong where.
-std::string launch(void (*kernel)(const void*), const void* context, Dim3 grid, Dim3 block, size_t dynamic_shared,
-                   Options options);
+std::string launch(void (*kernel)(const void*), const void* context, Dim3 grid, Dim3 block,
+                   size_t dynamic_shared, Options options);
 
 }  // namespace host_cuda
 
@@ -122,12 +125,24 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) {
+  return {x, y};
+}
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+  return {x, y, z, w};
+}
+inline int2 make_int2(int x, int y) {
+  return {x, y};
+}
+inline int4 make_int4(int x, int y, int z, int w) {
+  return {x, y, z, w};
+}
+inline float2 make_float2(float x, float y) {
+  return {x, y};
+}
+inline float4 make_float4(float x, float y, float z, float w) {
+  return {x, y, z, w};
+}
 
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;

@@ -1,0 +1,136 @@
+"""Launch a kernel from its launch.json alone, as a stranger would: on the host build or in the PTX interpreter.
+
+Nothing here knows how the kernels work: shapes, strides, alignment, grid and argument bytes come from the `Launch`,
+the numbers from a `Tail`. Each buffer has exactly the size that the shape and strides imply, and an address that
+is a multiple of the promised alignment and of nothing more.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_resnet.aot.launch_json import Launch
+from fused_resnet.problem import DTYPES
+from fused_resnet.reference import Tail
+
+WRITABLE = ("y", "workspace")
+
+
+def named_tensors(tail: Tail) -> dict[str, Tensor]:
+    """The tensors of one call under the names that launch.json uses."""
+    tensors = {"x": tail.x, "residual": tail.residual, "proj_x": tail.proj_x}
+    for prefix, conv in (("", tail.conv), ("proj_", tail.proj)):
+        if conv is not None:
+            tensors |= {prefix + name: value for name, value in conv._asdict().items()}
+    return {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
+
+
+@dataclass
+class Buffer:
+    storage: Tensor  # keeps the memory alive
+    address: int
+    size: int
+
+
+class Memory:
+    """The buffers of one launch, filled from a tail; outputs start as NaN, the workspace as launch.json says.
+
+    `alignment` places every buffer at a multiple of that many bytes instead, as an allocator would.
+    """
+
+    def __init__(self, launch: Launch, tail: Tail, alignment: int = 0) -> None:
+        self.launch = launch
+        self.buffers: dict[str, Buffer] = {}
+        values = named_tensors(tail)
+        for name, spec in launch.tensors.items():
+            storage = torch.full((spec.span + 4 * max(alignment, spec.alignment),), 0xFF, dtype=torch.uint8)
+            start = -storage.data_ptr() % (alignment or 2 * spec.alignment) + (0 if alignment else spec.alignment)
+            buffer = storage[start : start + spec.span]
+            self.buffers[name] = Buffer(storage, storage.data_ptr() + start, spec.span)
+            if name == "workspace":
+                if launch.workspace_initial == "zeros":
+                    buffer.zero_()
+            elif name not in WRITABLE:
+                value = values.pop(name)
+                assert tuple(value.shape) == spec.shape, f"{name}: {tuple(value.shape)} is not {spec.shape}"
+                assert value.dtype == DTYPES[spec.dtype], f"{name}: {value.dtype} is not {spec.dtype}"
+                self._view(name).copy_(value)
+        assert not values, f"launch.json names no {sorted(values)}"
+
+    def _view(self, name: str) -> Tensor:
+        spec, buffer = self.launch.tensors[name], self.buffers[name]
+        start = buffer.address - buffer.storage.data_ptr()
+        typed = buffer.storage[start : start + buffer.size].view(DTYPES[spec.dtype])
+        return typed.as_strided(spec.shape, spec.strides)
+
+    @property
+    def y(self) -> Tensor:
+        return self._view("y")
+
+    def workspace(self) -> bytes:
+        buffer = self.buffers["workspace"]
+        start = buffer.address - buffer.storage.data_ptr()
+        return bytes(buffer.storage[start : start + buffer.size].tolist())
+
+    def arguments(self) -> list[bytes]:
+        """The bytes of every kernel parameter."""
+        return [self._argument(argument) for argument in self.launch.arguments]
+
+    def _argument(self, argument: dict[str, Any]) -> bytes:
+        kind = argument["type"]
+        if kind == "pointer":
+            return struct.pack("<Q", self.buffers[argument["tensor"]].address if argument["tensor"] else 0)
+        if kind == "bytes":
+            data = bytearray.fromhex(argument["hex"])
+            for entry in argument["pointers"]:
+                struct.pack_into("<Q", data, entry["offset"], self.buffers[entry["tensor"]].address)
+            return bytes(data)
+        if kind == "tensormap":
+            return _tensormap(argument, self.buffers[argument["tensor"]].address)
+        return struct.pack({"int32": "<i", "int64": "<q", "float32": "<f"}[kind], argument["value"])
+
+    def ranges(self) -> list[tuple[int, int, bool, str]]:
+        return [(b.address, b.size, name in WRITABLE, name) for name, b in self.buffers.items()]
+
+
+def _tensormap(argument: dict[str, Any], address: int) -> bytes:
+    ptxi = interpreter()
+    assert set(argument["element_strides"]) == {1}, "beyond the interpreter"
+    assert argument["interleave"] == 0, "beyond the interpreter"
+    return ptxi.encode_tiled(
+        address, argument["data_type"], argument["dims"], argument["strides_bytes"], argument["box"],
+        argument["swizzle"], argument["oob_fill"],
+    )  # fmt: skip
+
+
+def interpreter() -> Any:
+    """The PTX interpreter (tests that call this carry the `ptx` marker, which needs PTXI_HOME)."""
+    home = os.environ["PTXI_HOME"]
+    if home not in sys.path:
+        sys.path.insert(0, home)
+    import ptxi
+
+    return ptxi
+
+
+def run_ptx(launch: Launch, ptx: str, tail: Tail, *, seed: int = 0, memory: Memory | None = None) -> Tensor:
+    """y of one launch in the interpreter: warps and blocks in random order and interleaved, races reported."""
+    module = interpreter().load(ptx)
+    return run_module(launch, module, tail, seed=seed, memory=memory)
+
+
+def run_module(launch: Launch, module: Any, tail: Tail, *, seed: int = 0, memory: Memory | None = None) -> Tensor:
+    memory = memory or Memory(launch, tail)
+    interpreter().raw_launch(
+        module, launch.kernel, launch.grid, launch.block, memory.arguments(), memory.ranges(),
+        dyn=launch.dynamic_shared_bytes, mode=2, seed=seed, race=1, global_race=1, block_order=2,
+        resident=1 + seed % 3, strict=1,
+    )  # fmt: skip
+    return memory.y
