@@ -1,0 +1,288 @@
+"""ResNet blocks that run their tails fused: drop-in for torchvision's, with the same names, state_dict and gradients.
+
+A BasicBlock is two launches, a Bottleneck three, their projection included. With batch statistics (training mode)
+a block convolves, then normalises, adds and applies ReLU in one step; what mode a batch norm is in is read at
+each call, so frozen and live ones may be mixed freely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import tails
+
+__all__ = ["FusedBasicBlock", "FusedBottleneck", "FusedConvBNReLU"]
+
+Norm = Callable[..., nn.Module]
+
+
+def _conv(
+    inplanes: int, planes: int, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1
+) -> nn.Conv2d:
+    padding = dilation * (kernel // 2)
+    return nn.Conv2d(
+        inplanes, planes, kernel, stride, padding=padding, dilation=dilation, groups=groups, bias=False
+    )
+
+
+class _Fused(nn.Module):
+    """What the fused modules share: the backend to use, and when their own submodules must be called instead."""
+
+    backend: str = "auto"
+    winograd: str = "auto"
+
+    def _bypassed(self) -> Iterator[tuple[str, nn.Module | None]]:
+        """Name and module of everything whose call the fused forward replaces."""
+        raise NotImplementedError
+
+    def why_not_fused(self) -> str | None:
+        """None when the forward runs fused now, else one sentence that says why it does not.
+
+        Hooks, parametrizations and norms other than batch norm are looked at on each call, because they may come
+        and go after construction.
+        """
+        for name, module in self._bypassed():
+            if module is None:
+                continue
+            why_not = tails.why_not_bypassed(module)
+            if why_not is None:
+                if isinstance(module, nn.Conv2d):
+                    if not tails.is_plain_conv(module):
+                        why_not = f"is a {type(module).__name__}, which does not compute what nn.Conv2d does"
+                    else:
+                        why_not = tails.why_not_fusable(module)
+                elif not (
+                    isinstance(module, (nn.ReLU, nn.Sequential, nn.Identity))
+                    or tails.is_plain_batch_norm(module)
+                    or tails.is_frozen_batch_norm(module)
+                ):
+                    why_not = f"is a {type(module).__name__}, not a batch norm"
+            if why_not is not None:
+                return f"{name} {why_not}"
+        return None
+
+    def train(self, mode: bool = True) -> Any:
+        # Training changes the weights: copies that a backend folded or packed from them are dropped.
+        if mode:
+            tails.drop_packed(*(m for m in self.modules() if isinstance(m, nn.Conv2d)))
+        return super().train(mode)
+
+
+class _FusedBlock(_Fused):
+    """A residual block of torchvision's layout: ``conv1, bn1, conv2, bn2(, conv3, bn3), relu, downsample``."""
+
+    expansion: int
+    relu: nn.Module
+    downsample: nn.Module | None
+    _convs: int
+
+    @classmethod
+    def from_block(cls, block: nn.Module) -> Any:
+        """The fused twin of a torchvision block, built of the *same* submodules: Parameters, buffers and mode are shared.
+
+        Raises TypeError when ``block`` does not have exactly the attributes of torchvision's block.
+        """
+        expected = [f"{kind}{i}" for i in range(1, cls._convs + 1) for kind in ("conv", "bn")] + ["relu"]
+        children = dict(block.named_children())
+        missing = [name for name in expected if name not in children]
+        extra = sorted(set(children) - {*expected, "downsample"})
+        if missing or extra:
+            raise TypeError(
+                f"block: expected the submodules of torchvision's block ({', '.join(expected)}, downsample), got a "
+                f"{type(block).__name__} with {', '.join(missing) or 'none'} missing and {', '.join(extra) or 'none'} extra"
+            )
+        new = cls.__new__(cls)
+        nn.Module.__init__(new)
+        for name, child in children.items():  # in the block's own order, which is that of its state_dict
+            new.add_module(name, child)
+        if "downsample" not in children:
+            new.downsample = None
+        new.stride = getattr(block, "stride", 1)
+        new.training = block.training
+        return new
+
+    def _projection(self) -> tuple[nn.Conv2d, nn.Module | None] | None:
+        """The 1x1 convolution and BN of ``downsample``, where it is that and nothing else."""
+        down = self.downsample
+        if not isinstance(down, nn.Sequential) or type(down).forward is not nn.Sequential.forward:
+            return None
+        if not 1 <= len(down) <= 2:
+            return None
+        conv = down[0]
+        bn = down[1] if len(down) == 2 else None
+        if not isinstance(conv, nn.Conv2d) or not tails.is_projection(conv):
+            return None
+        if bn is not None and not (tails.is_plain_batch_norm(bn) or tails.is_frozen_batch_norm(bn)):
+            return None
+        return conv, bn
+
+    def _bypassed(self) -> Iterator[tuple[str, nn.Module | None]]:
+        for i in range(1, self._convs + 1):
+            yield f"conv{i}", getattr(self, f"conv{i}")
+            yield f"bn{i}", getattr(self, f"bn{i}")
+        yield "relu", self.relu
+        projection = self._projection()
+        if projection is not None:
+            yield "downsample", self.downsample
+            yield "downsample.0", projection[0]
+            yield "downsample.1", projection[1]
+
+    def _tail(self, conv: nn.Conv2d, bn: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+        options = (self.backend, self.winograd)
+        projection = self._projection()
+        if projection is not None:
+            return tails.conv_bn_proj_act(conv, bn, h, *projection, x, "relu", *options)
+        identity = x if self.downsample is None else self.downsample(x)
+        return tails.conv_bn_act(conv, bn, h, identity, "relu", *options)
+
+
+class FusedBasicBlock(_FusedBlock):
+    """torchvision's ``BasicBlock`` in two launches: ``relu(bn2(conv2(relu(bn1(conv1(x))))) + identity)``.
+
+    Constructor, attributes and state_dict are those of ``torchvision.models.resnet.BasicBlock``; ``downsample`` of
+    the form ``Sequential(1x1 conv, BN)`` joins the second launch. ``norm_layer`` other than a batch norm (live,
+    synchronised or frozen) runs unfused.
+    """
+
+    expansion = 1
+    _convs = 2
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Norm | None = None,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        if groups != 1 or base_width != 64:
+            raise ValueError(
+                f"FusedBasicBlock: expected groups=1 and base_width=64, got groups={groups} and base_width={base_width}"
+            )
+        if dilation > 1:
+            raise NotImplementedError(f"FusedBasicBlock: expected dilation=1, got {dilation}")
+        self.conv1 = _conv(inplanes, planes, 3, stride)
+        self.bn1 = norm_layer(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = _conv(planes, planes, 3)
+        self.bn2 = norm_layer(planes)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.why_not_fused() is not None:
+            return self._forward_unfused(x)
+        h = tails.conv_bn_act(self.conv1, self.bn1, x, None, "relu", self.backend, self.winograd)
+        return self._tail(self.conv2, self.bn2, h, x)
+
+    def _forward_unfused(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        h = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(h)) + identity)
+
+
+class FusedBottleneck(_FusedBlock):
+    """torchvision's ``Bottleneck`` in three launches; ResNeXt and Wide ResNet through ``groups`` and ``base_width``.
+
+    Constructor, attributes and state_dict are those of ``torchvision.models.resnet.Bottleneck`` (stride on the
+    3x3); ``downsample`` of the form ``Sequential(1x1 conv, BN)`` joins the third launch.
+    """
+
+    expansion = 4
+    _convs = 3
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Norm | None = None,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        width = int(planes * (base_width / 64.0)) * groups
+        self.conv1 = _conv(inplanes, width, 1)
+        self.bn1 = norm_layer(width)
+        self.conv2 = _conv(width, width, 3, stride, groups, dilation)
+        self.bn2 = norm_layer(width)
+        self.conv3 = _conv(width, planes * self.expansion, 1)
+        self.bn3 = norm_layer(planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.why_not_fused() is not None:
+            return self._forward_unfused(x)
+        options = (self.backend, self.winograd)
+        h = tails.conv_bn_act(self.conv1, self.bn1, x, None, "relu", *options)
+        h = tails.conv_bn_act(self.conv2, self.bn2, h, None, "relu", *options)
+        return self._tail(self.conv3, self.bn3, h, x)
+
+    def _forward_unfused(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        h = self.relu(self.bn1(self.conv1(x)))
+        h = self.relu(self.bn2(self.conv2(h)))
+        return self.relu(self.bn3(self.conv3(h)) + identity)
+
+
+class FusedConvBNReLU(_Fused):
+    """``relu(bn(conv(x)))`` in one launch, or ``relu(bn(conv(x)) + residual)`` when a residual is given.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, dilation, groups, bias: as for ``nn.Conv2d``.
+        padding: as for ``nn.Conv2d``; None means "the output has the input's size at stride 1".
+        norm_layer: the batch norm's class, ``nn.BatchNorm2d`` by default.
+        activation: ``"relu"``, ``"relu6"`` or ``"none"``.
+
+    Submodules: ``conv`` and ``bn``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int | None = None,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+        norm_layer: Norm | None = None,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        if activation not in ("relu", "relu6", "none"):
+            raise ValueError(f"activation: expected 'relu', 'relu6' or 'none', got {activation!r}")
+        if padding is None:
+            padding = dilation * (kernel_size - 1) // 2
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        self.bn = (norm_layer or nn.BatchNorm2d)(out_channels)
+        self.activation = activation
+
+    def _bypassed(self) -> Iterator[tuple[str, nn.Module | None]]:
+        yield "conv", self.conv
+        yield "bn", self.bn
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.why_not_fused() is not None:
+            y = self.bn(self.conv(x))
+            return tails.activate(y if residual is None else y + residual, self.activation)
+        return tails.conv_bn_act(
+            self.conv, self.bn, x, residual, self.activation, self.backend, self.winograd
+        )
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"

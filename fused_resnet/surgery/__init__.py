@@ -1,0 +1,141 @@
+"""Model surgery: :func:`fuse`, :func:`unfuse`, :func:`explain` and :func:`refresh`.
+
+``trace`` reads a forward as a graph, ``match`` finds the tails in it, ``plan`` makes the program and carries it,
+``check`` compares it with the original, ``discovery`` walks a model, ``report`` puts it into words.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+from torch import nn
+
+from .. import nn as fused_nn
+from .. import tails
+from . import report
+from .discovery import digest, discover, replan
+from .plan import ATTRIBUTE, Fusion, attach, detach, is_fused, restride
+from .report import Entry, Explanation
+
+__all__ = ["Entry", "Explanation", "explain", "fuse", "refresh", "unfuse"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def _require_module(model: object, function: str) -> None:
+    if isinstance(model, nn.Module):
+        return
+    got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+    raise TypeError(f"{function}: model: expected a torch.nn.Module, got {got}")
+
+
+def fuse(
+    model: M, inplace: bool = False, *, backend: str = "auto", winograd: str = "auto", check: bool = True
+) -> M:
+    """Run the residual blocks of ``model``, and its stem, with one launch for each conv -> BN (-> add) -> ReLU.
+
+    Names, attributes, Parameters and the state_dict stay what they are: only the forward of each understood block
+    is replaced (by a subclass of the block's own class), and 4-d weights are laid out in channels_last. Before a
+    block is replaced, its rewritten forward is compared with the original on randomised float64 copies, in training
+    and eval mode, outputs and gradients. What is not understood stays as it was; :func:`explain` says why.
+
+    The fused forward looks at its submodules at each call: in training mode batch statistics are used and updated
+    as always, ``load_state_dict``, optimizer steps, frozen or synchronised batch norms are seen, and hooks or
+    parametrizations on a submodule make the block run its own forward.
+
+    Args:
+        model: any module; torchvision's and timm's ResNets, detection and segmentation backbones, or your own.
+        inplace: change ``model`` itself (an optimizer that holds its Parameters goes on working); else a deep
+            copy is fused and returned.
+        backend: ``"auto"`` or a name from :func:`fused_resnet.backends.names`.
+        winograd: ``"auto"``, ``"f2"`` or ``"off"``; see :func:`fused_resnet.functional.conv_bn_add_relu`.
+        check: compare before replacing. Without it a rewritten forward is trusted as it is.
+
+    Returns:
+        The fused model. Fusing a fused model again only sets the options and fuses what is new in it.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: ``backend`` or ``winograd`` is unknown.
+    """
+    _require_module(model, "fuse")
+    from .. import backends
+
+    if backend != "auto":
+        backends.get(backend)
+    if winograd not in ("auto", "f2", "off"):
+        raise ValueError(f"winograd: expected 'auto', 'f2' or 'off', got {winograd!r}")
+    if not inplace:
+        model = copy.deepcopy(model)
+    tied = _tied_storages(model)
+    for found in discover(model, check).planned:
+        assert found.plan is not None
+        key = digest(found.module, found.plan)
+        fusion = Fusion(found.plan, digest=key, partly=found.reason)
+        fusion.restrided = restride(found.module, found.plan, tied)
+        attach(found.module, fusion)
+    for module in model.modules():
+        if is_fused(module):
+            fusion = module.__dict__[ATTRIBUTE]
+            fusion.backend, fusion.winograd = backend, winograd
+        elif isinstance(module, fused_nn._Fused):
+            module.backend, module.winograd = backend, winograd
+    return model
+
+
+def _tied_storages(model: nn.Module) -> set[int]:
+    """Addresses of storages that more than one tensor of the model lives in."""
+    seen: set[int] = set()
+    tied: set[int] = set()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_meta or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            continue
+        address = tensor.untyped_storage().data_ptr()
+        if address and address in seen:
+            tied.add(address)
+        seen.add(address)
+    return tied
+
+
+def unfuse(model: M) -> M:
+    """Undo :func:`fuse`, in place: every module has its own class and forward again, every weight its own strides.
+
+    Returns ``model``. A model that is not fused is returned as it is.
+    """
+    _require_module(model, "unfuse")
+    refresh_packed(model)
+    for module in list(model.modules()):
+        if is_fused(module):
+            detach(module)
+    return model
+
+
+def explain(model: nn.Module) -> Explanation:
+    """One sentence for every block of ``model``: how it is fused, why it is not, or what :func:`fuse` would do.
+
+    Print the result, iterate over its entries, or take its ``to_dict()``. Nothing is changed.
+    """
+    _require_module(model, "explain")
+    return report.build(model, discover(model))
+
+
+def refresh(model: M) -> M:
+    """Take notice of changes that a fused model cannot see: returns ``model``.
+
+    Drops folded and packed copies of the weights (after in-place writes that leave no trace in a sample of 64
+    elements), and plans each fused block again from its code (after its structure or configuration was changed).
+    """
+    _require_module(model, "refresh")
+    refresh_packed(model)
+    for module in model.modules():
+        if is_fused(module):
+            replan(module)
+    return model
+
+
+def refresh_packed(model: nn.Module) -> None:
+    """Drop the folded and packed copies of all of the model's convolution weights."""
+    tails.drop_packed(*(m for m in model.modules() if isinstance(m, nn.Conv2d)))
+
+

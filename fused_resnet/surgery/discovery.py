@@ -1,0 +1,232 @@
+"""Which modules of a model are planned: the residual blocks first, then the conv-BN pairs around them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .. import nn as fused_nn
+from .check import difference
+from .match import Matcher
+from .plan import ATTRIBUTE, Fusion, Plan, is_fused, make_plan, original_class
+from .trace import Untraceable, inside, is_batch_norm, is_container, trace
+
+
+@dataclass
+class Found:
+    """What discovery says about one module: a plan, or why there is none."""
+
+    name: str
+    module: nn.Module
+    plan: Plan | None
+    reason: str | None
+    residual: bool = True
+
+
+@dataclass
+class Discovery:
+    """The modules of a model that have a plan or a reason, in the model's order."""
+
+    found: list[Found] = field(default_factory=list)
+    already: list[str] = field(default_factory=list)
+    """Names of modules that are fused as they are (FusedBasicBlock and its like)."""
+
+    @property
+    def planned(self) -> list[Found]:
+        return [f for f in self.found if f.plan is not None]
+
+
+# Verdicts by what was compared: equal blocks (one stage of a ResNet) are compared once.
+_verdicts: dict[str, str | None] = {}
+
+
+def discover(model: nn.Module, check: bool = True) -> Discovery:
+    """Plan every block of ``model`` that can be planned; nothing is changed."""
+    result = Discovery()
+    opaque: dict[int, nn.Module] = {}
+    names: dict[int, str] = {}
+    for name, module in model.named_modules():
+        names.setdefault(id(module), name)
+        if is_fused(module) or isinstance(module, fused_nn._Fused):
+            opaque[id(module)] = module
+    result.already = [names[i] for i, m in opaque.items() if not is_fused(m)]
+    had_fused = bool(opaque)
+    refused: set[int] = set()
+    _blocks(model, names, opaque, refused, result, check, set())
+    if had_fused or any(f.plan is not None for f in result.found):
+        _surroundings(model, names, {**opaque}, refused, result, check)
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    result.found.sort(key=lambda f: order[f.name])
+    return result
+
+
+def _holds_tail_parts(module: nn.Module, opaque: dict[int, nn.Module]) -> bool:
+    parts = list(inside(module, opaque))
+    return any(isinstance(m, nn.Conv2d) for m in parts) and any(is_batch_norm(m) for m in parts)
+
+
+def _blocks(
+    module: nn.Module,
+    names: dict[int, str],
+    opaque: dict[int, nn.Module],
+    refused: set[int],
+    result: Discovery,
+    check: bool,
+    seen: set[int],
+) -> bool:
+    """Plan the residual blocks under ``module``, innermost first; True when there is one (or a refused one)."""
+    if id(module) in seen or id(module) in opaque:
+        return id(module) in opaque
+    seen.add(id(module))
+    below = [_blocks(child, names, opaque, refused, result, check, seen) for child in module.children()]
+    if is_container(module) or is_batch_norm(module) or type(module).__module__.startswith("torch.nn.modules"):
+        return any(below)
+    if not any(isinstance(m, nn.Conv2d) for m in inside(module, opaque)):
+        return any(below)
+    name = names[id(module)]
+    try:
+        adds, tails = _additions(module, opaque)
+    except Untraceable as error:
+        if any(below) or not _holds_tail_parts(module, opaque):
+            return any(below)  # not a block, and nothing that a user would call one
+        result.found.append(Found(name, module, None, str(error)))
+        refused.add(id(module))
+        opaque[id(module)] = module
+        return True
+    if not adds or (any(below) and not tails):
+        return any(below)
+    found = _plan(name, module, opaque, check)
+    if found is None:
+        if not tails:
+            found = Found(name, module, None, _why_no_tail(module, opaque))
+        else:
+            return any(below)
+    result.found.append(found)
+    opaque[id(module)] = module
+    if found.plan is None:
+        refused.add(id(module))
+    return True
+
+
+def _additions(module: nn.Module, opaque: dict[int, nn.Module]) -> tuple[bool, bool]:
+    """Whether the module's forward adds what comes from a convolution, and whether that makes a residual tail."""
+    adds = tails = False
+    for training in (False, True):
+        matcher = Matcher(trace(module, opaque, training))
+        adds = adds or any(matcher.added(n) is not None for n in matcher.graph.nodes)
+        tails = tails or any(t.adds for t in matcher.tails())
+    return adds, tails
+
+
+def _why_no_tail(module: nn.Module, opaque: dict[int, nn.Module]) -> str:
+    norms = sorted(
+        {
+            type(m).__name__
+            for m in inside(module, opaque)
+            if "norm" in type(m).__name__.lower() and not is_batch_norm(m)
+        }
+    )
+    if norms:
+        return f"normalises with {' and '.join(norms)}, only batch norm fits a convolution's epilogue"
+    return "has no conv -> BN -> add in its forward"
+
+
+def _plan(name: str, module: nn.Module, opaque: dict[int, nn.Module], check: bool) -> Found | None:
+    """A checked plan for ``module``: with its additions fused, else without them; None where it has no tail."""
+    reason = None
+    for residual in (True, False):
+        try:
+            plan = make_plan(module, opaque, residual)
+        except Untraceable as error:
+            return Found(name, module, None, str(error))
+        if plan is None:
+            break
+        verdict = _verdict(module, plan, opaque) if check else None
+        if verdict is None:
+            return Found(name, module, plan, reason, residual=any(t.adds for t in plan.tails))
+        reason = f"differs from its fused form: {verdict}"
+    return None if reason is None else Found(name, module, None, reason)
+
+
+def digest(module: nn.Module, plan: Plan) -> str:
+    """What the comparison of ``plan`` depends on, as a hash: the code, and the configuration of what it replaces."""
+    text: list[str] = []
+    for program in plan.programs:
+        text += [program.source, repr(program.tails), repr(program.reads), repr(program.bypassed)]
+    for path, m in module.named_modules():
+        cls = original_class(m)
+        code = getattr(cls.forward, "__code__", None)
+        text.append(f"{path}: {cls.__module__}.{cls.__qualname__} {code and code.co_code.hex()}")
+        if isinstance(m, nn.Conv2d) or is_batch_norm(m):
+            text.append(repr(m))
+            text.append(repr([(n, tuple(t.shape)) for n, t in m.named_parameters()]))
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()
+
+
+def _verdict(module: nn.Module, plan: Plan, opaque: dict[int, nn.Module]) -> str | None:
+    key = digest(module, plan)
+    if key not in _verdicts:
+        _verdicts[key] = difference(module, plan, opaque)
+    return _verdicts[key]
+
+
+def _surroundings(
+    model: nn.Module,
+    names: dict[int, str],
+    opaque: dict[int, nn.Module],
+    refused: set[int],
+    result: Discovery,
+    check: bool,
+) -> None:
+    """Plan the conv-BN pairs outside the residual blocks (the stem), each in the module whose forward holds it."""
+    queue: list[nn.Module] = [model]
+    done: set[int] = set()
+    while queue:
+        module = queue.pop(0)
+        if id(module) in done or id(module) in opaque or not _holds_tail_parts(module, opaque):
+            continue
+        done.add(id(module))
+        owners = _owners(module, opaque)
+        if module not in owners:
+            queue += [*owners, *module.children()]
+            continue
+        found = _plan(names[id(module)], module, opaque, check)
+        if found is not None:
+            found.residual = False
+            result.found.append(found)
+            if found.plan is not None:
+                opaque[id(module)] = module
+                continue
+        queue += list(module.children())
+
+
+def _owners(module: nn.Module, opaque: dict[int, nn.Module]) -> list[nn.Module]:
+    """The modules, ``module`` or below, whose forwards hold all of a tail; empty where it cannot be traced."""
+    try:
+        found = Matcher(trace(module, opaque, training=False)).tails()
+    except Untraceable:
+        return []
+    paths = sorted({tail.stack[-1] for tail in found})
+    return [module.get_submodule(path) for path in paths]
+
+
+def replan(module: nn.Module) -> None:
+    """Make the plan of a fused module again, after loading it or when asked to by ``refresh``."""
+    fusion: Fusion = module.__dict__[ATTRIBUTE]
+    opaque: dict[int, Any] = {
+        id(m): m for m in module.modules() if m is not module and (is_fused(m) or isinstance(m, fused_nn._Fused))
+    }
+    try:
+        plan = make_plan(module, opaque)
+        verdict = "it has no tail any more" if plan is None else None
+        if plan is not None:
+            key = digest(module, plan)
+            verdict = None if key == fusion.digest else _verdict(module, plan, opaque)
+            fusion.digest = key
+    except Untraceable as error:
+        plan, verdict = None, str(error)
+    fusion.plan = plan if verdict is None else None
+    fusion.problem = verdict

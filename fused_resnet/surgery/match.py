@@ -1,0 +1,363 @@
+"""Finding tails in a traced forward, and rewriting the graph so that each becomes one call."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .. import tails
+from .trace import Traced, is_batch_norm
+
+# The activations by name, as they are written in the wild. A new one is one more entry (and a branch in each
+# backend's epilogue).
+_ACT_MODULES: dict[Any, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
+_ACT_FUNCTIONS: dict[Any, str] = {
+    F.relu: "relu",
+    F.relu_: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu6: "relu6",
+}
+_ACT_METHODS: dict[str, str] = {"relu": "relu", "relu_": "relu"}
+_ADDS = (operator.add, operator.iadd, torch.add)
+_ADD_METHODS = ("add", "add_", "__add__", "__iadd__")
+
+
+@dataclass
+class Tail:
+    """One fused call: what it computes, by the names of the modules whose calls it replaces."""
+
+    conv: str
+    bn: str | None
+    activation: str
+    adds: bool
+    projection: tuple[str, str | None] | None
+    bypassed: tuple[str, ...]
+    nodes: list[fx.Node] = field(repr=False, compare=False, default_factory=list)
+    source: fx.Node | None = field(repr=False, compare=False, default=None)
+    residual: fx.Node | None = field(repr=False, compare=False, default=None)
+
+    def __str__(self) -> str:
+        parts = [self.conv] + ([self.bn] if self.bn else [])
+        if self.projection:
+            parts.append("(" + "+".join(p for p in self.projection if p) + ")")
+        elif self.adds:
+            parts.append("add")
+        if self.activation != "none":
+            parts.append(self.activation)
+        return "+".join(parts)
+
+    @property
+    def stack(self) -> tuple[str, ...]:
+        """The modules, outermost first, inside whose forwards all of this tail happens."""
+        stacks = [node.meta["stack"] for node in self.nodes]
+        common = []
+        for level in zip(*stacks, strict=False):
+            if len(set(level)) > 1:
+                break
+            common.append(level[0])
+        return tuple(common)
+
+
+@dataclass
+class _Branch:
+    """conv or conv -> BN, as found when walking up from where its output is used."""
+
+    conv: str
+    bn: str | None
+    activation: str
+    bypassed: list[str]
+    nodes: list[fx.Node]
+    source: fx.Node
+
+
+class Matcher:
+    """Finds the tails of one traced forward."""
+
+    def __init__(self, traced: Traced) -> None:
+        self.graph = traced.graph
+        self.modules = traced.modules
+        self.claimed: set[fx.Node] = set()
+
+    # -- what a node is --
+
+    def module(self, node: Any) -> nn.Module | None:
+        """The module that ``node`` calls on one argument, or None."""
+        if isinstance(node, fx.Node) and node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+            return self.modules.get(str(node.target))
+        return None
+
+    def activation(self, node: fx.Node) -> str | None:
+        """The name of the activation that ``node`` applies to its first argument, or None."""
+        module = self.module(node)
+        if module is not None:
+            return _ACT_MODULES.get(type(module))
+        inplace_only = set(node.kwargs) <= {"inplace"}
+        if node.op == "call_function" and inplace_only:
+            return _ACT_FUNCTIONS.get(node.target)
+        if node.op == "call_method" and len(node.args) == 1 and not node.kwargs:
+            return _ACT_METHODS.get(str(node.target))
+        return None
+
+    def added(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """The two distinct nodes that ``node`` adds, or None."""
+        is_add = (node.op == "call_function" and node.target in _ADDS) or (
+            node.op == "call_method" and node.target in _ADD_METHODS
+        )
+        if not is_add or node.kwargs or len(node.args) != 2:
+            return None
+        a, b = node.args
+        return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b else None
+
+    def transparent(self, node: fx.Node) -> bool:
+        """Whether ``node`` hands its input through: nn.Identity, or a module that is one in this (eval) mode."""
+        module = self.module(node)
+        if module is None:
+            return False
+        return type(module) is nn.Identity or (not module.training and is_identity_in_eval(module))
+
+    # -- walking --
+
+    def up(self, node: Any) -> tuple[fx.Node | None, list[fx.Node]]:
+        """From a use of ``node`` to where its value was made, through transparent single-use nodes."""
+        passed: list[fx.Node] = []
+        while isinstance(node, fx.Node) and len(node.users) == 1 and self.transparent(node):
+            passed.append(node)
+            node = node.args[0]
+        return (node if isinstance(node, fx.Node) else None), passed
+
+    def down(self, node: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
+        """From ``node`` to its only use, through transparent nodes; None where there are several."""
+        passed: list[fx.Node] = []
+        while len(node.users) == 1:
+            user = next(iter(node.users))
+            if not self.transparent(user):
+                return user, passed
+            passed.append(user)
+            node = user
+        return None, passed
+
+    def branch(self, use: Any) -> _Branch | None:
+        """The conv (-> BN) whose output is ``use``, each step of single use and not yet part of a tail."""
+        node, passed = self.up(use)
+        bypassed, nodes = [str(n.target) for n in passed], list(passed)
+        bn, activation = None, "none"
+        module = self.module(node)
+        if node is not None and module is not None and is_batch_norm(module) and self._free(node):
+            own_activation = _own_activation(module)
+            if own_activation is None:
+                return None
+            bn, activation = str(node.target), own_activation
+            nodes.append(node)
+            bypassed.append(bn)
+            node, passed = self.up(node.args[0])
+            nodes += passed
+            bypassed += [str(n.target) for n in passed]
+            module = self.module(node)
+        if node is None or not self._free(node) or not tails.is_plain_conv(module):
+            return None
+        assert isinstance(module, nn.Conv2d)
+        if tails.why_not_fusable(module) is not None:
+            return None
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            return None
+        conv = str(node.target)
+        return _Branch(conv, bn, activation, [*bypassed, conv], [*nodes, node], source)
+
+    def _free(self, node: fx.Node) -> bool:
+        return len(node.users) == 1 and node not in self.claimed
+
+    # -- tails --
+
+    def tails(self, residual: bool = True) -> list[Tail]:
+        """All tails in the order of the graph; ``residual=False`` leaves the additions alone."""
+        found: list[Tail] = []
+        if residual:
+            for node in self.graph.nodes:
+                found += self._claim(self._residual_tail(node))
+        for node in self.graph.nodes:
+            module = self.module(node)
+            if node in self.claimed or module is None:
+                continue
+            if is_batch_norm(module):
+                found += self._claim(self._plain_tail(node))
+        for node in self.graph.nodes:
+            if node not in self.claimed and isinstance(self.module(node), nn.Conv2d):
+                found += self._claim(self._plain_tail(node))
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        return sorted(found, key=lambda tail: max(order[n] for n in tail.nodes))
+
+    def _claim(self, tail: Tail | None) -> list[Tail]:
+        if tail is None:
+            return []
+        self.claimed.update(tail.nodes)
+        return [tail]
+
+    def _then_activation(self, end: fx.Node) -> tuple[str, list[fx.Node]]:
+        user, passed = self.down(end)
+        if user is None or user in self.claimed:
+            return "none", []
+        activation = self.activation(user)
+        return ("none", []) if activation is None else (activation, [*passed, user])
+
+    def _residual_tail(self, node: fx.Node) -> Tail | None:
+        operands = self.added(node)
+        if operands is None:
+            return None
+        branches = [self.branch(operand) for operand in operands]
+        candidates = [i for i, b in enumerate(branches) if b is not None and b.activation == "none"]
+        if not candidates:
+            return None
+        main_index = self._main(candidates, branches)
+        main, other = branches[main_index], branches[1 - main_index]
+        assert main is not None
+        activation, act_nodes = self._then_activation(node)
+        nodes, bypassed = [*main.nodes, node, *act_nodes], list(main.bypassed)
+        bypassed += [str(n.target) for n in act_nodes if n.op == "call_module"]
+        residual, passed = self.up(operands[1 - main_index])
+        nodes += passed
+        bypassed += [str(n.target) for n in passed]
+        projection = None
+        if other is not None and other.activation == "none" and self._is_projection(other):
+            projection, residual = (other.conv, other.bn), other.source
+            nodes += [n for n in other.nodes if n not in nodes]
+            bypassed += other.bypassed
+        return Tail(
+            main.conv, main.bn, activation, True, projection, tuple(bypassed), nodes, main.source, residual
+        )
+
+    def _is_projection(self, branch: _Branch) -> bool:
+        conv = self.modules[branch.conv]
+        return isinstance(conv, nn.Conv2d) and tails.is_projection(conv)
+
+    def _main(self, candidates: list[int], branches: list[_Branch | None]) -> int:
+        """Of two convolutions that are added, the main one: the other one is then the 1x1 projection.
+
+        A projection reads the block's input, so the branch that lies deeper in the graph is the main one.
+        """
+        if len(candidates) == 1:
+            return candidates[0]
+        first, second = branches
+        assert first is not None
+        assert second is not None
+        if self._is_projection(first) != self._is_projection(second):
+            return 1 if self._is_projection(first) else 0
+        return 0 if _depth(first.source) >= _depth(second.source) else 1
+
+    def _plain_tail(self, node: fx.Node) -> Tail | None:
+        """conv -> BN (-> activation), or conv -> activation."""
+        # `branch` walks up from a use; the node itself may have many.
+        if node in self.claimed:
+            return None
+        module = self.module(node)
+        assert module is not None
+        activation, act_nodes = self._then_activation(node)
+        bypassed: list[str] = []
+        nodes: list[fx.Node] = []
+        bn = None
+        if is_batch_norm(module):
+            own = _own_activation(module)
+            branch = self.branch(node.args[0])
+            if own is None or branch is None or branch.bn is not None:
+                return None
+            if own != "none":
+                activation, act_nodes = own, []
+            bn = str(node.target)
+            bypassed = [bn, *branch.bypassed]
+            nodes = [node, *branch.nodes]
+            conv, source = branch.conv, branch.source
+        else:
+            first = node.args[0]
+            if (
+                activation == "none"
+                or not tails.is_plain_conv(module)
+                or not isinstance(first, fx.Node)
+                or tails.why_not_fusable(module) is not None  # type: ignore[arg-type]
+            ):
+                return None
+            conv, source = str(node.target), first
+            bypassed, nodes = [conv], [node]
+        nodes += act_nodes
+        bypassed += [str(n.target) for n in act_nodes if n.op == "call_module"]
+        return Tail(conv, bn, activation, False, None, tuple(bypassed), nodes, source)
+
+
+def _depth(node: fx.Node) -> int:
+    seen, stack = set(), [node]
+    while stack:
+        current = stack.pop()
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return len(seen)
+
+
+def _own_activation(bn: nn.Module) -> str | None:
+    """The activation inside a batch norm module (timm's BatchNormAct2d): ``none`` where it has none, None where unknown."""
+    children = dict(bn.named_children())
+    if not children:
+        return "none"
+    if set(children) - {"act", "drop"} or not isinstance(children.get("drop", None), (nn.Identity, type(None))):
+        return None
+    act = children.get("act")
+    if act is None or type(act) is nn.Identity:
+        return "none"
+    return _ACT_MODULES.get(type(act))
+
+
+def is_identity_in_eval(module: nn.Module) -> bool:
+    """Whether ``module``, in eval mode, returns the very tensor it is given (dropout, drop-path, stochastic depth)."""
+    if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
+        return False
+    values = torch.tensor([-1e3, -0.5, 0.5, 1e3]).reshape(1, 1, 2, 2)
+    probe = values.clone()  # an in-place activation returns its argument as well, but changed
+    try:
+        with torch.no_grad():
+            return type(module).forward(module, probe) is probe and torch.equal(probe, values)
+    except Exception:
+        return False
+
+
+def rewrite(traced: Traced, found: list[Tail]) -> fx.Graph:
+    """The graph with each tail replaced by one call; parameters ``backend`` and ``winograd`` are added to it."""
+    graph = traced.graph
+    placeholder = next(node for node in graph.nodes if node.op == "placeholder")
+    with graph.inserting_after(placeholder):
+        winograd = graph.placeholder("winograd")
+    with graph.inserting_after(placeholder):
+        backend = graph.placeholder("backend")
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for tail in found:
+        end = max(tail.nodes, key=lambda n: order[n])
+        with graph.inserting_before(end):
+
+            def get(path: str | None) -> fx.Node | None:
+                return None if path is None else graph.get_attr(path)
+
+            call: Callable[..., Any]
+            args: tuple[Any, ...]
+            if tail.projection is not None:
+                call = tails.conv_bn_proj_act
+                proj = (get(tail.projection[0]), get(tail.projection[1]), tail.residual)
+                args = (get(tail.conv), get(tail.bn), tail.source, *proj)
+            else:
+                call = tails.conv_bn_act
+                args = (get(tail.conv), get(tail.bn), tail.source, tail.residual)
+            new = graph.call_function(call, (*args, tail.activation, backend, winograd))
+        end.replace_all_uses_with(new)
+        order[new] = order[end]
+        for other in found:  # a later tail may read or add what this one makes
+            if other.source is end:
+                other.source = new
+            if other.residual is end:
+                other.residual = new
+        for node in sorted(tail.nodes, key=lambda n: order[n], reverse=True):
+            graph.erase_node(node)
+    return graph

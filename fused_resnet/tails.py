@@ -1,0 +1,269 @@
+"""The tail on modules: what one fused launch does with a convolution's and a batch norm's own modules.
+
+``nn`` and ``surgery`` both run their blocks through :func:`conv_bn_act` and :func:`conv_bn_proj_act`. Everything
+is read from the modules at each call (parameters, buffers, ``training``, geometry), so that ``load_state_dict``,
+``train()``, ``bn.eval()``, an optimizer step or an EMA copy need no notice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import functional
+
+# ---- reading the modules ---------------------------------------------------------------------------------
+
+
+def is_plain_conv(module: Any) -> bool:
+    """Whether ``module`` computes what ``nn.Conv2d`` computes: that class, or a subclass with the same forward."""
+    cls = type(module)
+    return (
+        isinstance(module, nn.Conv2d)
+        and cls.forward is nn.Conv2d.forward
+        and cls._conv_forward is nn.Conv2d._conv_forward
+    )
+
+
+def is_plain_batch_norm(module: Any) -> bool:
+    """Whether ``module`` is ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm`` (as left by convert_sync_batchnorm)."""
+    return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and type(module).forward in (
+        nn.BatchNorm2d.forward,
+        nn.SyncBatchNorm.forward,
+    )
+
+
+def is_frozen_batch_norm(module: Any) -> bool:
+    """Whether ``module`` has the four tensors of a frozen batch norm (torchvision's, detectron's, one's own).
+
+    Only the structure is looked at here; that its forward is the affine map of those four is for the
+    surgery's comparison to say.
+    """
+    if isinstance(module, _BatchNorm) or not isinstance(module, nn.Module):
+        return False
+    vectors = [getattr(module, name, None) for name in ("weight", "bias", "running_mean", "running_var")]
+    first = vectors[0]
+    return isinstance(first, Tensor) and all(
+        isinstance(v, Tensor) and v.dim() == 1 and v.shape == first.shape for v in vectors
+    )
+
+
+def uses_batch_statistics(bn: nn.Module | None) -> bool:
+    """Whether ``bn`` would normalise with the statistics of the batch now; the rule of ``nn.BatchNorm2d``."""
+    if not isinstance(bn, _BatchNorm):
+        return False
+    return bn.training or (bn.running_mean is None and bn.running_var is None)
+
+
+_eps_of_type: dict[type, float] = {}
+
+
+def batch_norm_eps(bn: nn.Module) -> float:
+    """``bn.eps``; measured on a one-channel probe for frozen batch norms that write their eps in their forward."""
+    eps = getattr(bn, "eps", None)
+    if eps is not None:
+        return float(eps)
+    cls = type(bn)
+    if cls not in _eps_of_type:
+        _eps_of_type[cls] = _measure_eps(bn)
+    return _eps_of_type[cls]
+
+
+def _measure_eps(bn: nn.Module) -> float:
+    # With gamma = 1, beta = 0, mean = 0, the output for an input of 1 is 1 / sqrt(var + eps). The variance is
+    # taken tiny so that eps is what remains.
+    variance = 2.0**-40
+    channels = bn.get_buffer("running_var").shape[0]
+    probe = object.__new__(type(bn))
+    nn.Module.__init__(probe)
+    probe.__dict__.update({k: v for k, v in bn.__dict__.items() if not k.startswith("_")})
+    for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", variance)):
+        probe.register_buffer(name, torch.full((channels,), value, dtype=torch.float64))
+    probe.eval()
+    with torch.no_grad():
+        y = float(probe(torch.ones(1, channels, 1, 1, dtype=torch.float64)).flatten()[0])
+    eps = 1.0 / (y * y) - variance
+    return float(f"{eps:.6g}") if eps > variance else 0.0
+
+
+def why_not_bypassed(module: nn.Module) -> str | None:
+    """None, or why calling ``module`` cannot be replaced by reading its tensors: it has hooks or its own forward."""
+    if module._forward_pre_hooks:
+        return "has a forward pre-hook"
+    if module._forward_hooks:
+        return "has a forward hook"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "has a backward hook"
+    if "forward" in module.__dict__:
+        return "has a forward of its own (set on the instance)"
+    return None
+
+
+def _same_padding(conv: nn.Conv2d) -> tuple[tuple[int, int], bool]:
+    """The numeric padding of ``conv`` and whether one number per side says it all (``"same"`` may be uneven)."""
+    padding: Any = conv.padding
+    if not isinstance(padding, str):
+        return tuple(padding), True
+    if padding == "valid":
+        return (0, 0), True
+    total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    return (total[0] // 2, total[1] // 2), not (total[0] % 2 or total[1] % 2)
+
+
+def why_not_fusable(conv: nn.Conv2d) -> str | None:
+    """None, or the sentence fragment why this convolution is not one the operator computes."""
+    if conv.padding_mode != "zeros":
+        return f"pads with {conv.padding_mode!r}, only zeros can be fused"
+    if not _same_padding(conv)[1]:
+        return f"has padding 'same' for an even kernel {tuple(conv.kernel_size)}, which pads unevenly"
+    return None
+
+
+def is_projection(conv: nn.Conv2d) -> bool:
+    """Whether ``conv`` can be the second accumulator of a tail: 1x1, padding 0, one group."""
+    return conv.kernel_size == (1, 1) and conv.groups == 1 and _same_padding(conv)[0] == (0, 0)
+
+
+# ---- running the tail ------------------------------------------------------------------------------------
+
+_BNTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _bn_tensors(bn: Any) -> _BNTensors:
+    if bn is None:
+        return None, None, None, None
+    return bn.weight, bn.bias, bn.running_mean, bn.running_var
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """Apply the activation called ``activation``: ``relu``, ``relu6`` or ``none``."""
+    if activation == "relu":
+        return F.relu(x)
+    if activation == "relu6":
+        return F.relu6(x)
+    if activation == "none":
+        return x
+    raise ValueError(f"activation: expected 'relu', 'relu6' or 'none', got {activation!r}")
+
+
+def conv_bn_act(
+    conv: nn.Conv2d,
+    bn: Any,
+    x: Tensor,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+    backend: str = "auto",
+    winograd: str = "auto",
+) -> Tensor:
+    """``act(bn(conv(x)) + residual)`` from the modules ``conv`` and ``bn`` (or None), in one launch where BN is fixed."""
+    if uses_batch_statistics(bn):
+        return batch_statistics_tail(_conv(conv, x), bn, residual, activation)
+    weight, bias, mean, var = _bn_tensors(bn)
+    return functional.conv_bn_add_relu(
+        x, conv.weight, conv.bias, weight, bias, mean, var,
+        eps=1e-5 if bn is None else batch_norm_eps(bn), residual=residual, stride=conv.stride,
+        padding=_same_padding(conv)[0], dilation=conv.dilation, groups=conv.groups, activation=activation,
+        backend=backend, cache_weights=not conv.training, winograd=winograd,
+    )  # fmt: skip
+
+
+def conv_bn_proj_act(
+    conv: nn.Conv2d,
+    bn: Any,
+    x: Tensor,
+    proj_conv: nn.Conv2d,
+    proj_bn: Any,
+    proj_x: Tensor,
+    activation: str = "relu",
+    backend: str = "auto",
+    winograd: str = "auto",
+) -> Tensor:
+    """``act(bn(conv(x)) + proj_bn(proj_conv(proj_x)))``, in one launch where both BNs are fixed."""
+    main_batch, proj_batch = uses_batch_statistics(bn), uses_batch_statistics(proj_bn)
+    if main_batch and proj_batch:
+        return batch_statistics_tail(_conv(conv, x), bn, (_conv(proj_conv, proj_x), proj_bn), activation)
+    if main_batch or proj_batch:  # one of the two BNs is frozen: the projection by itself, then the tail
+        identity = conv_bn_act(proj_conv, proj_bn, proj_x, None, "none", backend, winograd)
+        return conv_bn_act(conv, bn, x, identity, activation, backend, winograd)
+    weight, bias, mean, var = _bn_tensors(bn)
+    p_weight, p_bias, p_mean, p_var = _bn_tensors(proj_bn)
+    return functional.conv_bn_proj_add_relu(
+        x, conv.weight, conv.bias, weight, bias, mean, var,
+        proj_x=proj_x, proj_weight=proj_conv.weight, proj_bias=proj_conv.bias,
+        proj_bn_weight=p_weight, proj_bn_bias=p_bias, proj_running_mean=p_mean, proj_running_var=p_var,
+        eps=1e-5 if bn is None else batch_norm_eps(bn),
+        proj_eps=1e-5 if proj_bn is None else batch_norm_eps(proj_bn),
+        stride=conv.stride, padding=_same_padding(conv)[0], dilation=conv.dilation, groups=conv.groups,
+        proj_stride=proj_conv.stride, activation=activation, backend=backend,
+        cache_weights=not conv.training, winograd=winograd,
+    )  # fmt: skip
+
+
+def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    return conv._conv_forward(x, conv.weight, conv.bias)
+
+
+# ---- batch statistics: the one place where a training tail is computed -------------------------------------
+
+
+def batch_statistics_tail(
+    y: Tensor, bn: Any, residual: Tensor | tuple[Tensor, Any] | None, activation: str
+) -> Tensor:
+    """``act(bn(y) + residual)`` with the statistics of the batch; updates the running statistics as ``bn`` would.
+
+    ``residual`` is a tensor, a pair (projection's convolution output, its BN), or None.
+    """
+    out = _batch_norm(y, bn)
+    if isinstance(residual, tuple):
+        residual = _batch_norm(*residual)
+    if residual is not None:
+        out = out + residual
+    return activate(out, activation)
+
+
+def average_factor(bn: Any) -> float:
+    """Count the batch in ``num_batches_tracked`` and return the weight of this batch in the running statistics.
+
+    What ``nn.BatchNorm2d.forward`` does: ``momentum``, or a cumulative average where it is None.
+    """
+    if not (bn.training and bn.track_running_stats):
+        return 0.0 if bn.momentum is None else bn.momentum
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            return 1.0 / float(bn.num_batches_tracked)
+    return 0.0 if bn.momentum is None else bn.momentum
+
+
+def _batch_norm(y: Tensor, bn: Any) -> Tensor:
+    if bn is None:
+        return y
+    if isinstance(bn, nn.SyncBatchNorm):
+        return nn.SyncBatchNorm.forward(bn, y)
+    if not uses_batch_statistics(bn):
+        return F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
+    bn._check_input_dim(y)
+    tracked = not bn.training or bn.track_running_stats
+    return F.batch_norm(
+        y,
+        bn.running_mean if tracked else None,
+        bn.running_var if tracked else None,
+        bn.weight,
+        bn.bias,
+        True,
+        average_factor(bn),
+        bn.eps,
+    )
+
+
+def drop_packed(*convs: nn.Conv2d) -> None:
+    """Forget folded or packed copies of these convolutions' weights."""
+    from .backends import packing
+
+    for conv in convs:
+        packing.drop(conv.weight)
+
