@@ -19,13 +19,9 @@ __all__ = ["FusedBasicBlock", "FusedBottleneck", "FusedConvBNReLU"]
 Norm = Callable[..., nn.Module]
 
 
-def _conv(
-    inplanes: int, planes: int, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1
-) -> nn.Conv2d:
+def _conv(inplanes: int, planes: int, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
     padding = dilation * (kernel // 2)
-    return nn.Conv2d(
-        inplanes, planes, kernel, stride, padding=padding, dilation=dilation, groups=groups, bias=False
-    )
+    return nn.Conv2d(inplanes, planes, kernel, stride, padding=padding, dilation=dilation, groups=groups, bias=False)
 
 
 class _Fused(nn.Module):
@@ -81,7 +77,7 @@ class _FusedBlock(_Fused):
 
     @classmethod
     def from_block(cls, block: nn.Module) -> Any:
-        """The fused twin of a torchvision block, built of the *same* submodules: Parameters, buffers and mode are shared.
+        """The fused twin of a torchvision block, built of the *same* submodules, with their Parameters and mode.
 
         Raises TypeError when ``block`` does not have exactly the attributes of torchvision's block.
         """
@@ -91,8 +87,9 @@ class _FusedBlock(_Fused):
         extra = sorted(set(children) - {*expected, "downsample"})
         if missing or extra:
             raise TypeError(
-                f"block: expected the submodules of torchvision's block ({', '.join(expected)}, downsample), got a "
-                f"{type(block).__name__} with {', '.join(missing) or 'none'} missing and {', '.join(extra) or 'none'} extra"
+                f"block: expected the submodules of torchvision's block ({', '.join(expected)}, downsample), "
+                f"got a {type(block).__name__} "
+                f"with {', '.join(missing) or 'none'} missing and {', '.join(extra) or 'none'} extra"
             )
         new = cls.__new__(cls)
         nn.Module.__init__(new)
@@ -100,7 +97,8 @@ class _FusedBlock(_Fused):
             new.add_module(name, child)
         if "downsample" not in children:
             new.downsample = None
-        new.stride = getattr(block, "stride", 1)
+        stride: Any = getattr(block, "stride", 1)
+        new.stride = stride
         new.training = block.training
         return new
 
@@ -280,9 +278,7 @@ class FusedConvBNReLU(_Fused):
         if self.why_not_fused() is not None:
             y = self.bn(self.conv(x))
             return tails.activate(y if residual is None else y + residual, self.activation)
-        return tails.conv_bn_act(
-            self.conv, self.bn, x, residual, self.activation, self.backend, self.winograd
-        )
+        return tails.conv_bn_act(self.conv, self.bn, x, residual, self.activation, self.backend, self.winograd)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"

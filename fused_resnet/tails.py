@@ -43,7 +43,9 @@ def is_frozen_batch_norm(module: Any) -> bool:
     Only the structure is looked at here; that its forward is the affine map of those four is for the
     surgery's comparison to say.
     """
-    if isinstance(module, _BatchNorm) or not isinstance(module, nn.Module):
+    if not isinstance(module, nn.Module) or type(module).__module__.startswith("torch.nn."):
+        return False
+    if isinstance(module, _BatchNorm):
         return False
     vectors = [getattr(module, name, None) for name in ("weight", "bias", "running_mean", "running_var")]
     first = vectors[0]
@@ -139,6 +141,15 @@ def _bn_tensors(bn: Any) -> _BNTensors:
     return bn.weight, bn.bias, bn.running_mean, bn.running_var
 
 
+def _eps(bn: Any) -> float:
+    return 1e-5 if bn is None else batch_norm_eps(bn)
+
+
+def _geometry(conv: nn.Conv2d) -> dict[str, Any]:
+    padding = _same_padding(conv)[0]
+    return {"stride": conv.stride, "padding": padding, "dilation": conv.dilation, "groups": conv.groups}
+
+
 def activate(x: Tensor, activation: str) -> Tensor:
     """Apply the activation called ``activation``: ``relu``, ``relu6`` or ``none``."""
     if activation == "relu":
@@ -159,15 +170,14 @@ def conv_bn_act(
     backend: str = "auto",
     winograd: str = "auto",
 ) -> Tensor:
-    """``act(bn(conv(x)) + residual)`` from the modules ``conv`` and ``bn`` (or None), in one launch where BN is fixed."""
+    """``act(bn(conv(x)) + residual)`` from the modules ``conv`` and ``bn`` (or None); one launch where BN is fixed."""
     if uses_batch_statistics(bn):
         return batch_statistics_tail(_conv(conv, x), bn, residual, activation)
     weight, bias, mean, var = _bn_tensors(bn)
     return functional.conv_bn_add_relu(
         x, conv.weight, conv.bias, weight, bias, mean, var,
-        eps=1e-5 if bn is None else batch_norm_eps(bn), residual=residual, stride=conv.stride,
-        padding=_same_padding(conv)[0], dilation=conv.dilation, groups=conv.groups, activation=activation,
-        backend=backend, cache_weights=not conv.training, winograd=winograd,
+        eps=_eps(bn), residual=residual, activation=activation, backend=backend, winograd=winograd,
+        cache_weights=not conv.training, **_geometry(conv),
     )  # fmt: skip
 
 
@@ -195,11 +205,9 @@ def conv_bn_proj_act(
         x, conv.weight, conv.bias, weight, bias, mean, var,
         proj_x=proj_x, proj_weight=proj_conv.weight, proj_bias=proj_conv.bias,
         proj_bn_weight=p_weight, proj_bn_bias=p_bias, proj_running_mean=p_mean, proj_running_var=p_var,
-        eps=1e-5 if bn is None else batch_norm_eps(bn),
-        proj_eps=1e-5 if proj_bn is None else batch_norm_eps(proj_bn),
-        stride=conv.stride, padding=_same_padding(conv)[0], dilation=conv.dilation, groups=conv.groups,
-        proj_stride=proj_conv.stride, activation=activation, backend=backend,
-        cache_weights=not conv.training, winograd=winograd,
+        proj_stride=_geometry(proj_conv)["stride"], eps=_eps(bn), proj_eps=_eps(proj_bn),
+        activation=activation, backend=backend, winograd=winograd,
+        cache_weights=not conv.training, **_geometry(conv),
     )  # fmt: skip
 
 
@@ -210,9 +218,7 @@ def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
 # ---- batch statistics: the one place where a training tail is computed -------------------------------------
 
 
-def batch_statistics_tail(
-    y: Tensor, bn: Any, residual: Tensor | tuple[Tensor, Any] | None, activation: str
-) -> Tensor:
+def batch_statistics_tail(y: Tensor, bn: Any, residual: Tensor | tuple[Tensor, Any] | None, activation: str) -> Tensor:
     """``act(bn(y) + residual)`` with the statistics of the batch; updates the running statistics as ``bn`` would.
 
     ``residual`` is a tensor, a pair (projection's convolution output, its BN), or None.
@@ -262,8 +268,9 @@ def _batch_norm(y: Tensor, bn: Any) -> Tensor:
 
 def drop_packed(*convs: nn.Conv2d) -> None:
     """Forget folded or packed copies of these convolutions' weights."""
-    from .backends import packing
-
+    try:
+        from .backends import packing  # type: ignore[attr-defined, unused-ignore]
+    except ImportError:  # until it lands
+        return
     for conv in convs:
         packing.drop(conv.weight)
-

@@ -10,6 +10,7 @@ import copy
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .. import nn as fused_nn
 from .. import tails
@@ -30,9 +31,7 @@ def _require_module(model: object, function: str) -> None:
     raise TypeError(f"{function}: model: expected a torch.nn.Module, got {got}")
 
 
-def fuse(
-    model: M, inplace: bool = False, *, backend: str = "auto", winograd: str = "auto", check: bool = True
-) -> M:
+def fuse(model: M, inplace: bool = False, *, backend: str = "auto", winograd: str = "auto", check: bool = True) -> M:
     """Run the residual blocks of ``model``, and its stem, with one launch for each conv -> BN (-> add) -> ReLU.
 
     Names, attributes, Parameters and the state_dict stay what they are: only the forward of each understood block
@@ -89,7 +88,7 @@ def _tied_storages(model: nn.Module) -> set[int]:
     seen: set[int] = set()
     tied: set[int] = set()
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_meta or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if tensor.is_meta or is_lazy(tensor):
             continue
         address = tensor.untyped_storage().data_ptr()
         if address and address in seen:
@@ -137,5 +136,3 @@ def refresh(model: M) -> M:
 def refresh_packed(model: nn.Module) -> None:
     """Drop the folded and packed copies of all of the model's convolution weights."""
     tails.drop_packed(*(m for m in model.modules() if isinstance(m, nn.Conv2d)))
-
-

@@ -132,12 +132,10 @@ class StandIn(nn.Module):
         key = tuple(x.shape)
         if key not in self.shapes:
             with torch.no_grad():
-                self.shapes[key] = tuple(
-                    self.__dict__["meta"](torch.empty(key, device="meta", dtype=x.dtype)).shape
-                )
-        shape = self.shapes[key]
-        y = F.adaptive_avg_pool2d(x, shape[2:])
-        return torch.sin(3 * y[:, torch.arange(shape[1]) % x.shape[1]])
+                self.shapes[key] = tuple(self.__dict__["meta"](torch.empty(key, device="meta", dtype=x.dtype)).shape)
+        _, channels, height, width = self.shapes[key]
+        y = F.adaptive_avg_pool2d(x, (height, width))
+        return torch.sin(3 * y[:, torch.arange(channels) % x.shape[1]])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StandIn:
         return self  # it holds no state that a run could change
@@ -148,9 +146,7 @@ def _on_meta(module: nn.Module) -> nn.Module:
     for _, tensor in tensors_of(module):
         dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
         empty = torch.empty(tensor.shape, dtype=dtype, device="meta")
-        memo[id(tensor)] = (
-            nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-        )
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(module, without_hooks(module, memo)).eval()
 
 

@@ -157,7 +157,7 @@ def digest(module: nn.Module, plan: Plan) -> str:
     for program in plan.programs:
         text += [program.source, repr(program.tails), repr(program.reads), repr(program.bypassed)]
     for path, m in module.named_modules():
-        cls = original_class(m)
+        cls: Any = original_class(m)
         code = getattr(cls.forward, "__code__", None)
         text.append(f"{path}: {cls.__module__}.{cls.__qualname__} {code and code.co_code.hex()}")
         if isinstance(m, nn.Conv2d) or is_batch_norm(m):
@@ -215,7 +215,9 @@ def _owners(module: nn.Module, opaque: dict[int, nn.Module]) -> list[nn.Module]:
 
 def replan(module: nn.Module) -> None:
     """Make the plan of a fused module again, after loading it or when asked to by ``refresh``."""
-    fusion: Fusion = module.__dict__[ATTRIBUTE]
+    fusion: Fusion = module.__dict__.pop(ATTRIBUTE)
+    fused: Any = type(module)
+    module.__class__ = original_class(module)  # what is planned is its own forward
     opaque: dict[int, Any] = {
         id(m): m for m in module.modules() if m is not module and (is_fused(m) or isinstance(m, fused_nn._Fused))
     }
@@ -228,5 +230,8 @@ def replan(module: nn.Module) -> None:
             fusion.digest = key
     except Untraceable as error:
         plan, verdict = None, str(error)
+    finally:
+        module.__class__ = fused
+        module.__dict__[ATTRIBUTE] = fusion
     fusion.plan = plan if verdict is None else None
     fusion.problem = verdict

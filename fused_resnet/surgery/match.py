@@ -229,9 +229,7 @@ class Matcher:
             projection, residual = (other.conv, other.bn), other.source
             nodes += [n for n in other.nodes if n not in nodes]
             bypassed += other.bypassed
-        return Tail(
-            main.conv, main.bn, activation, True, projection, tuple(bypassed), nodes, main.source, residual
-        )
+        return Tail(main.conv, main.bn, activation, True, projection, tuple(bypassed), nodes, main.source, residual)
 
     def _is_projection(self, branch: _Branch) -> bool:
         conv = self.modules[branch.conv]
@@ -300,11 +298,11 @@ def _depth(node: fx.Node) -> int:
 
 
 def _own_activation(bn: nn.Module) -> str | None:
-    """The activation inside a batch norm module (timm's BatchNormAct2d): ``none`` where it has none, None where unknown."""
+    """The activation inside a batch norm module (timm's BatchNormAct2d): ``none`` without one, None if unknown."""
     children = dict(bn.named_children())
     if not children:
         return "none"
-    if set(children) - {"act", "drop"} or not isinstance(children.get("drop", None), (nn.Identity, type(None))):
+    if set(children) - {"act", "drop"} or not isinstance(children.get("drop"), (nn.Identity, type(None))):
         return None
     act = children.get("act")
     if act is None or type(act) is nn.Identity:

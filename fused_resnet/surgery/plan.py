@@ -2,8 +2,9 @@
 
 A fused module gets a subclass of its own class, made on the fly, whose ``forward`` runs the rewritten program.
 A class swap (rather than a bound method in the instance) keeps ``isinstance``, ``state_dict``, hooks on the module,
-``DataParallel`` replicas and ``torch.compile`` working; pickle and deepcopy go through :meth:`FusedForward.__reduce_ex__`,
-which names the original class, so a checkpoint of a whole model never refers to a class that does not exist.
+``DataParallel`` replicas and ``torch.compile`` working; pickle and deepcopy go through
+:meth:`FusedForward.__reduce_ex__`, which names the original class, so that a saved model never refers to a class
+that does not exist where it is loaded.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class Plan:
 
     def convs(self, root: nn.Module) -> list[nn.Conv2d]:
         """The convolutions that the programs run."""
-        found = []
+        found: list[nn.Conv2d] = []
         for tail in {str(t): t for p in self.programs for t in p.tails}.values():
             for path in (tail.conv, tail.projection[0] if tail.projection else None):
                 module = None if path is None else _descend(root, tuple(path.split(".")))
@@ -247,8 +248,7 @@ class FusedForward:
 
 
 def _new(cls: type) -> Any:
-    fused = fused_class(cls)
-    return fused.__new__(fused)
+    return object.__new__(fused_class(cls))
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -266,9 +266,9 @@ def original_class(module: Any) -> type:
 
 
 @functools.cache
-def fused_class(cls: type) -> type:
+def fused_class(cls: Any) -> type:
     """The fused subclass of ``cls``; one for each class, so that equal blocks keep equal types."""
-    forward = functools.wraps(cls.forward)(_forward_of(cls))  # type: ignore[attr-defined]
+    forward = functools.wraps(cls.forward)(_forward_of(cls))
     namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (FusedForward, cls), {**namespace, "forward": forward})
 
@@ -284,7 +284,8 @@ def attach(module: nn.Module, fusion: Fusion) -> None:
     """Make ``module`` a fused one."""
     module.__dict__[ATTRIBUTE] = fusion
     if not is_fused(module):
-        module.__class__ = fused_class(type(module))
+        cls: Any = type(module)
+        module.__class__ = fused_class(cls)
 
 
 def detach(module: nn.Module) -> None:

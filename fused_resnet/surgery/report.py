@@ -76,8 +76,7 @@ class Explanation:
 
     def __str__(self) -> str:
         counts = {
-            state: sum(e.state == state for e in self.entries)
-            for state in ("fused", "fusable", "blocked", "unfused")
+            state: sum(e.state == state for e in self.entries) for state in ("fused", "fusable", "blocked", "unfused")
         }
         head = ", ".join(f"{n} {state}" for state, n in counts.items() if n) or "nothing to fuse"
         lines = [f"{self.model}: {head}"]
@@ -114,14 +113,12 @@ def explain_fused(name: str, module: nn.Module) -> Entry:
     kind = original_class(module).__name__
     if fusion.plan is None:
         reason = fusion.problem or "it has no plan"
-        return Entry(
-            name, kind, "blocked", f"runs unfused: {reason}; call refresh() or fuse()", 0, (), (), reason
-        )
-    program, reason = fusion.plan.choose(module)
+        return Entry(name, kind, "blocked", f"runs unfused: {reason}; call refresh() or fuse()", 0, (), (), reason)
+    program, why_not = fusion.plan.choose(module)
     tails = tuple(str(t) for t in fusion.plan.tails)
     left = fusion.plan.programs[-1].left
     if program is None:
-        return Entry(name, kind, "blocked", f"runs unfused now: {reason}", 0, tails, left, reason)
+        return Entry(name, kind, "blocked", f"runs unfused now: {why_not}", 0, tails, left, why_not)
     text = "fused, " + _sentence_of_plan(fusion.plan, fusion.partly)
     if fusion.restrided:
         n = len(fusion.restrided)
@@ -137,9 +134,7 @@ def explain_found(found: Found) -> Entry:
         return Entry(found.name, kind, "unfused", f"left as it is: {reason}", 0, (), (), reason)
     tails = tuple(str(t) for t in found.plan.tails)
     text = "can be fused, " + _sentence_of_plan(found.plan, found.reason)
-    return Entry(
-        found.name, kind, "fusable", text, len(tails), tails, found.plan.programs[-1].left, found.reason
-    )
+    return Entry(found.name, kind, "fusable", text, len(tails), tails, found.plan.programs[-1].left, found.reason)
 
 
 def explain_block(name: str, module: Any) -> Entry:

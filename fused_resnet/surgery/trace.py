@@ -227,9 +227,7 @@ def _record(module: nn.Module, tracer: _Tracer) -> None:
     def note(name: str, value: Any) -> None:
         if name in _MODULE_FIELDS or name.startswith("__"):
             return
-        if isinstance(value, _SIMPLE) or (
-            isinstance(value, tuple) and all(isinstance(v, _SIMPLE) for v in value)
-        ):
+        if isinstance(value, _SIMPLE) or (isinstance(value, tuple) and all(isinstance(v, _SIMPLE) for v in value)):
             tracer.reads[path, name] = value
 
     class Recording(cls):  # type: ignore[valid-type, misc]
