@@ -35,7 +35,7 @@ def extension_arguments() -> dict[str, object]:
         "fused_resnet._C",
         sources,
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
-        extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
+        extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
         # libtorch_python is not needed: pybind11 is its own and torch is reached through the stable ABI
         py_limited_api=False,
     )

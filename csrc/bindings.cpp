@@ -1,0 +1,42 @@
+// The module fused_resnet._C and the list of CPU implementation operators. Each operator is implemented and
+// registered in the file named beside it.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "cpu/isa.h"
+
+STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
+  // cpu/epilogue.cpp: y = act(scale * y + shift + residual) in place
+  m.def(
+      "scale_shift_add_act_(Tensor(a!) y, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? "
+      "running_mean, "
+      "Tensor? running_var, float eps, Tensor? residual, int activation) -> ()");
+  // cpu/winograd_ops.cpp: 3x3, stride 1, float32, NHWC
+  m.def("winograd_pack(Tensor weight, int m, str isa) -> Tensor");
+  m.def(
+      "winograd_conv(Tensor x, Tensor packed, int k, int m, str isa, int pad_h, int pad_w, Tensor? bias, "
+      "Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, Tensor? running_var, float eps, Tensor? "
+      "residual, "
+      "int activation) -> Tensor");
+  // cpu/snapshot.cpp: what the weight cache compares on each call
+  m.def(
+      "snapshot(Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
+      "Tensor? running_var) -> Tensor");
+  m.def(
+      "unchanged(Tensor snapshot, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
+      "Tensor? running_mean, Tensor? running_var) -> bool");
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+        info["compiler"] = __VERSION__;
+        info["cpu_isa"] = std::string(fused_resnet::cpu::best_isa());
+        return info;
+      },
+      "The compiler that built the extension and the instruction set that its CPU kernels use here.");
+}

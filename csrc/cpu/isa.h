@@ -1,0 +1,29 @@
+// One binary, several instruction sets: each kernel is instantiated in isa_avx512.cpp, isa_avx2.cpp and
+// isa_portable.cpp, and the best set that this CPU has is taken at run time.
+#pragma once
+
+#include "epilogue.h"
+#include "winograd.h"
+
+namespace fused_resnet::cpu {
+
+struct Kernels {
+  const char* isa;  // "avx512", "avx2" or "portable"
+  WinogradKernel winograd2, winograd4;
+  EpilogueKernel epilogue;
+};
+
+#if defined(__x86_64__)
+extern const Kernels kKernelsAvx512, kKernelsAvx2;
+#endif
+extern const Kernels kKernelsPortable;
+
+// The kernels of the best instruction set, or of the named one; nullptr where this CPU does not have it.
+const Kernels* kernels_for(const char* isa);
+const Kernels& kernels();
+
+inline const char* best_isa() {
+  return kernels().isa;
+}
+
+}  // namespace fused_resnet::cpu

@@ -1,0 +1,11 @@
+// Four lanes: SSE2 or NEON, or whatever the compiler makes of its vector extension.
+#include "epilogue_kernel.h"
+#include "isa.h"
+#include "winograd_kernel.h"
+
+namespace fused_resnet::cpu {
+using Portable = RegisterBlock<4, 6, 2>;
+const Kernels kKernelsPortable = {"portable", WinogradImpl<Portable, Winograd<2>>::kernel(),
+                                  WinogradImpl<Portable, Winograd<4>>::kernel(),
+                                  EpilogueImpl<Portable::kLanes>::kernel()};
+}  // namespace fused_resnet::cpu

@@ -1,0 +1,237 @@
+"""Backend ``cpu``: our Winograd kernel where it is faster, oneDNN's convolutions for everything else.
+
+Three ways, decided once per signature:
+
+``winograd``
+    float32, 3x3, stride 1, weights that may be kept (``cache_weights``): scale, shift, residual and activation in
+    the output transform, BN live. See :func:`winograd_size` for when, and for the choice between F(4x4) and F(2x2).
+``pass``
+    other float32 convolutions: oneDNN's, with weights packed once, then one pass of our own over its output with
+    scale, shift, residual and activation. BN live.
+``folded``
+    16-bit types, convolutions without activation, and installs without the extension: scale folded into the
+    weights, oneDNN adds bias and residual before its only rounding, the activation follows in place.
+
+Why the activation is never oneDNN's: its ReLU turns NaN into 0, and a model that has diverged would look healthy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _extension
+from ..layout import output_memory_format
+from ..problem import Problem, dtype_name
+from ..reference import ConvBN, Tail, scale_shift
+from . import Backend, packing
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ACTIVATION_CODES = {"none": 0, "relu": 1, "relu6": 2}  # enum Activation in csrc/cpu/activation.h
+
+#: A packed weight from beyond the second-level cache arrives in the time of so many multiply-adds with it, so a GEMM
+#: with fewer rows than this waits for its weights (29 GB/s against 230 GFLOP/s; the ratio is alike on other CPUs).
+_ROWS_TO_HIDE_A_WEIGHT = 15
+#: Transforming one input (output) tile costs as much as multiplying its positions for so many output (input) channels.
+_TRANSFORM_CHANNELS = 10
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def winograd_size(problem: Problem) -> int:
+    """The tile m of F(m x m, 3 x 3) that is expected to be fastest: 4, 2, or 0 for direct convolution.
+
+    The rule counts multiply-adds per pair of input and output channel. Direct convolution makes 9 for each of the
+    N P Q outputs, F(m) makes (m + 2)^2 for each tile plus its transforms; each costs at least what it takes to fetch
+    its weights: 9, 36 (F4) or 16 (F2) for each pair. So F(4x4) wins on large images, F(2x2) where there are few tiles
+    (7x7 at batch 1), direct convolution where there is next to nothing (1x1 to 4x4 pixels) or few channels.
+    """
+    c, k = _round_up(problem.c, 16), _round_up(problem.k, 32)  # the kernel's granularity
+    cost = {0: float(9 * problem.c * problem.k * max(problem.n * problem.p * problem.q, _ROWS_TO_HIDE_A_WEIGHT))}
+    for m in (2, 4):
+        tiles = problem.n * -(-problem.p // m) * -(-problem.q // m)
+        transforms = tiles * _TRANSFORM_CHANNELS * (c + k)
+        cost[m] = (m + 2) ** 2 * (c * k * max(tiles, _ROWS_TO_HIDE_A_WEIGHT) + transforms)
+    return min(cost, key=lambda m: cost[m])
+
+
+class CpuBackend(Backend):
+    name = "cpu"
+
+    def can_run(self, problem: Problem) -> str | None:
+        if problem.device_type != "cpu":
+            return f"cpu: device must be cpu, got {problem.device_type}"
+        for dtype in {problem.dtype, problem.output_dtype}:
+            if dtype not in _DTYPES:
+                return f"cpu: dtype must be float32, bfloat16 or float16, got {dtype_name(dtype)}"
+        if not torch.backends.mkldnn.is_available():
+            return "cpu: torch must be built with oneDNN, got a build without"
+        if problem.output_dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return "cpu: bfloat16 needs a CPU for which oneDNN has it (AVX-512 on x86), this one is not"
+        if problem.output_dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+            return "cpu: float16 needs a CPU for which oneDNN has it (AVX-512 FP16 on x86), this one is not"
+        return None
+
+    def run(self, problem: Problem, tail: Tail) -> Tensor:
+        return self.bind(problem, tail)(tail)
+
+    def bind(self, problem: Problem, tail: Tail, configuration: Any = None) -> Callable[[Tail], Tensor]:
+        if problem.output_dtype is not problem.dtype:
+            # float16 x with a float32 residual, say: exact in the wider type, and rare
+            return partial(_run_widened, self, problem.output_dtype)
+        memory_format = output_memory_format(tail.x, tail.conv.weight)
+        if problem.dtype is not torch.float32 or _extension.cpu() is None:
+            return partial(_run_folded, memory_format)
+        m = 0
+        choice = tail.winograd if tail.winograd != "auto" else os.environ.get("FUSED_RESNET_WINOGRAD", "auto")
+        geometry = (problem.r, problem.s, problem.stride, problem.dilation, problem.groups)
+        if choice != "off" and geometry == (3, 3, (1, 1), (1, 1), 1):
+            m = winograd_size(problem)
+            if choice == "f2" and m:
+                m = 2
+        without = _run_folded if problem.activation == "none" else _run_pass
+        if m == 0:
+            return partial(without, memory_format)
+        return partial(_run_winograd, memory_format, m, partial(without, memory_format))
+
+
+def _run_widened(backend: CpuBackend, dtype: torch.dtype, tail: Tail) -> Tensor:
+    memory_format = output_memory_format(tail.x, tail.conv.weight)
+    wide = tail.to(dtype)
+    y = backend.run(Problem.from_tail(wide), wide)
+    return y.contiguous(memory_format=memory_format)
+
+
+# ---- winograd ----------------------------------------------------------------------------------------------
+
+
+def _run_winograd(memory_format: torch.memory_format, m: int, without: Callable[[Tail], Tensor], tail: Tail) -> Tensor:
+    if not tail.cache_weights:  # transforming the weights for one call costs more than it saves
+        return without(tail)
+    conv = tail.conv
+    weight = conv.weight
+    packed = packing.get(
+        weight, ("winograd", m), packing.NO_VECTORS,
+        lambda: torch.ops.fused_resnet_C.winograd_pack.default(weight.detach(), m, ""),
+    )  # fmt: skip
+    residual = _residual(tail, torch.channels_last)
+    y = torch.ops.fused_resnet_C.winograd_conv.default(
+        tail.x.contiguous(memory_format=torch.channels_last), packed, weight.shape[0], m, "", *tail.padding,
+        conv.bias, conv.bn_weight, conv.bn_bias, conv.running_mean, conv.running_var, conv.eps,
+        residual, _ACTIVATION_CODES[tail.activation],
+    )  # fmt: skip
+    return y if memory_format is torch.channels_last else y.contiguous()
+
+
+# ---- oneDNN, then our pass ---------------------------------------------------------------------------------
+
+
+def _run_pass(memory_format: torch.memory_format, tail: Tail) -> Tensor:
+    conv = tail.conv
+    x = tail.x.contiguous(memory_format=memory_format)
+    if tail.cache_weights:
+        packed = packing.get(
+            conv.weight, ("onednn", tail.stride, tail.padding, tail.dilation, tail.groups), packing.NO_VECTORS,
+            lambda: _reorder(conv.weight, tail, x),
+        )  # fmt: skip
+        y = _convolution(x, packed, None, tail.stride, tail.padding, tail.dilation, tail.groups)
+    else:
+        y = F.conv2d(x, conv.weight, None, tail.stride, tail.padding, tail.dilation, tail.groups)
+    y = y.contiguous(memory_format=memory_format)
+    torch.ops.fused_resnet_C.scale_shift_add_act_.default(
+        y, conv.bias, conv.bn_weight, conv.bn_bias, conv.running_mean, conv.running_var, conv.eps,
+        _residual(tail, memory_format), _ACTIVATION_CODES[tail.activation],
+    )  # fmt: skip
+    return y
+
+
+# ---- folded, all of it oneDNN's ----------------------------------------------------------------------------
+
+
+def fold(conv: ConvBN) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the one convolution that does the work of ``conv`` and its BN.
+
+    Scaled in float64 and rounded once. The bias has the dtype of the weight, as oneDNN wants it.
+    """
+    scale, shift = scale_shift(conv, torch.float64)
+    weight = conv.weight.detach()
+    if scale is not None:
+        weight = (weight * scale.detach()[:, None, None, None]).to(weight.dtype)
+    return weight, None if shift is None else shift.detach().to(weight.dtype)
+
+
+def _run_folded(memory_format: torch.memory_format, tail: Tail) -> Tensor:
+    residual = _residual(tail, memory_format)
+    y = _folded_conv(
+        memory_format, tail, tail.x, tail.conv, tail.stride, tail.padding, tail.dilation, tail.groups, residual
+    )
+    if tail.activation == "relu":
+        return y.relu_()
+    return y.clamp_(0, 6) if tail.activation == "relu6" else y
+
+
+def _folded_conv(
+    memory_format: torch.memory_format, tail: Tail, x: Tensor, conv: ConvBN, stride: Any, padding: Any, dilation: Any,
+    groups: int, residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """``BN(conv2d(x)) + residual`` by one oneDNN primitive, in ``memory_format``."""
+    x = x.contiguous(memory_format=memory_format)
+    geometry = (stride, padding, dilation, groups)
+    if tail.cache_weights:
+        weight, bias = packing.get(
+            conv.weight, ("folded", conv.eps, *geometry), conv[1:6], partial(_fold_and_reorder, conv, geometry, x)
+        )
+    else:
+        weight, bias = fold(conv)
+        weight = weight.contiguous(memory_format=memory_format)
+    if residual is not None:
+        y = torch.ops.mkldnn._convolution_pointwise.binary(
+            x, residual, weight, bias, padding, stride, dilation, groups, "add", 1.0, None, [], None
+        )
+    else:
+        y = _convolution(x, weight, bias, stride, padding, dilation, groups)
+    return y.contiguous(memory_format=memory_format)
+
+
+def _fold_and_reorder(conv: ConvBN, geometry: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    stride, padding, dilation, groups = geometry
+    weight, bias = fold(conv)
+    weight = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, list(x.shape))
+    return weight, bias
+
+
+def _reorder(weight: Tensor, tail: Tail, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        weight.detach(), tail.padding, tail.stride, tail.dilation, tail.groups, list(x.shape)
+    )
+
+
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    return torch.ops.mkldnn._convolution_pointwise.default(
+        x, weight, bias, padding, stride, dilation, groups, "none", [], None
+    )
+
+
+# ---- what is added -----------------------------------------------------------------------------------------
+
+
+def _residual(tail: Tail, memory_format: torch.memory_format) -> Tensor | None:
+    """What is added, dense in ``memory_format`` and of x's dtype: the residual or the projection's output."""
+    if tail.proj is not None and tail.proj_x is not None:
+        return _folded_conv(memory_format, tail, tail.proj_x, tail.proj, tail.proj_stride, (0, 0), (1, 1), 1, None)
+    if tail.residual is None:
+        return None
+    return tail.residual.to(tail.x.dtype).contiguous(memory_format=memory_format)
+
+
+BACKEND = CpuBackend()

@@ -1,0 +1,146 @@
+"""The one cache of folded, packed and transformed weights, for the backends ``cpu`` and ``cudnn``.
+
+A packed copy is reused only while nothing it was made from has changed: the weight must be the same tensor object
+with the same ``data_ptr`` and ``_version`` (inference tensors have none), 64 elements strided over it must have the
+same bits, and the vectors folded into the copy (bias and BN) are compared in full. ``_version`` alone would miss
+writes through ``.data`` and optimizers with ``fused=True``; what the samples could miss in turn, a write that keeps
+all 64 of them, is what :func:`drop` is for (``train()`` and ``refresh()`` call it).
+
+Copies live here, beside the model: they enter no ``state_dict``, pickle or deepcopy, and die with their weight.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import _extension
+
+T = TypeVar("T")
+
+#: What is folded into a copy beside the weight: bias, bn_weight, bn_bias, running_mean, running_var.
+Vectors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+NO_VECTORS: Vectors = (None, None, None, None, None)
+
+_SAMPLES = 64
+
+
+class _Copy(NamedTuple):
+    """One packed copy and what it was made from."""
+
+    value: Any
+    data_ptr: int
+    version: int
+    snapshot: Tensor
+
+
+class _Entry:
+    """All copies made of one weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        key = id(weight)
+        self.weight = weakref.ref(weight, lambda _: _entries.pop(key, None))
+        self.copies: dict[Hashable, _Copy] = {}
+
+
+_entries: dict[int, _Entry] = {}
+_lock = threading.RLock()  # held while a copy is made; lookups need none, a dict's own atomicity is enough
+
+
+def get(weight: Tensor, key: Hashable, vectors: Vectors, make: Callable[[], T]) -> T:
+    """The copy of ``weight`` called ``key``: the kept one if it is still true, else the one that ``make`` makes.
+
+    ``key`` names the kind of copy and every number in it that is no tensor (eps, say). Two threads never make the
+    same copy twice.
+    """
+    copy = _find(weight, key, vectors)
+    if copy is None:
+        with _lock:
+            copy = _find(weight, key, vectors)
+            if copy is None:
+                copy = _make(weight, key, vectors, make)
+    return copy.value
+
+
+def drop(weight: Tensor) -> None:
+    """Forget every copy made of ``weight``."""
+    _entries.pop(id(weight), None)
+
+
+def clear() -> None:
+    """Forget everything."""
+    _entries.clear()
+
+
+def nbytes(weight: Tensor) -> int:
+    """The memory that copies of ``weight`` take now, in bytes."""
+    entry = _entries.get(id(weight))
+    if entry is None or entry.weight() is not weight:
+        return 0
+    return sum(_nbytes(copy.value) for copy in list(entry.copies.values()))
+
+
+def _find(weight: Tensor, key: Hashable, vectors: Vectors) -> _Copy | None:
+    entry = _entries.get(id(weight))
+    if entry is None or entry.weight() is not weight:
+        return None
+    copy = entry.copies.get(key)
+    if copy is None or copy.data_ptr != weight.data_ptr() or copy.version != _version(weight):
+        return None
+    return copy if _unchanged(copy.snapshot, weight, vectors) else None
+
+
+def _make(weight: Tensor, key: Hashable, vectors: Vectors, make: Callable[[], Any]) -> _Copy:
+    # Remembered before the copy is made: a write that comes in between must make the copy stale, not true.
+    data_ptr, version, snapshot = weight.data_ptr(), _version(weight), _snapshot(weight, vectors)
+    with torch.no_grad():
+        copy = _Copy(make(), data_ptr, version, snapshot)
+    entry = _entries.get(id(weight))
+    if entry is None or entry.weight() is not weight:
+        entry = _entries[id(weight)] = _Entry(weight)
+    entry.copies[key] = copy
+    return copy
+
+
+def _version(t: Tensor) -> int:
+    return -1 if t.is_inference() else t._version
+
+
+def _snapshot(weight: Tensor, vectors: Vectors) -> Tensor:
+    if weight.is_cpu and _extension.cpu() is not None:
+        return torch.ops.fused_resnet_C.snapshot.default(weight, *vectors)
+    return _snapshot_in_python(weight, vectors)
+
+
+def _unchanged(snapshot: Tensor, weight: Tensor, vectors: Vectors) -> bool:
+    if weight.is_cpu and _extension.cpu() is not None:
+        return torch.ops.fused_resnet_C.unchanged.default(snapshot, weight, *vectors)
+    return torch.equal(snapshot, _snapshot_in_python(weight, vectors))
+
+
+def _snapshot_in_python(weight: Tensor, vectors: Vectors) -> Tensor:
+    """The same bytes as ``fused_resnet_C::snapshot``: samples of the weight, then each vector in full."""
+    weight = weight.detach()
+    parts: list[Tensor] = []
+    count = weight.numel()
+    if count:
+        index = torch.arange(_SAMPLES, device=weight.device) * (count - 1) // (_SAMPLES - 1)
+        parts.append(weight[torch.unravel_index(index, weight.shape)].contiguous().view(torch.uint8))
+    for vector in vectors:
+        parts.append(torch.tensor([vector is not None], dtype=torch.uint8, device=weight.device))
+        if vector is not None:
+            parts.append(vector.detach().contiguous().view(torch.uint8))
+    return torch.cat(parts)
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return torch.ops.mkldnn._nbytes(value) if value.is_mkldnn else value.untyped_storage().nbytes()
+    if isinstance(value, (tuple, list)):
+        return sum(_nbytes(item) for item in value)
+    return 0
