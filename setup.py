@@ -1,17 +1,26 @@
-"""Build of the extension; all metadata is in pyproject.toml.
+"""Build of the extensions; all metadata is in pyproject.toml.
 
-Never asks for a GPU. Without a C++ compiler the package installs as pure Python, with one printed line.
+``_C`` (CPU kernels) needs a C++ compiler, ``_C_cuda`` (CUDA kernels) nvcc as well. Never asks for a GPU. Without a
+C++ compiler the package installs as pure Python, with one printed line. Environment variables:
+
+    FUSED_RESNET_CUDA=auto|0|1        auto (default): build _C_cuda where nvcc is found; 1: or fail
+    FUSED_RESNET_CUDART=static|shared the CUDA runtime in _C_cuda (default: static)
+    CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX   as usual
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import setup
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "csrc"))
+import cuda_build  # noqa: E402
 
 
 def say(line: str) -> None:
@@ -22,26 +31,101 @@ def have_compiler() -> bool:
     return shutil.which(os.environ.get("CXX", "c++")) is not None
 
 
-def extension_arguments() -> dict[str, object]:
+def cuda_toolkit() -> cuda_build.Toolkit | None:
+    """The CUDA toolkit to build with, or None for a build without `_C_cuda`."""
+    wanted = os.environ.get("FUSED_RESNET_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"FUSED_RESNET_CUDA: expected auto, 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return None
+    remedy = "install the CUDA toolkit and set CUDA_HOME, or pip install nvidia-cuda-nvcc nvidia-cuda-runtime"
+    try:
+        return cuda_build.find_toolkit()
+    except cuda_build.NoToolkit as reason:
+        if wanted == "1":
+            raise SystemExit(f"FUSED_RESNET_CUDA=1, but {reason}: {remedy}") from None
+        say(f"building for the CPU only: {reason} ({remedy})")
+        return None
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def extension(name: str, files: list[str], **arguments: Any) -> Any:
+    import pybind11
+    from torch.utils.cpp_extension import CppExtension
+
+    arguments.setdefault("extra_compile_args", [])
+    arguments["extra_compile_args"] += [
+        "-O3",
+        "-g0",
+        "-std=c++17",
+        "-fvisibility=hidden",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    ]
+    include_dirs = [str(ROOT / "csrc"), pybind11.get_include(), *arguments.pop("include_dirs", [])]
+    built = CppExtension(name, files, include_dirs=include_dirs, **arguments)
+    # libtorch_python is not needed: pybind11 is its own and torch is reached through the stable ABI
+    built.libraries = [library for library in built.libraries if library not in ("torch_python", "c10")]
+    return built
+
+
+def cuda_extension(toolkit: cuda_build.Toolkit) -> Any:
+    cudart = os.environ.get("FUSED_RESNET_CUDART", "static")
+    archs = cuda_build.architectures(toolkit)
+    say(
+        f"building _C_cuda with nvcc {toolkit.version} ({toolkit.nvcc}) for {', '.join('sm_' + a for a in archs)} and "
+        f"PTX of compute_{archs[0]}, CUDA runtime {cudart}, {os.environ.get('MAX_JOBS', 'all')} jobs"
+    )
+    files = sources("csrc/bindings_cuda.cpp", "csrc/cuda/*.cpp")
+    files.remove("csrc/cuda/c_api.cpp")  # for the library without Python
+    built = extension(
+        "fused_resnet._C_cuda",
+        files,
+        include_dirs=list(toolkit.include_dirs),
+        extra_compile_args=[
+            f'-DFUSED_RESNET_ARCHITECTURES="{" ".join("sm_" + a for a in archs)} compute_{archs[0]}"',
+            f'-DFUSED_RESNET_CUDART="{cudart}"',
+            f'-DFUSED_RESNET_NVCC="{toolkit.version}"',
+        ],
+        # libtorch itself needs libtorch_cuda, where it was built with CUDA: the only way to it that any torch accepts
+        extra_link_args=[*toolkit.cudart(cudart), "-Wl,--no-as-needed", "-ltorch"],
+    )
+    built.toolkit = toolkit
+    built.archs = archs
+    return built
+
+
+def setup_arguments() -> dict[str, Any]:
     """`ext_modules` and `cmdclass` for setup(); empty for a pure-Python install."""
     if not have_compiler():
         say("no C++ compiler found, installing the pure-Python package (backends: eager, triton, cudnn)")
         return {}
-    import pybind11
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension
 
-    sources = sorted(str(p.relative_to(ROOT)) for p in [ROOT / "csrc/bindings.cpp", *ROOT.glob("csrc/cpu/*.cpp")])
-    extension = CppExtension(
-        "fused_resnet._C",
-        sources,
-        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
-        extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
-        # libtorch_python is not needed: pybind11 is its own and torch is reached through the stable ABI
-        py_limited_api=False,
-    )
-    extension.libraries = [name for name in extension.libraries if name != "torch_python"]
-    say(f"building _C from {len(sources)} files")
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=True)}}
+    class Build(BuildExtension):  # type: ignore[misc, valid-type]
+        """The kernels are compiled by our own rules: torch's need a torch with CUDA, and guess the toolkit's root."""
+
+        def build_extensions(self) -> None:
+            for ext in self.extensions:
+                if hasattr(ext, "toolkit"):
+                    out_dir = Path(self.build_temp) / "cuda_kernels"
+                    ext.extra_objects = cuda_build.compile_objects(ext.toolkit, ext.archs, out_dir)
+                    ext.depends = [*ext.extra_objects, *sources("csrc/*.h", "csrc/cuda/*.h")]
+            super().build_extensions()
+
+    files = sources("csrc/bindings.cpp", "csrc/cpu/*.cpp")
+    extensions = []
+    if "csrc/bindings.cpp" in files:
+        say(f"building _C from {len(files)} files")
+        extensions.append(extension("fused_resnet._C", files, depends=sources("csrc/*.h", "csrc/cpu/*.h")))
+    toolkit = cuda_toolkit()
+    if toolkit is not None:
+        extensions.append(cuda_extension(toolkit))
+    if not extensions:
+        return {}
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": Build.with_options(use_ninja=True)}}
 
 
-setup(**(extension_arguments() if (ROOT / "csrc/bindings.cpp").exists() else {}))
+setup(**setup_arguments())

@@ -58,6 +58,10 @@ int query_device(DeviceProperties& device, char* error, int error_bytes) {
   return status == cudaSuccess ? 0 : failed(status, "reading the device's properties", error, error_bytes);
 }
 
+int use_device(int device) {
+  return cudaSetDevice(device) == cudaSuccess ? 0 : 1;
+}
+
 int launch_plan(const Plan& plan, const ConvParams& params, void* stream, char* error, int error_bytes) {
   if (plan.grid[0] == 0) return 0;
   if (const cudaError_t status = allow_shared(plan.kernel, plan.dynamic_shared_bytes)) {

@@ -8,6 +8,9 @@ namespace fused_resnet {
 // Properties of the current device; returns 0, or 1 and one sentence in `error`.
 int query_device(DeviceProperties& device, char* error, int error_bytes);
 
+// Makes `device` the current one of this runtime: the statically linked one is not torch's.
+int use_device(int device);
+
 // Launches on `stream` of the current device and returns at once; nothing is launched for an empty grid. Only
 // kernel launches reach the stream, so this may be captured into a CUDA graph. Returns 0, or 1 and one
 // sentence in `error`.

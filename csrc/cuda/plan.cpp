@@ -284,7 +284,7 @@ void fill_plan(const PlanRequest& q, const DeviceProperties& device, Plan& plan)
   plan.block[1] = plan.block[2] = 1;
   plan.dynamic_shared_bytes = kernel.shared_bytes + (params.sources == 2 ? kernel.park_bytes : 0);
   if (params.splits > 1) {
-    plan.counter_bytes = round_up(tiles * 4, 256);
+    plan.counter_bytes = round_up(tiles * 4, kCounterBytes);
     params.partials_offset = plan.counter_bytes;
     plan.workspace_bytes = plan.counter_bytes + tiles * params.splits * kernel.tile_m * kernel.tile_n * 4;
   }
