@@ -27,6 +27,22 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   m.def(
       "unchanged(Tensor snapshot, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
       "Tensor? running_mean, Tensor? running_var) -> bool");
+  // cpu/training.cpp: the four passes of a training tail; outputs come allocated
+  m.def("cpu_bn_stats(Tensor y, Tensor(a!) mean, Tensor(b!) var) -> ()");
+  m.def(
+      "cpu_bn_apply(Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? residual, "
+      "Tensor? proj_y, Tensor? proj_mean, Tensor? proj_invstd, Tensor? proj_weight, Tensor? proj_bias, "
+      "float lower, float upper, Tensor(a!) out, Tensor(b!)? mask) -> ()");
+  m.def(
+      "cpu_bn_backward_reduce(Tensor grad_out, Tensor? mask, Tensor y, Tensor mean, Tensor invstd, "
+      "Tensor? proj_y, Tensor? proj_mean, Tensor? proj_invstd, Tensor(a!) sum_dz, Tensor(b!) sum_dz_xhat, "
+      "Tensor(c!)? proj_sum_dz_xhat) -> ()");
+  m.def(
+      "cpu_bn_backward_apply(Tensor grad_out, Tensor? mask, Tensor y, Tensor mean, Tensor invstd, "
+      "Tensor? weight, Tensor mean_dz, Tensor mean_dz_xhat, Tensor? proj_y, Tensor? proj_mean, "
+      "Tensor? proj_invstd, Tensor? proj_weight, Tensor? proj_mean_dz, Tensor? proj_mean_dz_xhat, "
+      "Tensor(a!) d_y, Tensor(b!)? d_second) -> ()");
+  m.def("cpu_training_isa(str isa) -> str");
 }
 
 PYBIND11_MODULE(_C, m) {

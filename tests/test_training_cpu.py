@@ -16,6 +16,8 @@ if _extension.cpu() is None:
 assert ops.NAMESPACE == "fused_resnet"
 OPS = torch.ops.fused_resnet
 CHANNELS = (1, 3, 8, 20, 32, 33, 64, 96, 130)
+FLOAT, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
+DTYPES = [(FLOAT, FLOAT), (BRAIN, BRAIN), (HALF, HALF), (BRAIN, FLOAT), (HALF, FLOAT), (FLOAT, BRAIN), (FLOAT, HALF)]
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable"])
@@ -40,19 +42,20 @@ def powers(channels: int, seed: int) -> Tensor:
     return torch.tensor([-2.0, -1.0, -0.5, 0.5, 1.0, 2.0])[torch.randint(0, 6, (channels,), generator=g)]
 
 
-@pytest.mark.parametrize("channels", CHANNELS)
-@pytest.mark.parametrize(
-    "dtypes",
-    [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
-)
+@pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("kind", ["plain", "residual", "projection"])
 @pytest.mark.parametrize("activation", ["relu", "relu6", "none"])
 def test_bit_exact_on_small_integers(
-    isa: str, channels: int, dtypes: tuple[torch.dtype, torch.dtype], kind: str, activation: str
+    isa: str, dtypes: tuple[torch.dtype, torch.dtype], kind: str, activation: str
 ) -> None:
     """Scales are powers of two and values integers, so both backends must agree in every bit."""
     if kind == "projection" and dtypes[0] != dtypes[1]:
         pytest.skip("the projection's convolution has the dtype of the main one")
+    for channels in CHANNELS:
+        check_bit_exact(channels, dtypes, kind, activation)
+
+
+def check_bit_exact(channels: int, dtypes: tuple[torch.dtype, torch.dtype], kind: str, activation: str) -> None:
     shape = (3, channels, 5, 7)
     y, second = integers(shape, dtypes[0], 0), integers(shape, dtypes[1], 1)
     vectors = [powers(channels, seed) for seed in range(8)]
@@ -72,13 +75,17 @@ def test_bit_exact_on_small_integers(
         results.append((out, mask, *sums, *grads))
     for got, expected in zip(*results, strict=True):
         assert got.dtype == expected.dtype
-        assert torch.equal(got, expected)
+        assert torch.equal(got, expected), f"{channels} channels"
 
 
-@pytest.mark.parametrize("channels", CHANNELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN, HALF])
 @pytest.mark.parametrize("pixels", [(1, 1, 2), (3, 5, 7), (9, 40, 31)])
-def test_statistics(isa: str, channels: int, dtype: torch.dtype, pixels: tuple[int, int, int]) -> None:
+def test_statistics(isa: str, dtype: torch.dtype, pixels: tuple[int, int, int]) -> None:
+    for channels in CHANNELS:
+        check_statistics(channels, dtype, pixels)
+
+
+def check_statistics(channels: int, dtype: torch.dtype, pixels: tuple[int, int, int]) -> None:
     g = torch.Generator().manual_seed(channels)
     n, h, w = pixels
     y = (torch.randn(n, channels, h, w, generator=g) * 3 + 40).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -94,6 +101,14 @@ def test_one_wild_first_row_does_not_spoil_the_shifted_sums(isa: str) -> None:
     y[0, :, 0, 0] = 1e4
     var = OPS.bn_stats(y, "cpu")[1]
     torch.testing.assert_close(var.double(), y.double().var(dim=(0, 2, 3), correction=0), rtol=1e-5, atol=0)
+
+
+def test_mixing_bfloat16_and_float16_is_refused_by_cpu_and_taken_by_eager(isa: str) -> None:
+    y, residual = integers((2, 8, 3, 3), BRAIN, 0), integers((2, 8, 3, 3), HALF, 1)
+    args = (y, torch.zeros(8), torch.ones(8), None, None, residual, *[None] * 5)
+    with pytest.raises(RuntimeError, match="cpu: activations must not mix bfloat16 and float16"):
+        OPS.bn_apply_add_relu(*args, "relu", True, "cpu")
+    assert OPS.bn_apply_add_relu(*args)[0].dtype == torch.float32
 
 
 def test_bfloat16_rounds_to_nearest_even_and_keeps_nan_and_infinity(isa: str) -> None:

@@ -15,30 +15,29 @@
 #include <string>
 #include <vector>
 
-namespace fused_resnet::cpu {
+#include "../checks.h"
+#include "isa.h"
+#include "scalars.h"
 
-const TrainingKernel& training_kernel(const char* isa) {
-#if defined(__x86_64__)
-  static const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const std::string wanted = isa == nullptr ? "" : isa;
-  if (avx512 && (wanted.empty() || wanted == "avx512")) return kTrainingAvx512;
-  if (avx2 && (wanted.empty() || wanted == "avx2")) return kTrainingAvx2;
-#endif
-  (void)isa;
-  return kTrainingPortable;
-}
+namespace fused_resnet::cpu {
 
 namespace {
 
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// The instruction set the ops use; tests switch it.
-const TrainingKernel*& active_kernel() {
-  static const TrainingKernel* kernel = &training_kernel();
-  return kernel;
+// The instruction set the training ops use; tests switch it.
+const char*& active_isa() {
+  static const char* isa = best_isa();
+  return isa;
+}
+
+const TrainingKernel& active_kernel() {
+#if defined(__x86_64__)
+  if (std::strcmp(active_isa(), "avx512") == 0) return kTrainingAvx512;
+  if (std::strcmp(active_isa(), "avx2") == 0) return kTrainingAvx2;
+#endif
+  return kTrainingPortable;
 }
 
 // Elements a task should have at least, so that starting it costs little beside it.
@@ -47,10 +46,16 @@ constexpr int64_t kMaxChunks = 64;
 
 int element_of(const Tensor& t) {
   using torch::headeronly::ScalarType;
-  const auto type = t.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
-                  "cpu training: activations: expected float32 or bfloat16");
-  return static_cast<int>(type == ScalarType::Float ? Element::kFloat32 : Element::kBfloat16);
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return static_cast<int>(Element::kFloat32);
+    case ScalarType::BFloat16:
+      return static_cast<int>(Element::kBfloat16);
+    default:
+      check(t.scalar_type() == ScalarType::Half, "activations", "float32, bfloat16 or float16",
+            "another dtype");
+      return static_cast<int>(Element::kFloat16);
+  }
 }
 
 const float* floats(const OptionalTensor& t) {
@@ -151,9 +156,25 @@ struct Moments {
   }
 };
 
+float value_at(const Tensor& y, int64_t i) {
+  float value = 0.0f;
+  switch (static_cast<Element>(element_of(y))) {
+    case Element::kFloat32:
+      return static_cast<const float*>(y.const_data_ptr())[i];
+    case Element::kBfloat16: {
+      const uint32_t bits = uint32_t{static_cast<const uint16_t*>(y.const_data_ptr())[i]} << 16;
+      std::memcpy(&value, &bits, sizeof(value));
+      return value;
+    }
+    case Element::kFloat16:
+      return half_to_float<1>(static_cast<const uint16_t*>(y.const_data_ptr())[i]);
+  }
+  return value;
+}
+
 void bn_stats(const Tensor& y, Tensor mean, Tensor var) {
   const Rows rows(y);
-  const auto stats = active_kernel()->stats[element_of(y)];
+  const auto stats = active_kernel().stats[element_of(y)];
   const Chunks chunks(rows.full(), rows.period);
   const int64_t period = rows.period;
   std::vector<double> partial(static_cast<size_t>(2 * period * std::max<int64_t>(chunks.count, 1)));
@@ -173,14 +194,7 @@ void bn_stats(const Tensor& y, Tensor mean, Tensor var) {
   }
   // What is left of a partial last row, element by element: fewer than `period` elements.
   for (int64_t i = rows.full() * period; i < rows.numel; ++i) {
-    float value;
-    if (element_of(y) == static_cast<int>(Element::kFloat32)) {
-      value = static_cast<const float*>(y_data)[i];
-    } else {
-      const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(y_data)[i]) << 16;
-      std::memcpy(&value, &bits, sizeof(value));
-    }
-    moments.merge(i % rows.channels, 1, value, 0.0);
+    moments.merge(i % rows.channels, 1, value_at(y, i), 0.0);
   }
 
   auto* mean_out = static_cast<float*>(mean.mutable_data_ptr());
@@ -212,7 +226,7 @@ void bn_apply(const Tensor& y, const Tensor& mean, const Tensor& invstd, const O
       rows.numel,
       rows.period,
       y.const_data_ptr(),
-      data(second),
+      second.has_value() ? second->const_data_ptr() : y.const_data_ptr(),  // not read where absent
       out.mutable_data_ptr(),
       mask.has_value() ? static_cast<uint32_t*>(mask->mutable_data_ptr()) : nullptr,
       bn.vectors(),
@@ -221,7 +235,7 @@ void bn_apply(const Tensor& y, const Tensor& mean, const Tensor& invstd, const O
       static_cast<float>(upper),
   };
   const int second_element = second.has_value() ? element_of(*second) : element_of(y);
-  const auto apply = active_kernel()->apply[element_of(y)][second_element][static_cast<int>(kind)];
+  const auto apply = active_kernel().apply[element_of(y)][second_element][static_cast<int>(kind)];
   torch::stable::parallel_for(0, rows.all(), rows.grain(),
                               [&](int64_t begin, int64_t end) { apply(args, begin, end); });
 }
@@ -243,7 +257,7 @@ void bn_backward_reduce(const Tensor& grad_out, const OptionalTensor& mask, cons
       projection ? per_column(rows, floats(proj_mean)) : std::vector<float>();
   const ReduceArgs args{rows.numel,         rows.period,  grad_out.const_data_ptr(), mask_words(mask),
                         y.const_data_ptr(), data(proj_y), mean_columns.data(),       proj_columns.data()};
-  const auto reduce = active_kernel()->reduce[element_of(y)][element_of(grad_out)][projection ? 1 : 0];
+  const auto reduce = active_kernel().reduce[element_of(y)][element_of(grad_out)][projection ? 1 : 0];
   const Chunks chunks(rows.all(), rows.period);
   const int64_t columns = (projection ? 3 : 2) * rows.period;
   std::vector<double> partial(static_cast<size_t>(columns * chunks.count));
@@ -301,39 +315,20 @@ void bn_backward_apply(const Tensor& grad_out, const OptionalTensor& mask, const
       proj.has_value() ? proj->vectors() : BackwardVectors{},
   };
   const int second_element = d_second.has_value() ? element_of(*d_second) : element_of(y);
-  const auto backward = active_kernel()->backward[element_of(y)][second_element][static_cast<int>(kind)];
+  const auto backward = active_kernel().backward[element_of(y)][second_element][static_cast<int>(kind)];
   torch::stable::parallel_for(0, rows.all(), rows.grain(),
                               [&](int64_t begin, int64_t end) { backward(args, begin, end); });
 }
 
-// The name of the instruction set in use after switching to `isa` ("" leaves it); tests run each of them.
+// The name of the instruction set in use, after switching to `isa` where this processor has it; tests run
+// each.
 std::string training_isa(const std::string& isa) {
-  if (!isa.empty()) active_kernel() = &training_kernel(isa.c_str());
-  return active_kernel()->isa;
+  if (const Kernels* found = kernels_for(isa.c_str())) active_isa() = found->isa;
+  return active_isa();
 }
 
 }  // namespace
 }  // namespace fused_resnet::cpu
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_C, m) {
-  m.def("cpu_bn_stats(Tensor y, Tensor(a!) mean, Tensor(b!) var) -> ()");
-  m.def(
-      "cpu_bn_apply(Tensor y, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? residual, "
-      "Tensor? proj_y, Tensor? proj_mean, Tensor? proj_invstd, Tensor? proj_weight, Tensor? proj_bias, "
-      "float lower, float upper, Tensor(a!) out, Tensor(b!)? mask) -> ()");
-  m.def(
-      "cpu_bn_backward_reduce(Tensor grad_out, Tensor? mask, Tensor y, Tensor mean, Tensor invstd, Tensor? "
-      "proj_y, "
-      "Tensor? proj_mean, Tensor? proj_invstd, Tensor(a!) sum_dz, Tensor(b!) sum_dz_xhat, "
-      "Tensor(c!)? proj_sum_dz_xhat) -> ()");
-  m.def(
-      "cpu_bn_backward_apply(Tensor grad_out, Tensor? mask, Tensor y, Tensor mean, Tensor invstd, Tensor? "
-      "weight, "
-      "Tensor mean_dz, Tensor mean_dz_xhat, Tensor? proj_y, Tensor? proj_mean, Tensor? proj_invstd, "
-      "Tensor? proj_weight, Tensor? proj_mean_dz, Tensor? proj_mean_dz_xhat, Tensor(a!) d_y, "
-      "Tensor(b!)? d_second) -> ()");
-  m.def("cpu_training_isa(str isa) -> str");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CPU, m) {
   m.impl("cpu_bn_stats", TORCH_BOX(&fused_resnet::cpu::bn_stats));

@@ -14,8 +14,8 @@ constexpr int64_t kMaskBits = 32;
 // Rows after which float32 partial sums are added to the float64 ones.
 constexpr int64_t kRowsPerFlush = 64;
 
-enum class Element : int { kFloat32, kBfloat16 };
-constexpr int kElements = 2;
+enum class Element : int { kFloat32, kBfloat16, kFloat16 };
+constexpr int kElements = 3;
 
 // What is added to BN(y) before the activation.
 enum class Second : int { kNone, kResidual, kProjection };
@@ -68,9 +68,8 @@ struct BackwardArgs {
   BackwardVectors bn, proj;
 };
 
-// Every function handles the rows [begin, end).
+// Every function handles the rows [begin, end); null for element types that never meet.
 struct TrainingKernel {
-  const char* isa;
   // mean and M2 = sum (y - mean)^2 of each of the `period` columns, over full rows. Scratch: 3 periods.
   void (*stats[kElements])(const void* y, int64_t period, int64_t begin, int64_t end, float* scratch,
                            double* mean, double* m2);
@@ -88,8 +87,5 @@ struct TrainingKernel {
 extern const TrainingKernel kTrainingAvx512, kTrainingAvx2;
 #endif
 extern const TrainingKernel kTrainingPortable;
-
-// The best one this processor runs, or the one of that name ("avx512", "avx2", "portable").
-const TrainingKernel& training_kernel(const char* isa = nullptr);
 
 }  // namespace fused_resnet::cpu

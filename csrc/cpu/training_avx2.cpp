@@ -8,10 +8,17 @@
   #include <cstring>
   #include <type_traits>
   #include <utility>
-  #pragma GCC target("avx2,fma")
+  #if defined(__clang__)
+    #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+  #else
+    #pragma GCC target("avx2,fma,f16c")
+  #endif
   #include "training_kernel.h"
 
 namespace fused_resnet::cpu {
-constexpr TrainingKernel kTrainingAvx2 = TrainingImpl<8>::kernel("avx2");
+constexpr TrainingKernel kTrainingAvx2 = TrainingImpl<8>::kernel();
 }  // namespace fused_resnet::cpu
+  #if defined(__clang__)
+    #pragma clang attribute pop
+  #endif
 #endif

@@ -8,10 +8,18 @@
   #include <cstring>
   #include <type_traits>
   #include <utility>
-  #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+  #if defined(__clang__)
+    #pragma clang attribute push( \
+        __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
+  #else
+    #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+  #endif
   #include "training_kernel.h"
 
 namespace fused_resnet::cpu {
-constexpr TrainingKernel kTrainingAvx512 = TrainingImpl<16>::kernel("avx512");
+constexpr TrainingKernel kTrainingAvx512 = TrainingImpl<16>::kernel();
 }  // namespace fused_resnet::cpu
+  #if defined(__clang__)
+    #pragma clang attribute pop
+  #endif
 #endif

@@ -4,7 +4,9 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
+#include "training.h"
 #include "training_elements.h"
 
 namespace fused_resnet::cpu {
@@ -14,17 +16,14 @@ struct TrainingImpl {
   using V = Vec<kLanes>;
   static constexpr int kVectors = kMaskBits / kLanes;  // vectors per word of the mask
 
-  template <Element kElement>
-  using MemoryType = typename Memory<kElement>::Type;
-
   static FR_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
   // ---- statistics: two passes over a few rows at a time, merged in float64
 
-  template <Element kElement>
+  template <class Y>
   static void stats(const void* y, int64_t period, int64_t begin, int64_t end, float* scratch, double* mean,
                     double* m2) {
-    const auto* first = static_cast<const MemoryType<kElement>*>(y) + begin * period;
+    const auto* first = static_cast<const Y*>(y) + begin * period;
     float *pivot = scratch, *sum = pivot + period, *squares = sum + period;
     int64_t merged = 0;
     for (int64_t row = begin; row < end; row += kRowsPerFlush) {
@@ -33,13 +32,13 @@ struct TrainingImpl {
       // Around the block's first row, then, from the cache, around the block's mean: nothing cancels, neither
       // where mean >> std nor where the first row is an outlier.
       for (int64_t i = 0; i < period; i += kLanes) {
-        store<kLanes>(pivot + i, Memory<kElement>::template load<kLanes>(block + i));
+        store<kLanes>(pivot + i, load<kLanes>(block + i));
       }
       std::memset(sum, 0, static_cast<size_t>(2 * period) * sizeof(float));
       for (int64_t r = 1; r < rows; ++r) {
         const auto* line = block + r * period;
         for (int64_t i = 0; i < period; i += kLanes) {
-          const V d = Memory<kElement>::template load<kLanes>(line + i) - load<kLanes>(pivot + i);
+          const V d = load<kLanes>(line + i) - load<kLanes>(pivot + i);
           store<kLanes>(sum + i, load<kLanes>(sum + i) + d);
         }
       }
@@ -51,7 +50,7 @@ struct TrainingImpl {
       for (int64_t r = 0; r < rows; ++r) {
         const auto* line = block + r * period;
         for (int64_t i = 0; i < period; i += kLanes) {
-          const V d = Memory<kElement>::template load<kLanes>(line + i) - load<kLanes>(pivot + i);
+          const V d = load<kLanes>(line + i) - load<kLanes>(pivot + i);
           store<kLanes>(sum + i, load<kLanes>(sum + i) + d);
           store<kLanes>(squares + i, load<kLanes>(squares + i) + d * d);
         }
@@ -82,12 +81,13 @@ struct TrainingImpl {
 
   // ---- forward
 
-  template <Element kY, Element kS, Second kSecond>
+  // The element type of y + second: float where either is, else their common 16-bit type.
+  template <class Y, class S, Second kSecond>
+  using Sum = std::conditional_t<std::is_same_v<Y, float> || kSecond == Second::kNone, Y, S>;
+
+  template <class Y, class S, Second kSecond>
   struct Apply {
-    static constexpr Element kOut = kY == Element::kFloat32 ? kY : kSecond == Second::kNone ? kY : kS;
-    using Y = MemoryType<kY>;
-    using S = MemoryType<kS>;
-    using Out = MemoryType<kOut>;
+    using Out = Sum<Y, S, kSecond>;
 
     static FR_INLINE V normalise(V y, const BnVectors& bn, int64_t i) {
       return (y - load<kLanes>(bn.mean + i)) * load<kLanes>(bn.scale + i) + load<kLanes>(bn.bias + i);
@@ -98,9 +98,9 @@ struct TrainingImpl {
       uint32_t bits = 0;
       unroll<kVectors>([&](auto v) FR_LAMBDA {
         constexpr int64_t kOffset = v * kLanes;
-        V z = normalise(Memory<kY>::template load<kLanes>(y + kOffset), a.bn, i + kOffset);
+        V z = normalise(load<kLanes>(y + kOffset), a.bn, i + kOffset);
         if constexpr (kSecond != Second::kNone) {
-          const V other = Memory<kS>::template load<kLanes>(second + kOffset);
+          const V other = load<kLanes>(second + kOffset);
           z += kSecond == Second::kProjection ? normalise(other, a.proj, i + kOffset) : other;
         }
         const V lower = V{} + a.lower, upper = V{} + a.upper;
@@ -108,7 +108,7 @@ struct TrainingImpl {
         bits |= bits_of_lanes<kLanes>(~((z <= lower) | (z >= upper))) << kOffset;
         z = z < lower ? lower : z;
         z = z > upper ? upper : z;
-        Memory<kOut>::template store<kLanes>(out + kOffset, z);
+        store<kLanes>(out + kOffset, z);
       });
       return bits;
     }
@@ -146,9 +146,9 @@ struct TrainingImpl {
 
   // ---- backward
 
-  template <Element kG>
-  static FR_INLINE V masked(const MemoryType<kG>* grad_out, uint32_t bits) {
-    const V dz = Memory<kG>::template load<kLanes>(grad_out);
+  template <class G>
+  static FR_INLINE V masked(const G* grad_out, uint32_t bits) {
+    const V dz = load<kLanes>(grad_out);
     return lanes_of_bits<kLanes>(bits) ? dz : V{};
   }
 
@@ -156,11 +156,9 @@ struct TrainingImpl {
     return mask == nullptr ? ~0u : mask[at / kMaskBits];
   }
 
-  // kG: grad_out; with a projection, proj_y has y's element type.
-  template <Element kY, Element kG, bool kProjection>
+  // G: grad_out's element type; with a projection, proj_y has y's.
+  template <class Y, class G, bool kProjection>
   struct Reduce {
-    using Y = MemoryType<kY>;
-    using G = MemoryType<kG>;
     static constexpr int kSums = kProjection ? 3 : 2;
 
     static FR_INLINE void add(float* sum, V v) { store<kLanes>(sum, load<kLanes>(sum) + v); }
@@ -170,13 +168,12 @@ struct TrainingImpl {
       unroll<kVectors>([&](auto v) FR_LAMBDA {
         constexpr int64_t kOffset = v * kLanes;
         const int64_t column = i + kOffset;
-        const V dz = masked<kG>(grad_out + kOffset, bits >> kOffset);
+        const V dz = masked(grad_out + kOffset, bits >> kOffset);
         add(sums + column, dz);
-        const V centred = Memory<kY>::template load<kLanes>(y + kOffset) - load<kLanes>(a.mean + column);
+        const V centred = load<kLanes>(y + kOffset) - load<kLanes>(a.mean + column);
         add(sums + a.period + column, dz * centred);
         if constexpr (kProjection) {
-          const V other =
-              Memory<kY>::template load<kLanes>(proj_y + kOffset) - load<kLanes>(a.proj_mean + column);
+          const V other = load<kLanes>(proj_y + kOffset) - load<kLanes>(a.proj_mean + column);
           add(sums + 2 * a.period + column, dz * other);
         }
       });
@@ -219,13 +216,10 @@ struct TrainingImpl {
     }
   };
 
-  // kS: element type of grad_out and of d_second where that is the residual's.
-  template <Element kY, Element kS, Second kSecond>
+  // S: element type of d_second, which is the residual's or proj_y's.
+  template <class Y, class S, Second kSecond>
   struct Backward {
-    static constexpr Element kOut = kY == Element::kFloat32 ? kY : kSecond == Second::kNone ? kY : kS;
-    using Y = MemoryType<kY>;
-    using S = MemoryType<kS>;
-    using G = MemoryType<kOut>;
+    using G = Sum<Y, S, kSecond>;
 
     static FR_INLINE V through(V dz, V y, const BackwardVectors& bn, int64_t i) {
       const V centred = y - load<kLanes>(bn.mean + i);
@@ -237,15 +231,13 @@ struct TrainingImpl {
                                const S* proj_y, Y* d_y, S* d_second, int64_t i) {
       unroll<kVectors>([&](auto v) FR_LAMBDA {
         constexpr int64_t kOffset = v * kLanes;
-        const V dz = masked<kOut>(grad_out + kOffset, bits >> kOffset);
-        const V d = through(dz, Memory<kY>::template load<kLanes>(y + kOffset), a.bn, i + kOffset);
-        Memory<kY>::template store<kLanes>(d_y + kOffset, d);
-        if constexpr (kSecond == Second::kResidual)
-          Memory<kS>::template store<kLanes>(d_second + kOffset, dz);
+        const V dz = masked(grad_out + kOffset, bits >> kOffset);
+        const V d = through(dz, load<kLanes>(y + kOffset), a.bn, i + kOffset);
+        store<kLanes>(d_y + kOffset, d);
+        if constexpr (kSecond == Second::kResidual) store<kLanes>(d_second + kOffset, dz);
         if constexpr (kSecond == Second::kProjection) {
-          const V other =
-              through(dz, Memory<kS>::template load<kLanes>(proj_y + kOffset), a.proj, i + kOffset);
-          Memory<kS>::template store<kLanes>(d_second + kOffset, other);
+          const V other = through(dz, load<kLanes>(proj_y + kOffset), a.proj, i + kOffset);
+          store<kLanes>(d_second + kOffset, other);
         }
       });
     }
@@ -286,29 +278,33 @@ struct TrainingImpl {
 
   // ---- the table
 
-  template <Element kY, Element kS>
-  static constexpr void fill(TrainingKernel& k) {
-    constexpr int y = static_cast<int>(kY), s = static_cast<int>(kS);
-    k.apply[y][s][0] = Apply<kY, kS, Second::kNone>::run;
-    k.apply[y][s][1] = Apply<kY, kS, Second::kResidual>::run;
-    k.apply[y][s][2] = Apply<kY, kS, Second::kProjection>::run;
-    k.reduce[y][s][0] = Reduce<kY, kS, false>::run;
-    k.reduce[y][s][1] = Reduce<kY, kS, true>::run;
-    k.backward[y][s][0] = Backward<kY, kS, Second::kNone>::run;
-    k.backward[y][s][1] = Backward<kY, kS, Second::kResidual>::run;
-    k.backward[y][s][2] = Backward<kY, kS, Second::kProjection>::run;
+  template <class Y, class S>
+  static constexpr void fill(TrainingKernel& k, Element y_element, Element s_element) {
+    const int y = static_cast<int>(y_element), s = static_cast<int>(s_element);
+    k.apply[y][s][0] = Apply<Y, S, Second::kNone>::run;
+    k.apply[y][s][1] = Apply<Y, S, Second::kResidual>::run;
+    k.apply[y][s][2] = Apply<Y, S, Second::kProjection>::run;
+    k.reduce[y][s][0] = Reduce<Y, S, false>::run;
+    k.reduce[y][s][1] = Reduce<Y, S, true>::run;
+    k.backward[y][s][0] = Backward<Y, S, Second::kNone>::run;
+    k.backward[y][s][1] = Backward<Y, S, Second::kResidual>::run;
+    k.backward[y][s][2] = Backward<Y, S, Second::kProjection>::run;
   }
 
   // A constant expression: no code compiled for this instruction set runs while the library is loaded.
-  static constexpr TrainingKernel kernel(const char* isa) {
+  static constexpr TrainingKernel kernel() {
     TrainingKernel k{};
-    k.isa = isa;
-    k.stats[0] = stats<Element::kFloat32>;
-    k.stats[1] = stats<Element::kBfloat16>;
-    fill<Element::kFloat32, Element::kFloat32>(k);
-    fill<Element::kFloat32, Element::kBfloat16>(k);
-    fill<Element::kBfloat16, Element::kFloat32>(k);
-    fill<Element::kBfloat16, Element::kBfloat16>(k);
+    k.stats[static_cast<int>(Element::kFloat32)] = stats<float>;
+    k.stats[static_cast<int>(Element::kBfloat16)] = stats<BFloat16>;
+    k.stats[static_cast<int>(Element::kFloat16)] = stats<Half>;
+    fill<float, float>(k, Element::kFloat32, Element::kFloat32);
+    fill<BFloat16, BFloat16>(k, Element::kBfloat16, Element::kBfloat16);
+    fill<Half, Half>(k, Element::kFloat16, Element::kFloat16);
+    // Mixed precision whose shortcut stayed float32, and the reverse.
+    fill<BFloat16, float>(k, Element::kBfloat16, Element::kFloat32);
+    fill<Half, float>(k, Element::kFloat16, Element::kFloat32);
+    fill<float, BFloat16>(k, Element::kFloat32, Element::kBfloat16);
+    fill<float, Half>(k, Element::kFloat32, Element::kFloat16);
     return k;
   }
 };

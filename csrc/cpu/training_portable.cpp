@@ -1,6 +1,5 @@
-#include "training.h"
 #include "training_kernel.h"
 
 namespace fused_resnet::cpu {
-constexpr TrainingKernel kTrainingPortable = TrainingImpl<4>::kernel("portable");
+constexpr TrainingKernel kTrainingPortable = TrainingImpl<4>::kernel();
 }  // namespace fused_resnet::cpu

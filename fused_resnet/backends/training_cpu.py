@@ -1,4 +1,4 @@
-"""The training passes by the extension's own CPU kernels: float32 and bfloat16, vectorised, multi-threaded."""
+"""The training passes by the extension's own CPU kernels: float32, bfloat16 and float16, vectorised, multi-threaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _extension
 from .training_base import BatchNorm, GradMeans, TrainingBackend
 
-_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # NaN is "no bound": every comparison with it is false.
 _BOUNDS = {"relu": (0.0, float("nan")), "relu6": (0.0, 6.0), "none": (float("nan"), float("nan"))}
 
@@ -27,7 +27,9 @@ class CpuTraining(TrainingBackend):
             return f"cpu: y must be on the CPU, got {y.device}"
         for t in (y, *others):
             if t is not None and t.dtype not in _DTYPES:
-                return f"cpu: activations must be float32 or bfloat16, got {t.dtype}"
+                return f"cpu: activations must be float32, bfloat16 or float16, got {t.dtype}"
+            if t is not None and torch.float32 not in (y.dtype, t.dtype) and t.dtype != y.dtype:
+                return f"cpu: activations must not mix bfloat16 and float16, got {y.dtype} and {t.dtype}"
         why_not = _extension.why_not_cpu()
         return None if why_not is None else f"cpu: {why_not}"
 
