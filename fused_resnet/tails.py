@@ -223,47 +223,7 @@ def batch_statistics_tail(y: Tensor, bn: Any, residual: Tensor | tuple[Tensor, A
 
     ``residual`` is a tensor, a pair (projection's convolution output, its BN), or None.
     """
-    out = _batch_norm(y, bn)
-    if isinstance(residual, tuple):
-        residual = _batch_norm(*residual)
-    if residual is not None:
-        out = out + residual
-    return activate(out, activation)
-
-
-def average_factor(bn: Any) -> float:
-    """Count the batch in ``num_batches_tracked`` and return the weight of this batch in the running statistics.
-
-    What ``nn.BatchNorm2d.forward`` does: ``momentum``, or a cumulative average where it is None.
-    """
-    if not (bn.training and bn.track_running_stats):
-        return 0.0 if bn.momentum is None else bn.momentum
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:
-            return 1.0 / float(bn.num_batches_tracked)
-    return 0.0 if bn.momentum is None else bn.momentum
-
-
-def _batch_norm(y: Tensor, bn: Any) -> Tensor:
-    if bn is None:
-        return y
-    if isinstance(bn, nn.SyncBatchNorm):
-        return nn.SyncBatchNorm.forward(bn, y)
-    if not uses_batch_statistics(bn):
-        return F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
-    bn._check_input_dim(y)
-    tracked = not bn.training or bn.track_running_stats
-    return F.batch_norm(
-        y,
-        bn.running_mean if tracked else None,
-        bn.running_var if tracked else None,
-        bn.weight,
-        bn.bias,
-        True,
-        average_factor(bn),
-        bn.eps,
-    )
+    return functional.bn_add_relu(y, bn, residual=residual, activation=activation)
 
 
 def drop_packed(*convs: nn.Conv2d) -> None:
