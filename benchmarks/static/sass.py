@@ -272,8 +272,8 @@ def _parse(text: str) -> list[Kernel]:
         elif found := _USAGE.search(line):
             registers, stack, shared, local = map(int, found.groups())
             usage[pending] = (registers, stack, shared, local)
-        elif stripped.startswith(".target"):
-            arch = int(re.sub(r"\D", "", stripped.split("sm_")[1]))
+        elif found := re.match(r"(?:\.target|code for)\s+sm_(\d+)", stripped):  # CUDA 13's form, older cubins' form
+            arch = int(found.group(1))
         elif name and (match := _INSTRUCTION.match(line)):
             address, predicate, opcode, operands = match.groups()
             code[name].append(Instruction(int(address, 16), (predicate or "").strip(), opcode, operands.strip()))

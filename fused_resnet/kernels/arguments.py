@@ -1,0 +1,83 @@
+"""The kernels' arguments: what a launch fixes at compile time (Conv, Tile) and the tensors that travel together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution as the compiler sees it: everything but the image size, which stays a run-time number."""
+
+    c: int
+    k: int
+    r: int
+    s: int
+    stride_h: int = 1
+    stride_w: int = 1
+    pad_h: int = 0
+    pad_w: int = 0
+    dil_h: int = 1
+    dil_w: int = 1
+    halo: str = "none"  # how out-of-image taps are found: "none" (there are none), "bits" (one per pixel and tap), "compare"
+    fuse_s: bool = False  # read the S taps of a filter row as one run of S*C channels: in NHWC memory they are one
+    wide: bool = False  # pixel offsets inside a tile need 64 bits
+
+    @property
+    def run(self) -> int:
+        """Contiguous channels behind one address of the K-loop."""
+        return self.s * self.c if self.fuse_s else self.c
+
+    @property
+    def taps(self) -> int:
+        """Such runs in one filter row."""
+        return 1 if self.fuse_s else self.s
+
+    def steps(self, block_k: int) -> int:
+        """Length of the K-loop."""
+        return self.r * self.taps * -(-self.run // block_k)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One program's share of the output, and how it computes it."""
+
+    m: int
+    n: int
+    k: int
+    stages: int
+    precision: str  # of the dot: "tensor" (fp16, bf16), "tf32", "tf32_rna", "ieee", "upcast" (interpreter)
+    activation: str = "relu"
+    group_m: int = 8
+    split_k: int = 1
+    ordered: bool = True
+    persistent: bool = False
+    epilogue_parts: int = 1
+    warps: int = 4
+
+    @property
+    def lanes(self) -> int:
+        """Length of the vectors in which scale and shift are computed: one filter a thread."""
+        return max(self.n, 32 * self.warps)
+
+    @property
+    def lane_halvings(self) -> int:
+        return (self.lanes // self.n).bit_length() - 1
+
+
+class BatchNorm(NamedTuple):
+    """The convolution's bias and the live BN behind it; None where a tensor is absent."""
+
+    bias: Any
+    gamma: Any
+    beta: Any
+    mean: Any
+    var: Any
+    eps: float
+
+
+class ProjectionTensors(NamedTuple):
+    x: Any
+    weight: Any
+    bn: BatchNorm
