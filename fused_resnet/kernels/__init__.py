@@ -1,1 +1,3 @@
-"""Triton kernels, one file per operator, with the code that launches them. Nothing here is imported before it is needed."""
+"""Triton kernels, one file per operator, with the code that launches them. Nothing here is imported before it is
+needed.
+"""

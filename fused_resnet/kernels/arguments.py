@@ -1,4 +1,4 @@
-"""The kernels' arguments: what a launch fixes at compile time (Conv, Tile) and the tensors that travel together."""
+"""The kernels' arguments: what a launch fixes at compile time (Conv, Tile), and the tensors that travel together."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ class Conv:
 
     c: int
     k: int
-    r: int
-    s: int
+    r: int = 1
+    s: int = 1
     stride_h: int = 1
     stride_w: int = 1
     pad_h: int = 0
     pad_w: int = 0
     dil_h: int = 1
     dil_w: int = 1
-    halo: str = "none"  # how out-of-image taps are found: "none" (there are none), "bits" (one per pixel and tap), "compare"
+    halo: str = "none"  # out-of-image taps: "none" there are, "bits" (one per pixel and tap), "compare" (in the loop)
     fuse_s: bool = False  # read the S taps of a filter row as one run of S*C channels: in NHWC memory they are one
     wide: bool = False  # pixel offsets inside a tile need 64 bits
 
@@ -39,6 +39,10 @@ class Conv:
         return self.r * self.taps * -(-self.run // block_k)
 
 
+#: Tiles that split-K can count. Fixed, so that problems which share a workspace never write into each other's counters.
+COUNTERS = 1024
+
+
 @dataclass(frozen=True)
 class Tile:
     """One program's share of the output, and how it computes it."""
@@ -46,15 +50,19 @@ class Tile:
     m: int
     n: int
     k: int
+    warps: int
     stages: int
-    precision: str  # of the dot: "tensor" (fp16, bf16), "tf32", "tf32_rna", "ieee", "upcast" (interpreter)
+    precision: str  # of the dot: "tensor" (fp16, bf16), "tf32", "tf32_rna", "ieee", or "upcast" (interpreter)
     activation: str = "relu"
     group_m: int = 8
     split_k: int = 1
     ordered: bool = True
     persistent: bool = False
-    epilogue_parts: int = 1
-    warps: int = 4
+
+    @property
+    def counters(self) -> int:
+        """32-bit words at the start of the workspace that are counters."""
+        return COUNTERS
 
     @property
     def lanes(self) -> int:
@@ -64,6 +72,11 @@ class Tile:
     @property
     def lane_halvings(self) -> int:
         return (self.lanes // self.n).bit_length() - 1
+
+    @property
+    def halve_epilogue(self) -> bool:
+        """From 128 accumulators a thread on, the whole tile's residual, scale and shift beside them would spill."""
+        return self.m * self.n >= 128 * 32 * self.warps
 
 
 class BatchNorm(NamedTuple):

@@ -1,7 +1,9 @@
+# mypy: allow-untyped-defs
 """y = act(BN(conv(x, w)) + residual) as one implicit GEMM: M = N*P*Q pixels, N = K filters, K-loop over R*S*C.
 
-Tensors are NHWC and KRSC, dense. The loop's only address work is one scalar step for all pointers of a tile: the pixel offsets
-are fixed before it, and whether a tap falls outside the image is one bit per pixel and tap, prepared before it as well.
+Tensors are NHWC and KRSC, dense. The loop's only address work is one scalar step for all pointers of a tile: the
+pixel offsets are fixed before it, and whether a tap falls outside the image is one bit per pixel and tap, prepared
+before it as well.
 """
 
 import triton
@@ -88,8 +90,11 @@ def implicit_gemm(x_ptr, w_ptr, n, h0, w0, k, H, W, begin, end, conv: tl.constex
             in_image = (h >= 0) & (h < H) & (conv.fuse_s | ((w >= 0) & (w < W)))
         if conv.fuse_s:
             position = column + block * BLOCK_K
-            a = tl.load(x_ptr + x_offsets, other=0.0,
-                        mask=in_image[:, None] & in_c[None, :] & (position >= 0) & (position < W * C))
+            a = tl.load(
+                x_ptr + x_offsets,
+                other=0.0,
+                mask=in_image[:, None] & in_c[None, :] & (position >= 0) & (position < W * C),
+            )
         elif RUN % BLOCK_K != 0 and conv.halo != "none":
             a = tl.load(x_ptr + x_offsets, mask=in_image[:, None] & in_c[None, :], other=0.0)
         elif RUN % BLOCK_K != 0:
@@ -111,8 +116,11 @@ def implicit_gemm(x_ptr, w_ptr, n, h0, w0, k, H, W, begin, end, conv: tl.constex
         else:  # next channels of this tap, or the first ones of the next tap, or of the next filter row
             tap_done = block == BLOCKS
             row_done = tap_done & (s == TAPS - 1)
-            x_ptr += tl.where(row_done, (DIL_H * W - (TAPS - 1) * DIL_W) * C - (BLOCKS - 1) * BLOCK_K,
-                              tl.where(tap_done, DIL_W * C - (BLOCKS - 1) * BLOCK_K, BLOCK_K))
+            x_ptr += tl.where(
+                row_done,
+                (DIL_H * W - (TAPS - 1) * DIL_W) * C - (BLOCKS - 1) * BLOCK_K,
+                tl.where(tap_done, DIL_W * C - (BLOCKS - 1) * BLOCK_K, BLOCK_K),
+            )
             w_ptr += tl.where(tap_done, RUN - (BLOCKS - 1) * BLOCK_K, BLOCK_K)
             tap_bit = tl.where(tap_done, tap_bit << 1, tap_bit)
             block = tl.where(tap_done, 0, block)
@@ -131,13 +139,34 @@ def split_range(steps: tl.constexpr, split, SPLIT_K: tl.constexpr):
 
 
 @triton.jit
-def tail_tile(index, split, x_ptr, w_ptr, y_ptr, residual_ptr, bn, proj, workspace_ptr, counter_ptr, M, H, W, P, Q, PROJ_H, PROJ_W,
-              conv: tl.constexpr, proj_conv: tl.constexpr, tile: tl.constexpr):
+def tail_tile(
+    index,
+    split,
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    residual_ptr,
+    bn,
+    proj,
+    workspace_ptr,
+    M,
+    H,
+    W,
+    P,
+    Q,
+    PROJ_H,
+    PROJ_W,
+    conv: tl.constexpr,
+    proj_conv: tl.constexpr,
+    tile: tl.constexpr,
+):
     """One tile, or one split of its K-loop. Rows past the end repeat the last pixel or filter and are not stored."""
     K: tl.constexpr = conv.k
     SPLIT_K: tl.constexpr = tile.split_k
     index = tl.cast(index, tl.int32)  # the interpreter counts a loop in plain Python integers
-    tile_m, tile_n = tile_coordinates(index, tl.cdiv(M, tile.m), (K + tile.n - 1) // tile.n, tile.group_m)
+    NUM_N: tl.constexpr = (K + tile.n - 1) // tile.n
+    num_m = tl.cdiv(M, tile.m)
+    tile_m, tile_n = tile_coordinates(index, num_m, NUM_N, tile.group_m)
     first = tile_m * tile.m
     rows = tl.arange(0, tile.m)
     m = tl.minimum(first + rows, M - 1)
@@ -153,42 +182,108 @@ def tail_tile(index, split, x_ptr, w_ptr, y_ptr, residual_ptr, bn, proj, workspa
 
     STEPS: tl.constexpr = conv.steps(tile.k)
     begin, end = split_range(STEPS, split, SPLIT_K)
-    z = implicit_gemm(x_ptr + first_n.to(tl.int64) * (H * W) * conv.c, w_ptr, n, p * conv.stride_h - conv.pad_h,
-                      q * conv.stride_w - conv.pad_w, k, H, W, begin, end, conv, tile)
+    x_ptr += first_n.to(tl.int64) * (H * W) * conv.c
+    z = implicit_gemm(
+        x_ptr, w_ptr, n, p * conv.stride_h - conv.pad_h, q * conv.stride_w - conv.pad_w, k, H, W, begin, end, conv, tile
+    )
     if proj is not None:
         PROJ_STEPS: tl.constexpr = proj_conv.steps(tile.k)
         begin, end = split_range(PROJ_STEPS, split, SPLIT_K)
-        proj_z = implicit_gemm(proj.x + first_n.to(tl.int64) * (PROJ_H * PROJ_W) * proj_conv.c, proj.weight, n,
-                               p * proj_conv.stride_h, q * proj_conv.stride_w, k, PROJ_H, PROJ_W, begin, end, proj_conv, tile)
+        proj_x_ptr = proj.x + first_n.to(tl.int64) * (PROJ_H * PROJ_W) * proj_conv.c
+        proj_z = implicit_gemm(
+            proj_x_ptr,
+            proj.weight,
+            n,
+            p * proj_conv.stride_h,
+            q * proj_conv.stride_w,
+            k,
+            PROJ_H,
+            PROJ_W,
+            begin,
+            end,
+            proj_conv,
+            tile,
+        )
         scale, shift = bn_scale_shift(tile_n * tile.n, bn, K, tile)
         proj_scale, proj_shift = bn_scale_shift(tile_n * tile.n, proj.bn, K, tile)
         z = z * scale[None, :] + proj_z * proj_scale[None, :]
 
     last = True
     if SPLIT_K > 1:
-        z, last = reduce_split(z, workspace_ptr, counter_ptr, index, split, tile)
+        z, last = reduce_split(z, workspace_ptr, index, split, tile)
     if last:
         if proj is not None:
             scale = tl.full((tile.n,), 1.0, tl.float32)
             shift += proj_shift
         else:
             scale, shift = bn_scale_shift(tile_n * tile.n, bn, K, tile)
-        start = first.to(tl.int64) * K
-        if residual_ptr is not None:
-            finish_tile(z, scale, shift, y_ptr + start, residual_ptr + start, rows, rows < M - first, tile_n * tile.n, K, tile)
-        else:
-            finish_tile(z, scale, shift, y_ptr + start, None, rows, rows < M - first, tile_n * tile.n, K, tile)
+        finish_tile(z, scale, shift, y_ptr, residual_ptr, first, rows, M, tile_n * tile.n, K, tile)
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "PROJ_H", "PROJ_W"])
-def conv_bn_add_relu_kernel(x_ptr, w_ptr, y_ptr, residual_ptr, bn, proj, workspace_ptr, counter_ptr, M, H, W, P, Q,
-                            PROJ_H, PROJ_W, conv: tl.constexpr, proj_conv: tl.constexpr, tile: tl.constexpr):
+def conv_bn_add_relu_kernel(
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    residual_ptr,
+    bn,
+    proj,
+    workspace_ptr,
+    M,
+    H,
+    W,
+    P,
+    Q,
+    PROJ_H,
+    PROJ_W,
+    conv: tl.constexpr,
+    proj_conv: tl.constexpr,
+    tile: tl.constexpr,
+):
     """Grid (tiles, split_k); `persistent`: (any number, split_k), whose programs take every num_programs-th tile."""
     if tile.persistent:
         num_tiles = tl.cdiv(M, tile.m) * ((conv.k + tile.n - 1) // tile.n)
         for index in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=1):
-            tail_tile(index, tl.program_id(1), x_ptr, w_ptr, y_ptr, residual_ptr, bn, proj, workspace_ptr, counter_ptr,
-                      M, H, W, P, Q, PROJ_H, PROJ_W, conv, proj_conv, tile)
+            tail_tile(
+                index,
+                tl.program_id(1),
+                x_ptr,
+                w_ptr,
+                y_ptr,
+                residual_ptr,
+                bn,
+                proj,
+                workspace_ptr,
+                M,
+                H,
+                W,
+                P,
+                Q,
+                PROJ_H,
+                PROJ_W,
+                conv,
+                proj_conv,
+                tile,
+            )
     else:
-        tail_tile(tl.program_id(0), tl.program_id(1), x_ptr, w_ptr, y_ptr, residual_ptr, bn, proj, workspace_ptr, counter_ptr,
-                  M, H, W, P, Q, PROJ_H, PROJ_W, conv, proj_conv, tile)
+        tail_tile(
+            tl.program_id(0),
+            tl.program_id(1),
+            x_ptr,
+            w_ptr,
+            y_ptr,
+            residual_ptr,
+            bn,
+            proj,
+            workspace_ptr,
+            M,
+            H,
+            W,
+            P,
+            Q,
+            PROJ_H,
+            PROJ_W,
+            conv,
+            proj_conv,
+            tile,
+        )

@@ -1,0 +1,152 @@
+"""Launching the Triton tail: tensors to kernel arguments, the workspace, and a fast path around Triton's own
+launcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+
+from ..layout import empty_output, output_memory_format
+from ..problem import Problem
+from ..reference import ConvBN, Tail
+from .arguments import BatchNorm, ProjectionTensors
+from .config import SHARED_LIMIT, TailConfig, candidates
+from .conv_bn_add_relu import conv_bn_add_relu_kernel
+from .plan import TailPlan, plan
+
+#: TRITON_INTERPRET=1 was set when Triton was imported: kernels run in its interpreter, on tensors of any device.
+INTERPRETING = not isinstance(conv_bn_add_relu_kernel, triton.JITFunction)
+
+
+def capability() -> int:
+    """Compute capability of the current device as one number; in the interpreter one with all features."""
+    return 90 if INTERPRETING else int(triton.runtime.driver.active.get_current_target().arch)
+
+
+def sm_count(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    if INTERPRETING:
+        return 4  # few, so that small test problems also have several tiles per SM
+    return int(triton.runtime.driver.active.utils.get_device_properties(0)["multiprocessor_count"])
+
+
+def preferred(problem: Problem, device: torch.device) -> list[TailConfig]:
+    """The configurations for `problem` on `device`, the expected best first."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return candidates(problem, capability(), sm_count(device), deterministic)
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t if t.is_contiguous(memory_format=torch.channels_last) else t.contiguous(memory_format=torch.channels_last)
+
+
+def vector(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def batch_norm(conv: ConvBN) -> BatchNorm:
+    return BatchNorm(
+        vector(conv.bias),
+        vector(conv.bn_weight),
+        vector(conv.bn_bias),
+        vector(conv.running_mean),
+        vector(conv.running_var),
+        conv.eps,
+    )
+
+
+_workspaces: dict[tuple[torch.device, int, bool], Tensor] = {}
+
+
+def workspace(size: int, device: torch.device, stream: int, ordered: bool) -> Tensor:
+    """At least `size` bytes, all zero where a kernel expects zeros; kept per stream, since two launches must not
+    share it.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(size // 4, dtype=torch.int32, device=device)  # belongs to the graph, not to the cache
+    # partial sums in a fixed order leave garbage where the atomic ones expect zeros
+    key = (device, stream, ordered)
+    kept = _workspaces.get(key)
+    if kept is None or kept.numel() * 4 < size:
+        kept = _workspaces[key] = torch.zeros(size // 4, dtype=torch.int32, device=device)
+    return kept
+
+
+class BoundTail:
+    """The tail for tensors of one signature: planned once, then only pointers change.
+
+    The first call goes through Triton's launcher, which compiles and specialises on alignment to 16 bytes. Later
+    calls whose pointers are all so aligned hand the compiled kernel its arguments directly.
+    """
+
+    def __init__(self, problem: Problem, tail: Tail, config: TailConfig | None = None) -> None:
+        self.device = tail.x.device
+        if config is None:
+            config = preferred(problem, self.device)[0]
+        shared = config.shared_bytes(problem.dtype.itemsize)
+        resident = max(1, min(2, SHARED_LIMIT.get(capability(), 99 << 10) // shared))
+        self.problem = problem
+        self.config = config
+        self.plan: TailPlan = plan(problem, config, sm_count(self.device) * resident, INTERPRETING)
+        self.output_shape = problem.output_shape
+        self.output_dtype = problem.output_dtype
+        self.memory_format = output_memory_format(tail.x, tail.conv.weight)
+        dense = self.memory_format is torch.channels_last or problem.k == 1 or problem.p * problem.q == 1
+        self.writes_output = dense  # the kernel's NHWC order is the output's own
+        self.launch_options = {"num_warps": config.warps, "num_stages": config.stages}
+        self.compiled: Any = None
+        self.constants = (*self.plan.sizes, self.plan.conv, self.plan.proj_conv, self.plan.tile)
+        self.get_stream: Callable[[int], int] = lambda index: 0
+        if self.device.type == "cuda":
+            self.get_stream = triton.runtime.driver.active.get_current_stream
+
+    def __call__(self, tail: Tail) -> Tensor:
+        y = empty_output(self.output_shape, self.output_dtype, self.device, self.memory_format)
+        if y.numel() == 0:
+            return y
+        if self.device.type == "cuda" and torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device):
+                return self._launch(tail, y)
+        return self._launch(tail, y)
+
+    def _launch(self, tail: Tail, y: Tensor) -> Tensor:
+        x, weight = channels_last(tail.x), channels_last(tail.conv.weight)
+        out = y if self.writes_output else torch.empty_like(y, memory_format=torch.channels_last)
+        residual = None if tail.residual is None else channels_last(tail.residual)
+        bn = batch_norm(tail.conv)
+        pointers = x.data_ptr() | weight.data_ptr() | out.data_ptr()
+        if residual is not None:
+            pointers |= residual.data_ptr()
+        for v in bn[:5]:
+            if v is not None:
+                pointers |= v.data_ptr()
+        proj = None
+        if tail.proj is not None and tail.proj_x is not None:
+            proj = ProjectionTensors(channels_last(tail.proj_x), channels_last(tail.proj.weight), batch_norm(tail.proj))
+            pointers |= proj.x.data_ptr() | proj.weight.data_ptr()
+            for v in proj.bn[:5]:
+                if v is not None:
+                    pointers |= v.data_ptr()
+        stream = self.get_stream(self.device.index or 0)
+        scratch = None
+        if self.plan.workspace_bytes:
+            scratch = workspace(self.plan.workspace_bytes, self.device, stream, self.config.ordered)
+        arguments = (x, weight, out, residual, bn, proj, scratch, *self.constants)
+        grid = self.plan.grid
+        compiled = self.compiled
+        if compiled is not None and not pointers & 15 and knobs.runtime.launch_enter_hook is None:
+            compiled.run(
+                grid[0], grid[1], 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
+            )
+        else:
+            kernel = conv_bn_add_relu_kernel[grid](*arguments, **self.launch_options)
+            if not INTERPRETING and not pointers & 15:
+                self.compiled = kernel
+        return y if self.writes_output else y.copy_(out)
