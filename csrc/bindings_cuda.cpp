@@ -101,7 +101,8 @@ Plan plan(const py::dict& device, const py::kwargs& arguments) {
   return result;
 }
 
-py::dict device_properties() {
+py::dict device_properties(int index) {
+  if (use_device(index)) throw std::runtime_error("cuda: there is no device " + std::to_string(index));
   DeviceProperties device;
   char error[kErrorBytes];
   if (query_device(device, error, kErrorBytes)) throw std::runtime_error(error);
@@ -113,7 +114,7 @@ py::dict device_properties() {
   return result;
 }
 
-void launch(const Plan& plan, const py::dict& addresses, uintptr_t stream) {
+void launch(const Plan& plan, const py::dict& addresses, uintptr_t stream, int device) {
   const void* pointers[kTensorCount] = {};
   for (const auto& [name, address] : addresses) {
     const std::string text = name.cast<std::string>();
@@ -124,6 +125,7 @@ void launch(const Plan& plan, const py::dict& addresses, uintptr_t stream) {
   }
   char error[kErrorBytes];
   if (check_addresses(plan, pointers, error, kErrorBytes)) throw py::value_error(error);
+  if (use_device(device)) throw std::runtime_error("cuda: there is no device " + std::to_string(device));
   if (launch_plan(plan, bind_addresses(plan, pointers), reinterpret_cast<void*>(stream), error,
                   kErrorBytes)) {
     throw std::runtime_error(error);
@@ -212,9 +214,13 @@ PYBIND11_MODULE(_C_cuda, m) {
         "plan(device, **request) -> Plan, by the fields of PlanRequest (csrc/cuda/plan.h); ValueError with "
         "the reason.");
   m.def("launch", &launch, py::arg("plan"), py::arg("addresses"), py::arg("stream") = 0,
-        "Launch on {tensor name: address} and a stream of the current device; no synchronisation.");
+        py::arg("device") = 0,
+        "Launch on {tensor name: address} and a stream of a device, which becomes the current one of the "
+        "module's CUDA "
+        "runtime; no synchronisation.");
   m.def("catalogue", &catalogue, "Every kernel that was built.");
-  m.def("device_properties", &device_properties, "What plan() needs to know of the current device.");
+  m.def("device_properties", &device_properties, py::arg("index") = 0,
+        "What plan() needs to know of a device, which becomes the current one of the module's CUDA runtime.");
   m.def("build_info", &build_info, "Architectures, CUDA runtime and compiler of this build.");
   m.attr("DTYPES") = py::dict(py::arg("float16") = int(kFloat16), py::arg("bfloat16") = int(kBFloat16),
                               py::arg("float32") = int(kFloat32));

@@ -113,11 +113,11 @@ NormRequest norm_request(const Conv& conv, const Tensor& x, int first_slot, cons
   }
   check(conv.running_mean.has_value() == conv.running_var.has_value(), "running_mean and running_var",
         "both or neither", "one");
-  check(conv.bn_weight.has_value() == conv.bn_bias.has_value(), "bn_weight and bn_bias", "both or neither",
-        "one");
-  check(conv.running_mean.has_value() || !conv.bn_weight.has_value(), "bn_weight",
-        "running statistics beside it", "none");
-  norm.affine = conv.bn_weight.has_value();
+  check(conv.running_mean || !(conv.bn_weight || conv.bn_bias), "bn_weight and bn_bias",
+        "running statistics beside them", "none");
+  norm.affine = conv.bn_weight ? (conv.bn_bias ? kAffineBoth : kAffineWeight)
+                : conv.bn_bias ? kAffineBias
+                               : kAffineNone;
   return norm;
 }
 

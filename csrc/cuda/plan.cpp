@@ -241,8 +241,10 @@ void fill_alignment(const PlanRequest& q, Plan& plan) {
   const auto norm = [&](int first, const NormRequest& request) {  // slots: bias, weight, bias, mean, var
     if (request.bias_dtype != kAbsent) plan.alignment[first] = bytes_of(request.bias_dtype);
     if (request.norm_dtype == kAbsent) return;
-    for (int i = request.affine ? 1 : 3; i <= 4; ++i)
-      plan.alignment[first + i] = bytes_of(request.norm_dtype);
+    const bool weight = request.affine == kAffineBoth || request.affine == kAffineWeight;
+    const bool bias = request.affine == kAffineBoth || request.affine == kAffineBias;
+    const bool present[] = {weight, bias, true, true};
+    for (int i = 0; i < 4; ++i) plan.alignment[first + 1 + i] = present[i] ? bytes_of(request.norm_dtype) : 0;
   };
   plan.alignment[kTensorX] = plan.alignment[kTensorWeight] = params.source[0].vector_bytes;
   norm(kTensorBias, q.norm);

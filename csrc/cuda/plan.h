@@ -11,11 +11,14 @@ namespace fused_resnet {
 
 constexpr int32_t kAbsent = -1;  // in place of a DType: there is no such tensor
 
+// Which affine parameters a BN has.
+enum Affine : int32_t { kAffineNone = 0, kAffineBoth = 1, kAffineWeight = 2, kAffineBias = 3 };
+
 // The BN and the bias of one convolution.
 struct NormRequest {
   int32_t bias_dtype;  // of the convolution's bias
   int32_t norm_dtype;  // of running_mean, running_var and the affine parameters; kAbsent: no BN
-  int32_t affine;      // 1 where BN has weight and bias
+  int32_t affine;      // Affine
   float eps;
 };
 

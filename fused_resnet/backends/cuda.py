@@ -1,0 +1,170 @@
+"""Backend ``cuda``: the C++/CUDA extension. One launch for the whole tail, no JIT, BN read live.
+
+Needs dense channels_last tensors; anything else is copied once per call (`explain` says so). The planner
+(csrc/cuda/plan.h) chooses tile and split-K; :meth:`CudaBackend.candidates` lists what the tuner may try instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _extension
+from ..layout import output_memory_format
+from ..problem import Problem, dtype_name
+from ..reference import ConvBN, Tail
+from . import Backend
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_NONE = ConvBN(weight=None)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One way to run a problem: the tile, and how many blocks share one tile's sum. Zeros: the planner's choice."""
+
+    tile_m: int = 0
+    tile_n: int = 0
+    splits: int = 0
+
+    def __str__(self) -> str:
+        tile = f"{self.tile_m}x{self.tile_n}" if self.tile_m else "auto"
+        return f"{tile} splitk={self.splits}" if self.splits else tile
+
+
+AUTO = Configuration()
+
+
+class CudaBackend(Backend):
+    name = "cuda"
+
+    def can_run(self, problem: Problem) -> str | None:
+        if problem.device_type != "cuda":
+            return f"cuda: device must be cuda, got {problem.device_type}"
+        for dtype in {problem.dtype, problem.output_dtype}:
+            if dtype not in _DTYPES:
+                return f"cuda: dtype must be float16, bfloat16 or float32, got {dtype_name(dtype)}"
+        if problem.groups != 1:
+            return f"cuda: groups must be 1, got {problem.groups}"
+        missing = _extension.why_not_cuda()
+        if missing is not None:
+            return f"cuda: {missing}"
+        if not torch.cuda.is_available():
+            return "cuda: torch sees no GPU"
+        return _refusal(problem, torch.cuda.current_device())
+
+    def run(self, problem: Problem, tail: Tail) -> Tensor:
+        return self.bind(problem, tail)(tail)
+
+    def bind(self, problem: Problem, tail: Tail, configuration: Any = None) -> Callable[[Tail], Tensor]:
+        chosen: Configuration = configuration or AUTO
+        extension = _loaded()
+        activation = extension.ACTIVATIONS[problem.activation]
+        convert = output_memory_format(tail.x, tail.conv.weight) is torch.contiguous_format
+        mixed = any(_mixed_norm(conv) for conv in (tail.conv, tail.proj) if conv is not None)
+        op = torch.ops.fused_resnet_C.cuda_conv_bn_add_relu.default
+
+        def run(tail: Tail) -> Tensor:
+            conv, proj = tail.conv, tail.proj or _NONE
+            if mixed:
+                conv, proj = _float_norm(conv), _float_norm(proj)
+            y: Tensor = op(
+                tail.x, *conv, tail.residual, tail.stride, tail.padding, tail.dilation, tail.groups,
+                tail.proj_x, *proj, tail.proj_stride, activation, problem.tf32,
+                chosen.tile_m, chosen.tile_n, chosen.splits,
+            )  # fmt: skip
+            return y.contiguous() if convert else y
+
+        return run
+
+    def candidates(self, problem: Problem, device: torch.device) -> Sequence[Configuration]:
+        properties = _properties(device.index if device.index is not None else torch.cuda.current_device())
+        tiles = {(k["tile_m"], k["tile_n"]) for k in _loaded().catalogue()}
+        found: dict[Configuration, None] = {AUTO: None}
+        for tile_m, tile_n in sorted(tiles):
+            for splits in (1, 2, 3, 4, 6, 8, 12, 16):
+                try:
+                    plan = _plan(problem, properties, tile_m, tile_n, splits)
+                except ValueError:  # no such tile for this dtype, or too much shared memory
+                    break
+                if splits > 1 and (plan.grid[0] * splits > 4 * properties["sm_count"] or splits > plan.steps):
+                    break
+                found[Configuration(tile_m, tile_n, splits)] = None
+        return tuple(found)
+
+
+def _loaded() -> ModuleType:
+    extension = _extension.cuda()
+    if extension is None:
+        raise RuntimeError(f"cuda: {_extension.why_not_cuda()}")
+    return extension
+
+
+@lru_cache
+def _properties(index: int) -> dict[str, int]:
+    with torch.cuda.device(index):
+        properties: dict[str, int] = _loaded().device_properties(index)
+    return properties
+
+
+@lru_cache(maxsize=4096)
+def _refusal(problem: Problem, index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:  # before the planner, which would have to ask the driver
+        return f"cuda: needs sm_80 or newer, got sm_{major}{minor}"
+    oldest = int(_loaded().build_info()["architectures"].rsplit("compute_")[-1])
+    if major * 10 + minor < oldest:
+        return f"cuda: the extension was built for sm_{oldest} and newer, got sm_{major}{minor}"
+    try:
+        _plan(problem, _properties(index))
+    except ValueError as refused:
+        return str(refused)
+    return None
+
+
+def _plan(problem: Problem, properties: dict[str, int], tile_m: int = 0, tile_n: int = 0, splits: int = 0) -> Any:
+    """The planner's answer for aligned tensors and BN in float32; ValueError with its sentence where it refuses."""
+    extension = _loaded()
+    codes: dict[str, int] = extension.DTYPES
+
+    def code(dtype: torch.dtype | None) -> int:
+        return -1 if dtype is None else codes[dtype_name(dtype)]
+
+    request: dict[str, int] = {
+        **{name: getattr(problem, name) for name in ("n", "h", "w", "c", "k", "r", "s", "groups")},
+        **_pair("stride", problem.stride), **_pair("padding", problem.padding), **_pair("dilation", problem.dilation),
+        "dtype": code(problem.dtype), "tf32": int(problem.tf32), "residual_dtype": code(problem.residual),
+        "bias_dtype": code(problem.dtype if problem.bias else None),
+        "norm_dtype": codes["float32"] if problem.bn else -1,
+        "tile_m": tile_m, "tile_n": tile_n, "splits": splits,
+    }  # fmt: skip
+    if (proj := problem.projection) is not None:
+        request |= {
+            "projection": 1, "proj_c": proj.c, "proj_h": proj.h, "proj_w": proj.w, **_pair("proj_stride", proj.stride),
+            "proj_bias_dtype": code(problem.dtype if proj.bias else None),
+            "proj_norm_dtype": codes["float32"] if proj.bn else -1,
+        }  # fmt: skip
+    return extension.plan(properties, **request)
+
+
+def _pair(name: str, values: tuple[int, int]) -> dict[str, int]:
+    return {f"{name}_h": values[0], f"{name}_w": values[1]}
+
+
+def _mixed_norm(conv: ConvBN) -> bool:
+    return len({t.dtype for t in conv[2:6] if t is not None}) > 1
+
+
+def _float_norm(conv: ConvBN) -> ConvBN:
+    """BN tensors of several dtypes as float32 (exact): the kernel reads one dtype."""
+    weight, bias, mean, var = (None if t is None else t.float() for t in conv[2:6])
+    return conv._replace(bn_weight=weight, bn_bias=bias, running_mean=mean, running_var=var)
+
+
+BACKEND = CudaBackend()
