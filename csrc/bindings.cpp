@@ -13,13 +13,13 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
       "scale_shift_add_act_(Tensor(a!) y, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? "
       "running_mean, "
       "Tensor? running_var, float eps, Tensor? residual, int activation) -> ()");
-  // cpu/winograd_ops.cpp: 3x3, stride 1, float32, NHWC
-  m.def("winograd_pack(Tensor weight, int m, str isa) -> Tensor");
+  // cpu/conv_ops.cpp: float32, NHWC. m is 0 (direct) or the tile of Winograd F(m x m, 3 x 3)
+  m.def("conv_pack(Tensor weight, int m, str isa) -> Tensor");
   m.def(
-      "winograd_conv(Tensor x, Tensor packed, int k, int m, str isa, int pad_h, int pad_w, Tensor? bias, "
-      "Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, Tensor? running_var, float eps, Tensor? "
-      "residual, "
-      "int activation) -> Tensor");
+      "conv_fused(Tensor x, Tensor packed, int[] filter, int m, str isa, int[] stride, int[] padding, "
+      "int[] dilation, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, Tensor? "
+      "running_var, "
+      "float eps, Tensor? residual, int activation) -> Tensor");
   // cpu/snapshot.cpp: what the weight cache compares on each call
   m.def(
       "snapshot(Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "

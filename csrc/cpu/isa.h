@@ -2,14 +2,14 @@
 // isa_portable.cpp, and the best set that this CPU has is taken at run time.
 #pragma once
 
+#include "conv.h"
 #include "epilogue.h"
-#include "winograd.h"
 
 namespace fused_resnet::cpu {
 
 struct Kernels {
   const char* isa;  // "avx512", "avx2" or "portable"
-  WinogradKernel winograd2, winograd4;
+  ConvKernel direct, winograd2, winograd4;
   EpilogueKernel epilogue;
 };
 

@@ -1,11 +1,12 @@
 // Four lanes: SSE2 or NEON, or whatever the compiler makes of its vector extension.
+#include "direct_kernel.h"
 #include "epilogue_kernel.h"
 #include "isa.h"
 #include "winograd_kernel.h"
 
 namespace fused_resnet::cpu {
 using Portable = RegisterBlock<4, 6, 2>;
-const Kernels kKernelsPortable = {"portable", WinogradImpl<Portable, Winograd<2>>::kernel(),
-                                  WinogradImpl<Portable, Winograd<4>>::kernel(),
-                                  EpilogueImpl<Portable::kLanes>::kernel()};
+const Kernels kKernelsPortable = {
+    "portable", DirectImpl<Portable>::kernel(), WinogradImpl<Portable, Winograd<2>>::kernel(),
+    WinogradImpl<Portable, Winograd<4>>::kernel(), EpilogueImpl<Portable::kLanes>::kernel()};
 }  // namespace fused_resnet::cpu

@@ -1,15 +1,15 @@
-"""Backend ``cpu``: our Winograd kernel where it is faster, oneDNN's convolutions for everything else.
+"""Backend ``cpu``: our own fused convolutions, and oneDNN's where there is none.
 
 Three ways, decided once per signature:
 
-``winograd``
-    float32, 3x3, stride 1, weights that may be kept (``cache_weights``): scale, shift, residual and activation in
-    the output transform, BN live. See :func:`winograd_size` for when, and for the choice between F(4x4) and F(2x2).
+``fused``
+    float32, one group, weights that may be kept (``cache_weights``): our kernels, direct or Winograd, scale, shift,
+    residual and activation applied on the way out of the registers, BN live. :func:`winograd_size` chooses among them.
 ``pass``
-    other float32 convolutions: oneDNN's, with weights packed once, then one pass of our own over its output with
-    scale, shift, residual and activation. BN live.
+    other float32 convolutions: eager's (oneDNN), then one pass of our own over its output with scale, shift, residual
+    and activation. BN live.
 ``folded``
-    16-bit types, convolutions without activation, and installs without the extension: scale folded into the
+    16-bit types, grouped convolutions without activation, and installs without the extension: scale folded into the
     weights, oneDNN adds bias and residual before its only rounding, the activation follows in place.
 
 Why the activation is never oneDNN's: its ReLU turns NaN into 0, and a model that has diverged would look healthy.
@@ -40,6 +40,9 @@ _ACTIVATION_CODES = {"none": 0, "relu": 1, "relu6": 2}  # enum Activation in csr
 _ROWS_TO_HIDE_A_WEIGHT = 15
 #: Transforming one input (output) tile costs as much as multiplying its positions for so many output (input) channels.
 _TRANSFORM_CHANNELS = 10
+#: Below this, gathering the inputs of our direct kernel costs too much (a stem's 3 channels): oneDNN has kernels of
+#: its own for that.
+_LEAST_CHANNELS = 16
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -90,17 +93,16 @@ class CpuBackend(Backend):
         memory_format = output_memory_format(tail.x, tail.conv.weight)
         if problem.dtype is not torch.float32 or _extension.cpu() is None:
             return partial(_run_folded, memory_format)
-        m = 0
+        otherwise = partial(_run_folded if problem.activation == "none" else _run_pass, memory_format)
+        if problem.groups != 1 or problem.c < _LEAST_CHANNELS:
+            return otherwise
         choice = tail.winograd if tail.winograd != "auto" else os.environ.get("FUSED_RESNET_WINOGRAD", "auto")
-        geometry = (problem.r, problem.s, problem.stride, problem.dilation, problem.groups)
-        if choice != "off" and geometry == (3, 3, (1, 1), (1, 1), 1):
+        m = 0
+        if choice != "off" and (problem.r, problem.s, problem.stride, problem.dilation) == (3, 3, (1, 1), (1, 1)):
             m = winograd_size(problem)
             if choice == "f2" and m:
                 m = 2
-        without = _run_folded if problem.activation == "none" else _run_pass
-        if m == 0:
-            return partial(without, memory_format)
-        return partial(_run_winograd, memory_format, m, partial(without, memory_format))
+        return partial(_run_fused, memory_format, m, otherwise)
 
 
 def _run_widened(backend: CpuBackend, dtype: torch.dtype, tail: Tail) -> Tensor:
@@ -110,46 +112,48 @@ def _run_widened(backend: CpuBackend, dtype: torch.dtype, tail: Tail) -> Tensor:
     return y.contiguous(memory_format=memory_format)
 
 
-# ---- winograd ----------------------------------------------------------------------------------------------
+# ---- our kernels ---------------------------------------------------------------------------------------------
 
 
-def _run_winograd(memory_format: torch.memory_format, m: int, without: Callable[[Tail], Tensor], tail: Tail) -> Tensor:
-    if not tail.cache_weights:  # transforming the weights for one call costs more than it saves
-        return without(tail)
-    conv = tail.conv
-    weight = conv.weight
-    packed = packing.get(
-        weight, ("winograd", m), packing.NO_VECTORS,
-        lambda: torch.ops.fused_resnet_C.winograd_pack.default(weight.detach(), m, ""),
-    )  # fmt: skip
-    residual = _residual(tail, torch.channels_last)
-    y = torch.ops.fused_resnet_C.winograd_conv.default(
-        tail.x.contiguous(memory_format=torch.channels_last), packed, weight.shape[0], m, "", *tail.padding,
-        conv.bias, conv.bn_weight, conv.bn_bias, conv.running_mean, conv.running_var, conv.eps,
-        residual, _ACTIVATION_CODES[tail.activation],
-    )  # fmt: skip
+def _run_fused(memory_format: torch.memory_format, m: int, otherwise: Callable[[Tail], Tensor], tail: Tail) -> Tensor:
+    if not tail.cache_weights:  # packing or transforming the weights for one call costs more than it saves
+        return otherwise(tail)
+    residual = tail.residual
+    if tail.proj is not None and tail.proj_x is not None:
+        residual = _fused_conv(0, tail.proj_x, tail.proj, tail.proj_stride, (0, 0), (1, 1), None, "none")
+    elif residual is not None:
+        residual = residual.to(torch.float32).contiguous(memory_format=torch.channels_last)
+    y = _fused_conv(m, tail.x, tail.conv, tail.stride, tail.padding, tail.dilation, residual, tail.activation)
     return y if memory_format is torch.channels_last else y.contiguous()
 
 
-# ---- oneDNN, then our pass ---------------------------------------------------------------------------------
+def _fused_conv(
+    m: int, x: Tensor, conv: ConvBN, stride: Any, padding: Any, dilation: Any, residual: Tensor | None, activation: str
+) -> Tensor:  # fmt: skip
+    weight = conv.weight
+    packed = packing.get(weight, ("fused", m), packing.NO_VECTORS, partial(_pack, weight, m))
+    k, _, r, s = weight.shape
+    return torch.ops.fused_resnet_C.conv_fused.default(
+        x.contiguous(memory_format=torch.channels_last), packed, (k, r, s), m, "", stride, padding, dilation,
+        *conv[1:], residual, _ACTIVATION_CODES[activation],
+    )  # fmt: skip
+
+
+def _pack(weight: Tensor, m: int) -> Tensor:
+    return torch.ops.fused_resnet_C.conv_pack.default(weight.detach(), m, "")
+
+
+# ---- eager's convolution, then our pass --------------------------------------------------------------------
 
 
 def _run_pass(memory_format: torch.memory_format, tail: Tail) -> Tensor:
     conv = tail.conv
     x = tail.x.contiguous(memory_format=memory_format)
-    if tail.cache_weights:
-        packed = packing.get(
-            conv.weight, ("onednn", tail.stride, tail.padding, tail.dilation, tail.groups), packing.NO_VECTORS,
-            lambda: _reorder(conv.weight, tail, x),
-        )  # fmt: skip
-        y = _convolution(x, packed, None, tail.stride, tail.padding, tail.dilation, tail.groups)
-    else:
-        y = F.conv2d(x, conv.weight, None, tail.stride, tail.padding, tail.dilation, tail.groups)
+    y = F.conv2d(x, conv.weight, None, tail.stride, tail.padding, tail.dilation, tail.groups)
     y = y.contiguous(memory_format=memory_format)
     torch.ops.fused_resnet_C.scale_shift_add_act_.default(
-        y, conv.bias, conv.bn_weight, conv.bn_bias, conv.running_mean, conv.running_var, conv.eps,
-        _residual(tail, memory_format), _ACTIVATION_CODES[tail.activation],
-    )  # fmt: skip
+        y, *conv[1:], _residual(tail, memory_format), _ACTIVATION_CODES[tail.activation]
+    )
     return y
 
 
@@ -206,12 +210,6 @@ def _fold_and_reorder(conv: ConvBN, geometry: Any, x: Tensor) -> tuple[Tensor, T
     weight, bias = fold(conv)
     weight = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, list(x.shape))
     return weight, bias
-
-
-def _reorder(weight: Tensor, tail: Tail, x: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_convolution_weight(
-        weight.detach(), tail.padding, tail.stride, tail.dilation, tail.groups, list(x.shape)
-    )
 
 
 def _convolution(

@@ -1,0 +1,123 @@
+// fused_resnet_C::conv_pack and conv_fused: arguments -> problem -> threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <string>
+#include <vector>
+
+#include "isa.h"
+#include "memory.h"
+#include "tensors.h"
+
+namespace fused_resnet::cpu {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+
+// m: 0 for direct convolution, 2 and 4 for Winograd. `isa` is empty for the best instruction set; tests name
+// others.
+const ConvKernel& kernel_for(int64_t m, const std::string& isa, const ConvShape& shape) {
+  check(m == 0 || m == 2 || m == 4, "m", "0, 2 or 4", m);
+  const Kernels* set = isa.empty() ? &kernels() : kernels_for(isa.c_str());
+  check(set != nullptr, "isa", "an instruction set of this CPU", isa);
+  if (m == 0) return set->direct;
+  check(shape.r == 3 && shape.s == 3, "weight", "a 3 x 3 filter for Winograd", shape.r, " x ", shape.s);
+  return m == 2 ? set->winograd2 : set->winograd4;
+}
+
+Tensor conv_pack(const Tensor& weight, int64_t m, const std::string& isa) {
+  check(weight.dim() == 4, "weight", "4 dimensions", weight.dim());
+  check(weight.scalar_type() == ScalarType::Float, "weight", "dtype float32", "another one");
+  ConvShape shape{};
+  shape.k = weight.size(0), shape.c = weight.size(1), shape.r = weight.size(2), shape.s = weight.size(3);
+  const ConvKernel& kernel = kernel_for(m, isa, shape);
+  Tensor packed = torch::stable::empty({kernel.weight_floats(shape)}, ScalarType::Float);
+  const float* from = static_cast<const float*>(weight.const_data_ptr());
+  float* to = static_cast<float*>(packed.mutable_data_ptr());
+  const int64_t stride[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+  torch::stable::parallel_for(0, ceil_div(shape.k, kernel.panel), 1, [&](int64_t begin, int64_t end) {
+    kernel.pack_weights(shape, from, stride, begin, end, to);
+  });
+  return packed;
+}
+
+// Strides of n, h and w.
+void pixel_strides(const Tensor& t, int64_t out[3]) {
+  out[0] = t.stride(0), out[1] = t.stride(2), out[2] = t.stride(3);
+}
+
+Tensor conv_fused(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter, int64_t m,
+                  const std::string& isa, const std::vector<int64_t>& stride,
+                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                  const OptionalTensor& bias, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+                  const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
+                  const OptionalTensor& residual, int64_t activation) {
+  check(x.dim() == 4, "x", "4 dimensions", x.dim());
+  check(x.scalar_type() == ScalarType::Float, "x", "dtype float32", "another one");
+  check(filter.size() == 3, "filter", "K, R and S", filter.size(), " numbers");
+  check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, "stride, padding, dilation",
+        "two numbers each", stride.size(), ", ", padding.size(), ", ", dilation.size());
+  ConvProblem problem;
+  ConvShape& shape = problem.shape;
+  shape.n = x.size(0), shape.c = x.size(1), shape.h = x.size(2), shape.w = x.size(3);
+  shape.k = filter[0], shape.r = filter[1], shape.s = filter[2];
+  shape.stride_h = stride[0], shape.stride_w = stride[1];
+  shape.pad_h = padding[0], shape.pad_w = padding[1];
+  shape.dilation_h = dilation[0], shape.dilation_w = dilation[1];
+  check(shape.stride_h > 0 && shape.stride_w > 0, "stride", "positive numbers", stride[0], ", ", stride[1]);
+  const int64_t room_h = shape.h + 2 * shape.pad_h - shape.dilation_h * (shape.r - 1) - 1;
+  const int64_t room_w = shape.w + 2 * shape.pad_w - shape.dilation_w * (shape.s - 1) - 1;
+  check(room_h >= 0 && room_w >= 0, "x", "an image no smaller than the filter", shape_of(x));
+  shape.p = room_h / shape.stride_h + 1, shape.q = room_w / shape.stride_w + 1;
+  const ConvKernel& kernel = kernel_for(m, isa, shape);
+  check(m == 0 ||
+            (shape.stride_h == 1 && shape.stride_w == 1 && shape.dilation_h == 1 && shape.dilation_w == 1),
+        "m", "0 unless stride and dilation are 1", m);
+  check(shape.c == 1 || x.stride(1) == 1, "x", "channels innermost", "channel stride ", x.stride(1));
+  check(packed.numel() == kernel.weight_floats(shape), "packed", "what conv_pack made for this filter",
+        packed.numel(), " values");
+  problem.x = static_cast<const float*>(x.const_data_ptr());
+  pixel_strides(x, problem.x_stride);
+  problem.weights = static_cast<const float*>(packed.const_data_ptr());
+  problem.residual = nullptr;
+  if (residual.has_value()) {
+    const Tensor& t = *residual;
+    check(t.scalar_type() == ScalarType::Float, "residual", "dtype float32", "another one");
+    check(t.dim() == 4 && t.size(0) == shape.n && t.size(1) == shape.k && t.size(2) == shape.p &&
+              t.size(3) == shape.q,
+          "residual", "the shape of the output", shape_of(t));
+    check(shape.k == 1 || t.stride(1) == 1, "residual", "channels innermost", "channel stride ", t.stride(1));
+    check(m != 0 || is_channels_last(t), "residual", "a dense channels_last tensor for direct convolution",
+          "other strides");
+    problem.residual = static_cast<const float*>(t.const_data_ptr());
+    pixel_strides(t, problem.residual_stride);
+  }
+  const ScaleShift bn({bias, bn_weight, bn_bias, running_mean, running_var, eps}, shape.k);
+  problem.scale = bn.scale.data();
+  problem.shift = bn.shift.data();
+  problem.activation = activation_from(activation);
+
+  Tensor y = torch::stable::empty({shape.n, shape.k, shape.p, shape.q}, ScalarType::Float, std::nullopt,
+                                  std::nullopt, std::nullopt, MemoryFormat::ChannelsLast);
+  if (shape.n == 0) return y;
+  problem.y = static_cast<float*>(y.mutable_data_ptr());
+  problem.y_stride[0] = shape.p * shape.q * shape.k;
+  problem.y_stride[1] = shape.q * shape.k;
+  problem.y_stride[2] = shape.k;
+
+  const ConvPlan plan = kernel.plan(shape, static_cast<int>(torch::stable::get_num_threads()));
+  torch::stable::parallel_for(0, plan.row_blocks * plan.k_blocks, 1, [&](int64_t begin, int64_t end) {
+    float* scratch = thread_scratch(plan.scratch_floats);
+    for (int64_t piece = begin; piece < end; ++piece) kernel.run_piece(problem, plan, piece, scratch);
+  });
+  return y;
+}
+
+}  // namespace
+}  // namespace fused_resnet::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CPU, m) {
+  m.impl("conv_pack", TORCH_BOX(&fused_resnet::cpu::conv_pack));
+  m.impl("conv_fused", TORCH_BOX(&fused_resnet::cpu::conv_fused));
+}

@@ -1,0 +1,196 @@
+// Direct convolution for one instruction set: any filter, stride and dilation, as a GEMM over blocks of
+// output pixels.
+//
+//   V [depth / kChunk][pixel][kChunk]    the inputs of each pixel of the block (im2col, in the cache)
+//   U [panel][depth][kPanel]             weights
+//
+// Products go from registers through the epilogue to the output.
+//
+// The depth runs over taps and, within a tap, channels. Where C is a multiple of kChunk a chunk lies within
+// one tap. Otherwise (a stem's 3 channels) taps follow each other without gaps, and a pixel's inputs are
+// first put in a line.
+//
+// Gathering copies each input R S / stride^2 times; against the K multiply-adds made with each copy that is
+// little.
+#pragma once
+
+#include <algorithm>
+
+#include "finish.h"
+#include "gemm.h"
+#include "memory.h"
+
+namespace fused_resnet::cpu {
+
+// The activation as two bounds, so that it needs no code of its own in each kernel. Comparisons with NaN are
+// false.
+struct OutputBounds {
+  float lower, upper;
+  explicit OutputBounds(Activation activation)
+      : lower(activation == Activation::kNone ? -__builtin_inff() : 0.0f),
+        upper(activation == Activation::kRelu6 ? 6.0f : __builtin_inff()) {}
+};
+
+// The products of kRows consecutive pixels with one panel, finished. y and residual are dense: a pixel is K
+// floats.
+template <class Block, int kRows>
+struct FinishProducts {
+  static void run(const float* v, int64_t v_chunk_stride, int64_t chunks, const float* u, Ahead ahead,
+                  const ConvProblem& problem, int64_t k, OutputBounds bounds, int64_t out) {
+    constexpr int kLanes = Block::kLanes, kCols = Block::kCols;
+    const int64_t k_count = problem.shape.k;
+    float* y = problem.y + out;
+    const float* residual = problem.residual ? problem.residual + out : nullptr;
+    unroll<kRows>([&](auto row) FR_LAMBDA {
+      for (int j = 0; j < Block::kPanel; j += 16) {  // both will be needed when the products are ready
+        __builtin_prefetch(y + row * k_count + j, 1);
+        if (residual) __builtin_prefetch(residual + row * k_count + j);
+      }
+    });
+    Vec<kLanes> sum[kRows][kCols] = {};
+    multiply<Block, kRows>(v, v_chunk_stride, chunks, u, ahead, sum);
+    const Vec<kLanes> lower = Vec<kLanes>{} + bounds.lower, upper = Vec<kLanes>{} + bounds.upper;
+    unroll<kCols>([&](auto j) FR_LAMBDA {
+      const int64_t offset = j * kLanes, count = k_count - k - offset;
+      if (count <= 0) return;
+      const Vec<kLanes> scale = load<kLanes>(problem.scale + k + offset);
+      const Vec<kLanes> shift = load<kLanes>(problem.shift + k + offset);
+      unroll<kRows>([&](auto row) FR_LAMBDA {
+        const int64_t at = row * k_count + offset;
+        Vec<kLanes> value = sum[row][j] * scale + shift;
+        if (residual) {
+          value += count >= kLanes ? load<kLanes>(residual + at) : load_partial<kLanes>(residual + at, count);
+        }
+        value = value < lower ? lower : value;
+        value = value > upper ? upper : value;
+        if (count >= kLanes) {
+          store<kLanes>(y + at, value);
+        } else {
+          store_partial<kLanes>(y + at, value, count);
+        }
+      });
+    });
+  }
+};
+
+template <class Block>
+struct DirectImpl {
+  static constexpr int kLanes = Block::kLanes, kPanel = Block::kPanel;
+  using V = Vec<kLanes>;
+
+  static int64_t depth_of(const ConvShape& shape) {
+    return ceil_div(shape.r * shape.s * shape.c, kChunk) * kChunk;
+  }
+  static int64_t weight_floats(const ConvShape& shape) {
+    return ceil_div(shape.k, kPanel) * depth_of(shape) * kPanel;
+  }
+
+  static void pack_weights(const ConvShape& shape, const float* weight, const int64_t stride[4],
+                           int64_t first_panel, int64_t last_panel, float* packed) {
+    const int64_t depth = depth_of(shape);
+    float* out = packed + first_panel * depth * kPanel;
+    std::fill(out, packed + last_panel * depth * kPanel, 0.0f);
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const int64_t channels = std::min<int64_t>(shape.k - panel * kPanel, kPanel);
+      for (int64_t tap = 0; tap < shape.r * shape.s; ++tap) {
+        const float* from =
+            weight + panel * kPanel * stride[0] + tap / shape.s * stride[2] + tap % shape.s * stride[3];
+        for (int64_t c = 0; c < shape.c; ++c, out += kPanel) {
+          for (int64_t k = 0; k < channels; ++k) out[k] = from[k * stride[0] + c * stride[1]];
+        }
+      }
+      out += (depth - shape.r * shape.s * shape.c) * kPanel;
+    }
+  }
+
+  // The inputs of one output pixel, tap by tap: put(depth index, pointer to C floats, or nullptr for
+  // padding).
+  template <class Put>
+  static FR_INLINE void visit_taps(const ConvProblem& problem, int64_t pixel, Put&& put) {
+    const ConvShape& shape = problem.shape;
+    const int64_t image = pixel / (shape.p * shape.q);
+    const int64_t top = pixel / shape.q % shape.p * shape.stride_h - shape.pad_h;
+    const int64_t left = pixel % shape.q * shape.stride_w - shape.pad_w;
+    const float* x = problem.x + image * problem.x_stride[0];
+    int64_t depth = 0;
+    for (int64_t r = 0; r < shape.r; ++r) {
+      const int64_t h = top + r * shape.dilation_h;
+      for (int64_t s = 0; s < shape.s; ++s, depth += shape.c) {
+        const int64_t w = left + s * shape.dilation_w;
+        const bool inside = h >= 0 && h < shape.h && w >= 0 && w < shape.w;
+        put(depth, inside ? x + h * problem.x_stride[1] + w * problem.x_stride[2] : nullptr);
+      }
+    }
+  }
+
+  static void copy_chunk(const float* from, float* to) {
+    unroll<kChunk / kLanes>(
+        [&](auto i) FR_LAMBDA { store<kLanes>(to + i * kLanes, load<kLanes>(from + i * kLanes)); });
+  }
+
+  static void gather(const ConvProblem& problem, int64_t pixel, const float* zeros, float* line, float* v,
+                     int64_t v_chunk) {
+    const int64_t c = problem.shape.c;
+    if (c % kChunk == 0) {
+      visit_taps(problem, pixel, [&](int64_t depth, const float* from) FR_LAMBDA {
+        const int64_t step = from != nullptr ? kChunk : 0;
+        if (from == nullptr) from = zeros;
+        float* to = v + depth / kChunk * v_chunk;
+        for (int64_t i = 0; i < c; i += kChunk, from += step, to += v_chunk) copy_chunk(from, to);
+      });
+      return;
+    }
+    visit_taps(problem, pixel, [&](int64_t depth, const float* from) FR_LAMBDA {
+      if (from != nullptr) {
+        for (int64_t i = 0; i < c; ++i) line[depth + i] = from[i];
+      } else {
+        for (int64_t i = 0; i < c; ++i) line[depth + i] = 0.0f;
+      }
+    });
+    const int64_t depth = depth_of(problem.shape);  // beyond the last tap `line` is zero
+    for (int64_t i = 0; i < depth; i += kChunk, v += v_chunk) copy_chunk(line + i, v);
+  }
+
+  static ConvPlan plan(const ConvShape& shape, int threads) {
+    const int64_t cache = level2_cache_bytes() / int64_t(sizeof(float)), depth = depth_of(shape);
+    // Weights that stay in the cache are read again for each group of pixels, whose inputs stay in the
+    // first-level cache meanwhile. Weights from beyond it are worth a few groups.
+    const bool weights_stay = weight_floats(shape) <= cache / 2;
+    ConvPlan plan = cut(shape.n * shape.p * shape.q, (weights_stay ? 1 : 4) * Block::kRows,
+                        ceil_div(shape.k, kPanel), threads);
+    plan.scratch_floats = kChunk + depth + plan.rows_per_block * depth;
+    return plan;
+  }
+
+  static void run_piece(const ConvProblem& problem, const ConvPlan& plan, int64_t piece, float* scratch) {
+    const int64_t first_pixel = piece / plan.k_blocks * plan.rows_per_block;
+    const int64_t pixels = std::min(plan.rows_per_block, plan.rows - first_pixel);
+    const int64_t first_panel = piece % plan.k_blocks * plan.panels_per_block;
+    const int64_t last_panel = std::min(first_panel + plan.panels_per_block, plan.panels);
+    const int64_t depth = depth_of(problem.shape), k = problem.shape.k;
+    float* zeros = scratch;
+    float* line = zeros + kChunk;
+    float* v = line + depth;
+
+    std::fill_n(zeros, kChunk + depth, 0.0f);
+    for (int64_t i = 0; i < pixels; ++i) {
+      gather(problem, first_pixel + i, zeros, line, v + i * kChunk, pixels * kChunk);
+    }
+    const OutputBounds bounds(problem.activation);
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const float* u = problem.weights + panel * depth * kPanel;
+      const float* next =
+          panel + 1 < last_panel ? u + depth * kPanel : problem.weights + first_panel * depth * kPanel;
+      for_groups<Block, FinishProducts>(pixels, u, next, depth * kPanel,
+                                        [&](auto kernel, int64_t first, Ahead ahead) {
+                                          const int64_t out = (first_pixel + first) * k + panel * kPanel;
+                                          kernel(v + first * kChunk, pixels * kChunk, depth / kChunk, u,
+                                                 ahead, problem, panel * kPanel, bounds, out);
+                                        });
+    }
+  }
+
+  static constexpr ConvKernel kernel() { return {kPanel, &weight_floats, &pack_weights, &plan, &run_piece}; }
+};
+
+}  // namespace fused_resnet::cpu

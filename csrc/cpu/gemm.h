@@ -1,0 +1,93 @@
+// The micro-kernel: M[t][k] = sum_c V[t][c] * U[c][k] for up to kRows rows and one panel of output channels,
+// held in registers from the first channel to the last.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <utility>
+
+#include "vec.h"
+
+namespace fused_resnet::cpu {
+
+// The register block. 14 x 32 takes 28 accumulators, 2 weights and 1 broadcast of 32 registers (AVX-512),
+// 6 x 16 the same of 16 (AVX2): as many multiply-adds as possible for each load.
+template <int kLanes_, int kRows_, int kCols_>
+struct RegisterBlock {
+  static constexpr int kLanes = kLanes_;
+  static constexpr int kRows = kRows_;           // pixels or tiles
+  static constexpr int kCols = kCols_;           // vectors of output channels
+  static constexpr int kPanel = kLanes * kCols;  // output channels
+};
+
+// Channels of a row that lie together. V is [C / kChunk][row][kChunk], so the distance between two rows is a
+// constant: fourteen addresses are one register and fourteen displacements.
+constexpr int kChunk = 16;
+
+// `next` is what will be read after U: it is fetched at `step` floats per channel while the multiply-adds go
+// on. A hardware prefetcher stops at every page, and cannot know where the next weights lie.
+struct Ahead {
+  const float* next;
+  int64_t step;
+};
+
+// sum[row][j] = the products of kRows rows with one panel.
+template <class Block, int kRows>
+FR_INLINE void multiply(const float* v, int64_t v_chunk_stride, int64_t chunks, const float* u, Ahead ahead,
+                        Vec<Block::kLanes> (&sum)[kRows][Block::kCols]) {
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int c = 0; c < kChunk; ++c) {
+      __builtin_prefetch(ahead.next);
+      __builtin_prefetch(ahead.next + ahead.step / 2);
+      ahead.next += ahead.step;
+      Vec<Block::kLanes> weight[Block::kCols];
+      unroll<Block::kCols>([&](auto j) FR_LAMBDA {
+        weight[j] = load<Block::kLanes>(u + c * Block::kPanel + j * Block::kLanes);
+      });
+      unroll<kRows>([&](auto row) FR_LAMBDA {
+        const float value = v[row * kChunk + c];
+        unroll<Block::kCols>([&](auto j) FR_LAMBDA { sum[row][j] += value * weight[j]; });
+      });
+    }
+    v += v_chunk_stride;
+    u += kChunk * Block::kPanel;
+  }
+}
+
+// Functions by their number of rows, 1 to kRows: Kernel<Block, n>::run.
+template <class Block, template <class, int> class Kernel, int... kIndex>
+constexpr std::array<decltype(&Kernel<Block, 1>::run), Block::kRows> by_rows(
+    std::integer_sequence<int, kIndex...>) {
+  return {&Kernel<Block, kIndex + 1>::run...};
+}
+
+// All the rows of a block with one panel, in groups of nearly equal height, so that none is left with one or
+// two rows, where the multiply-adds would wait for one another. run(kernel, first row, how to fetch ahead);
+// the first two groups fetch one half each of `next`, the panel that comes after.
+template <class Block, template <class, int> class Kernel, class Run>
+FR_INLINE void for_groups(int64_t rows, const float* u, const float* next, int64_t panel_floats, Run&& run) {
+  static constexpr auto kKernels = by_rows<Block, Kernel>(std::make_integer_sequence<int, Block::kRows>{});
+  const int64_t groups = (rows + Block::kRows - 1) / Block::kRows;
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t first = rows * group / groups, last = rows * (group + 1) / groups;
+    const float* from = group == 0 ? next : group == 1 ? next + panel_floats / 2 : u;
+    run(kKernels[last - first - 1], first, Ahead{from, groups == 1 ? Block::kPanel : Block::kPanel / 2});
+  }
+}
+
+// The products, stored.
+template <class Block, int kRows>
+struct StoreProducts {
+  static void run(const float* v, int64_t v_chunk_stride, int64_t chunks, const float* u, Ahead ahead,
+                  float* m, int64_t m_stride) {
+    Vec<Block::kLanes> sum[kRows][Block::kCols] = {};
+    multiply<Block, kRows>(v, v_chunk_stride, chunks, u, ahead, sum);
+    unroll<kRows>([&](auto row) FR_LAMBDA {
+      unroll<Block::kCols>([&](auto j) FR_LAMBDA {
+        store<Block::kLanes>(m + row * m_stride + j * Block::kLanes, sum[row][j]);
+      });
+    });
+  }
+};
+
+}  // namespace fused_resnet::cpu
