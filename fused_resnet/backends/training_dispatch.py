@@ -9,7 +9,7 @@ from torch import Tensor
 from .training_base import TrainingBackend
 
 #: In order of preference; ``eager`` can always run.
-NAMES = ("cpu", "eager")
+NAMES = ("cpu", "triton", "eager")
 
 
 def get(name: str) -> TrainingBackend:

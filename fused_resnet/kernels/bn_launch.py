@@ -1,0 +1,113 @@
+"""Launching the training kernels: tensors in canonical form (see ``backends.training_base``) to kernel arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..backends.training_base import BatchNorm, GradMeans
+from .bn_apply import bn_apply_add_relu_kernel, bn_backward_apply_kernel
+from .bn_reduce import bn_backward_reduce_kernel, bn_stats_kernel
+
+#: Elements a program of an elementwise pass handles: 128 words of the mask, 8 KiB of float16.
+WORDS = 128
+#: Programs of a reduction, over all columns; enough to fill the largest GPU several times over. A constant, so that
+#: the order of the sums is a function of the shape alone.
+PROGRAMS = 1024
+BLOCK_C = 64
+BLOCK_M = 32
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _tickets(device: torch.device, columns: int) -> Tensor:
+    """Counters that are zero, and left zero by the kernels; one set per stream, since launches must not share it."""
+    if device.type != "cuda":
+        return torch.zeros(columns, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(columns, dtype=torch.int32, device=device)  # belongs to the graph
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    kept = _counters.get(key)
+    if kept is None or kept.numel() < columns:
+        kept = _counters[key] = torch.zeros(max(columns, 64), dtype=torch.int32, device=device)
+    return kept
+
+
+class _Reduction:
+    """How a reduction over the pixels of ``y`` is cut into programs."""
+
+    def __init__(self, y: Tensor, sums: int) -> None:
+        self.channels = y.shape[1]
+        self.rows = y.numel() // self.channels
+        columns = triton.cdiv(self.channels, BLOCK_C)
+        parts = max(1, min(PROGRAMS // columns, triton.cdiv(self.rows, BLOCK_M)))
+        self.rows_per_part = triton.cdiv(triton.cdiv(self.rows, parts), BLOCK_M) * BLOCK_M
+        self.grid = (columns, triton.cdiv(self.rows, self.rows_per_part))
+        self.tickets = _tickets(y.device, columns)
+        partial = self.grid[0] * self.grid[1] * sums * BLOCK_C
+        self.partial = torch.empty(partial, dtype=torch.float32, device=y.device)
+        self.blocks: dict[str, Any] = {"BLOCK_M": BLOCK_M, "BLOCK_C": BLOCK_C, "WIDE": _wide(y), "num_warps": 4}
+
+
+def _wide(y: Tensor) -> bool:
+    # with room for the elements that a last tile addresses beyond the end
+    return y.numel() + WORDS * 32 + BLOCK_M * y.shape[1] >= 2**31
+
+
+def _kind(residual: Any, proj: Any) -> str:
+    return "projection" if proj is not None else "none" if residual is None else "residual"
+
+
+def bn_stats(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel, float32."""
+    mean, var = (torch.empty(y.shape[1], dtype=torch.float32, device=y.device) for _ in range(2))
+    r = _Reduction(y, 2)
+    bn_stats_kernel[r.grid](y, mean, var, r.tickets, r.partial, r.rows, r.rows_per_part, C=r.channels, **r.blocks)
+    return mean, var
+
+
+def bn_apply_add_relu(
+    bn: BatchNorm, residual: Tensor | None, proj: BatchNorm | None, activation: str, out: Tensor, mask: Tensor | None
+) -> None:
+    """``out = act(bn + (residual or proj))`` and, where given, the mask."""
+    y = bn.y
+    branch = (None,) * 5 if proj is None else tuple(proj)
+    second = residual if proj is None else proj.y
+    bn_apply_add_relu_kernel[(triton.cdiv(y.numel(), 32 * WORDS),)](
+        *bn, second, *branch[1:], out, mask, y.numel(), C=y.shape[1], SECOND=_kind(residual, proj),
+        ACTIVATION=activation, WORDS=WORDS, WIDE=_wide(y), num_warps=4,
+    )  # fmt: skip
+
+
+def bn_backward_reduce(
+    grad_out: Tensor, mask: Tensor | None, bn: BatchNorm, proj: BatchNorm | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``sum(dz)``, ``sum(dz * xhat)`` and the projection's (empty without one)."""
+    sum_dz, sum_dz_xhat = torch.empty_like(bn.mean), torch.empty_like(bn.mean)
+    proj_sum = sum_dz.new_empty(0 if proj is None else sum_dz.shape[0])
+    r = _Reduction(bn.y, 2 if proj is None else 3)
+    branch = (None,) * 3 if proj is None else tuple(proj)[:3]
+    bn_backward_reduce_kernel[r.grid](
+        grad_out, mask, bn.y, bn.mean, bn.invstd, *branch, sum_dz, sum_dz_xhat,
+        None if proj is None else proj_sum, r.tickets, r.partial, r.rows, r.rows_per_part,
+        C=r.channels, MASKED=mask is not None, PROJ=proj is not None, **r.blocks,
+    )  # fmt: skip
+    return sum_dz, sum_dz_xhat, proj_sum
+
+
+def bn_backward_apply(
+    grad_out: Tensor, mask: Tensor | None, bn: BatchNorm, means: GradMeans, proj: BatchNorm | None,
+    proj_means: GradMeans | None, d_y: Tensor, d_second: Tensor | None,
+) -> None:  # fmt: skip
+    """``d_y`` and, where wanted, the gradient of the residual or of the projection's convolution output."""
+    y = bn.y
+    branch: tuple[Tensor | None, ...] = (None,) * 6
+    if proj is not None and proj_means is not None:
+        branch = (*proj[:4], *proj_means)
+    bn_backward_apply_kernel[(triton.cdiv(y.numel(), 32 * WORDS),)](
+        grad_out, mask, *bn[:4], *means, *branch, d_y, d_second, y.numel(), C=y.shape[1],
+        SECOND=_kind(d_second, proj), MASKED=mask is not None, WORDS=WORDS, WIDE=_wide(y), num_warps=4,
+    )  # fmt: skip
