@@ -64,20 +64,27 @@ class Memory:
                 self._view(name).copy_(value)
         assert not values, f"launch.json names no {sorted(values)}"
 
-    def _view(self, name: str) -> Tensor:
-        spec, buffer = self.launch.tensors[name], self.buffers[name]
+    def _bytes(self, name: str) -> Tensor:
+        buffer = self.buffers[name]
         start = buffer.address - buffer.storage.data_ptr()
-        typed = buffer.storage[start : start + buffer.size].view(DTYPES[spec.dtype])
-        return typed.as_strided(spec.shape, spec.strides)
+        return buffer.storage[start : start + buffer.size]
+
+    def _view(self, name: str) -> Tensor:
+        spec = self.launch.tensors[name]
+        if 0 in spec.shape:
+            return torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+        return self._bytes(name).view(DTYPES[spec.dtype]).as_strided(spec.shape, spec.strides)
 
     @property
     def y(self) -> Tensor:
         return self._view("y")
 
-    def workspace(self) -> bytes:
-        buffer = self.buffers["workspace"]
-        start = buffer.address - buffer.storage.data_ptr()
-        return bytes(buffer.storage[start : start + buffer.size].tolist())
+    def content(self, name: str) -> bytes:
+        return self._bytes(name).numpy().tobytes()
+
+    def replace(self, name: str, content: bytes) -> None:
+        if content:
+            self._bytes(name).copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
 
     def arguments(self) -> list[bytes]:
         """The bytes of every kernel parameter."""

@@ -144,6 +144,6 @@ def markdown(rows: Iterable[KernelReport]) -> str:
 def write(rows: Sequence[KernelReport], directory: Path, stem: str) -> None:
     """`<stem>.json` for programs and `<stem>.md` for people, from the same rows."""
     directory.mkdir(parents=True, exist_ok=True)
-    records = [dataclasses.asdict(r) for r in rows]
-    (directory / f"{stem}.json").write_text(json.dumps(records, indent=1, allow_nan=True) + "\n")
+    records = [json.dumps(dataclasses.asdict(row), allow_nan=True) for row in rows]  # one row a line, for diffs
+    (directory / f"{stem}.json").write_text("[\n " + ",\n ".join(records) + "\n]\n")
     (directory / f"{stem}.md").write_text(markdown(rows))

@@ -182,6 +182,11 @@ def _check_argument(where: str, argument: dict[str, Any]) -> set[str]:
     raise ValueError(f"{where}: expected type pointer, bytes, tensormap or one of {_SCALARS}, got {kind!r}")
 
 
+def default_bn_dtype(problem: Problem) -> torch.dtype:
+    """float32 beside 16-bit activations, as mixed precision keeps it; else that of the activations."""
+    return torch.float32 if problem.dtype.itemsize == 2 else problem.dtype
+
+
 def tensor_specs(
     problem: Problem, alignment: dict[str, int] | int, bn_dtype: torch.dtype | None = None
 ) -> dict[str, TensorSpec]:
@@ -190,7 +195,7 @@ def tensor_specs(
     ``alignment`` is one number, or one per tensor (missing: the size of an element). BN vectors are float32 unless
     ``bn_dtype`` says otherwise, as in mixed precision; the convolution's bias has the dtype of x.
     """
-    bn = bn_dtype or (torch.float32 if problem.dtype.itemsize == 2 else problem.dtype)
+    bn = bn_dtype or default_bn_dtype(problem)
 
     def spec(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorSpec:
         aligned = alignment if isinstance(alignment, int) else alignment.get(name, dtype.itemsize)

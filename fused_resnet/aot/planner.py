@@ -21,8 +21,8 @@ from pathlib import Path
 import platformdirs
 import torch
 
-from ..problem import DTYPES, Problem, dtype_name
-from .launch_json import Launch, by_value, tensor_specs, workspace_spec
+from ..problem import Problem, dtype_name
+from .launch_json import Launch, by_value, default_bn_dtype, tensor_specs, workspace_spec
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
@@ -63,7 +63,7 @@ class _NormRequest(ctypes.Structure):
     _fields_ = [*_int32("bias_dtype norm_dtype affine"), ("eps", ctypes.c_float)]
 
 
-class _PlanRequest(ctypes.Structure):
+class PlanRequest(ctypes.Structure):
     _fields_ = [
         *_int32("n h w c k r s stride_h stride_w padding_h padding_w dilation_h dilation_w groups"),
         *_int32("dtype tf32 residual_dtype activation"),
@@ -82,7 +82,7 @@ _TENSORS = 17
 _PARAMS_BYTES = 416
 
 
-class _Plan(ctypes.Structure):
+class Plan(ctypes.Structure):
     _fields_ = [
         ("kernel", ctypes.c_int32),
         ("grid", ctypes.c_int32 * 3),
@@ -178,20 +178,20 @@ def sources_key(csrc: Path) -> str:
 
 
 class Planner:
-    """The planner of one source tree."""
+    """The planner of one source tree. ``library`` may be a shared object that holds more than the planner."""
 
-    def __init__(self, csrc: Path) -> None:
+    def __init__(self, csrc: Path, library_path: Path | None = None) -> None:
         self.csrc = csrc
-        library = ctypes.CDLL(str(self._build()))
+        library = ctypes.CDLL(str(library_path or self._build()))
         library.fused_resnet_tensor_name.restype = ctypes.c_char_p
         library.fused_resnet_tensor_offset.restype = ctypes.c_int64
         library.fused_resnet_kernel_info.restype = ctypes.POINTER(_KernelInfo)
         sizes = (ctypes.c_int32 * 4)()
         library.fused_resnet_sizes(sizes)
-        mirror = [ctypes.sizeof(t) for t in (_PlanRequest, _DeviceProperties, _Plan)] + [_PARAMS_BYTES]
+        mirror = [ctypes.sizeof(t) for t in (PlanRequest, _DeviceProperties, Plan)] + [_PARAMS_BYTES]
         if list(sizes) != mirror or library.fused_resnet_tensor_count() != _TENSORS:
             raise RuntimeError(f"compile: the planner's structs have sizes {list(sizes)}, expected {mirror}")
-        self._library = library
+        self.library = library
         slots = range(_TENSORS)
         self.tensor_names = [library.fused_resnet_tensor_name(i).decode() for i in slots]
         self.tensor_offsets = [int(library.fused_resnet_tensor_offset(i)) for i in slots]
@@ -217,7 +217,7 @@ class Planner:
         kernels: dict[str, Kernel] = {}
         for i, row in enumerate(rows):
             symbol = row.split(",")[0].strip()
-            info = self._library.fused_resnet_kernel_info(i).contents
+            info = self.library.fused_resnet_kernel_info(i).contents
             assert info.symbol.decode() == symbol, "the catalogue follows the list"
             kernels[symbol] = Kernel(
                 symbol, f"FUSED_RESNET_DEFINE_KERNEL({' '.join(row.split())})", f"{info.tile_m}x{info.tile_n}",
@@ -246,22 +246,16 @@ class Planner:
         device = device or DEVICES.get(capability)
         if device is None:
             raise ValueError(f"arch: expected one of {', '.join(f'sm_{c}' for c in DEVICES)}, got {arch!r}")
+        bn_dtype = bn_dtype or default_bn_dtype(problem)
         specs = tensor_specs(problem, alignment, bn_dtype)
-        request = _request(problem, specs["running_mean"].dtype if problem.bn else None, eps, proj_eps, alignment)
+        request = request_for(problem, bn_dtype, eps, proj_eps, alignment)
         if tile is not None:
             request.tile_m, request.tile_n = _tile(tile)
         request.splits = splitk or 0
-        plan, error = _Plan(), ctypes.create_string_buffer(512)
-        limits = _DeviceProperties(device.sm_count, device.capability, device.shared_per_block, device.shared_per_sm)
-        if self._library.fused_resnet_plan(
-            ctypes.byref(request), ctypes.byref(limits), ctypes.byref(plan), error, len(error)
-        ):
-            raise ValueError(error.value.decode())
+        plan = self.ask(request, device)
         used = {name: slot for slot, name in enumerate(self.tensor_names) if plan.alignment[slot]}
         if plan.workspace_bytes:
-            specs["workspace"] = workspace_spec(plan.workspace_bytes, plan.alignment[used["workspace"]])
-        aligned = {name: plan.alignment[slot] for name, slot in used.items()}
-        specs = {name: dataclasses.replace(spec, alignment=aligned[name]) for name, spec in specs.items()}
+            specs["workspace"] = workspace_spec(plan.workspace_bytes)
         return Launch(
             kernel=list(self.kernels)[plan.kernel],
             arch=arch,
@@ -270,7 +264,9 @@ class Planner:
             dynamic_shared_bytes=plan.dynamic_shared_bytes,
             workspace_bytes=plan.workspace_bytes,
             arguments=[by_value(bytes(plan.params), {self.tensor_offsets[slot]: name for name, slot in used.items()})],
-            tensors=specs,
+            tensors={
+                name: dataclasses.replace(spec, alignment=plan.alignment[used[name]]) for name, spec in specs.items()
+            },
             problem=str(problem),
             eps=eps,
             proj_eps=proj_eps,
@@ -278,17 +274,31 @@ class Planner:
             extra={"planned_for": dataclasses.asdict(device)},
         )
 
+    def ask(self, request: PlanRequest, device: Device) -> Plan:
+        """The planner's answer as it is; ValueError with its sentence where it refuses."""
+        plan, error = Plan(), ctypes.create_string_buffer(512)
+        limits = _DeviceProperties(device.sm_count, device.capability, device.shared_per_block, device.shared_per_sm)
+        refused = self.library.fused_resnet_plan(
+            ctypes.byref(request), ctypes.byref(limits), ctypes.byref(plan), error, len(error)
+        )
+        if refused:
+            raise ValueError(error.value.decode())
+        return plan
 
-def _request(problem: Problem, bn_dtype: str | None, eps: float, proj_eps: float, alignment: int) -> _PlanRequest:
+
+def request_for(
+    problem: Problem, bn_dtype: torch.dtype | None, eps: float, proj_eps: float, alignment: int
+) -> PlanRequest:
+    """The problem as the planner's C++ reads it."""
     if problem.dtype not in _DTYPES:
         raise ValueError(f"cuda: dtype must be float16, bfloat16 or float32, got {dtype_name(problem.dtype)}")
     dtype = _DTYPES[problem.dtype]
 
     def norm(bias: bool, bn: bool, eps: float) -> _NormRequest:
-        bn_code = _DTYPES[DTYPES[bn_dtype]] if bn and bn_dtype else _ABSENT
+        bn_code = _DTYPES[bn_dtype] if bn and bn_dtype else _ABSENT
         return _NormRequest(dtype if bias else _ABSENT, bn_code, int(bn), eps)
 
-    request = _PlanRequest(
+    request = PlanRequest(
         n=problem.n, h=problem.h, w=problem.w, c=problem.c, k=problem.k, r=problem.r, s=problem.s,
         stride_h=problem.stride[0], stride_w=problem.stride[1], padding_h=problem.padding[0],
         padding_w=problem.padding[1], dilation_h=problem.dilation[0], dilation_w=problem.dilation[1],

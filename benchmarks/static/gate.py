@@ -1,0 +1,73 @@
+"""The bounds that the machine code of the CUDA kernels must keep, each with its reason.
+
+An m16n8k16 HMMA keeps the tensor core of one A100 scheduler busy for 8 cycles, and a scheduler issues one
+instruction a cycle: more than 8 instructions per HMMA in the main loop, and the tensor cores wait for the
+instruction stream. Tiles of 64 x 64 and more must keep to that, 128 x 128 to half of it (what else the SM does
+then hides behind the products).
+"""
+
+from __future__ import annotations
+
+from benchmarks.static import sass, table
+from fused_resnet.aot.cuda import compile_kernel
+from fused_resnet.aot.planner import DEVICES, Kernel
+
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+INSTRUCTIONS_PER_HMMA = 8.0
+INSTRUCTIONS_PER_HMMA_128 = 4.0
+REGISTERS = 255
+
+_MATH = {"float16": "f16", "bfloat16": "bf16", "tf32": "tf32", "float32": "f32"}
+
+
+def read(kernel: Kernel, arch: str) -> table.KernelReport:
+    """Compile one kernel (or take it from the cache) and read its cubin."""
+    (found,) = sass.read_cubin(compile_kernel(kernel, arch)[1])
+    name = f"{_MATH[kernel.math]} {kernel.tile} {kernel.load}"
+    return table.report(found, threads=kernel.threads, dynamic_shared=kernel.shared_bytes, name=name)
+
+
+def violations(row: table.KernelReport) -> list[str]:
+    """One sentence for every bound that this kernel breaks."""
+    where = f"{row.symbol} for sm_{row.arch}"
+    fp32, gather = "_f32_" in row.symbol, "_gather_" in row.symbol
+    tile_m, tile_n = map(int, row.symbol.rsplit("_", 1)[1].split("x"))
+    found: list[str] = []
+
+    def expect(holds: bool, sentence: str) -> None:
+        if not holds:
+            found.append(f"{where}: {sentence}")
+
+    expect(row.spill_instructions == 0, f"expected no spill, got {row.spill_instructions} LDL/STL instructions")
+    expect(row.local == 0 and row.stack == 0, f"expected no local memory, got {row.local + row.stack} bytes")
+    expect(row.registers <= REGISTERS, f"expected at most {REGISTERS} registers, got {row.registers}")
+    limit = DEVICES[row.arch].shared_per_block
+    if row.shared <= limit:  # the planner leaves the others out on this architecture
+        expect(row.blocks_per_sm >= 1, "no block fits on an SM")
+    expect(row.loop is not None, "expected a main loop, found none")
+    if row.loop is None:
+        return found
+    if fp32:
+        expect(row.loop.ffma > 0 and not row.mma_opcodes, f"expected FFMA alone, got {row.mma_opcodes}")
+    else:
+        kind = {"f16": "HMMA.16816.F32", "bf16": "HMMA.16816.F32.BF16", "tf32": "HMMA.1688.F32.TF32"}
+        expected = kind[row.symbol.split("_")[2 if gather else 1]]
+        expect(list(row.mma_opcodes) == [expected], f"expected {expected} alone, got {row.mma_opcodes}")
+        expect(row.loop.ldmatrix > 0, "expected ldmatrix in the main loop, found none")
+    expect(row.loop.barriers == 1, f"expected one barrier a step, got {row.loop.barriers}")
+    expect(row.loads.get("LDGSTS.16B", 0) > 0, f"expected 16-byte asynchronous copies, got {row.loads}")
+    if gather:
+        return found
+    narrow = {name: n for name, n in row.loads.items() if name.startswith("LDGSTS") and name != "LDGSTS.16B"}
+    expect(not narrow, f"expected 16-byte copies alone, got {narrow}")
+    per_mma = row.loop.instructions_per_mma
+    if per_mma is not None and "tf32" not in row.symbol:
+        if tile_m >= 128 and tile_n >= 128:
+            bound = INSTRUCTIONS_PER_HMMA_128
+        elif tile_m >= 64 and tile_n >= 64:
+            bound = INSTRUCTIONS_PER_HMMA
+        else:
+            return found
+        expect(per_mma <= bound, f"expected at most {bound:g} instructions per HMMA in the main loop, got {per_mma}")
+    return found
