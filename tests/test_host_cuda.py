@@ -6,7 +6,6 @@ What only this leg can show: numbers right to the bit in any warp order, every s
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -16,8 +15,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-if shutil.which("g++") is None:
-    pytest.skip("needs g++", allow_module_level=True)
+from toolchain import why_not
+
+if reason := why_not("g++"):
+    pytest.skip(reason, allow_module_level=True)
 
 from host_cuda.host import HostCuda, HostCudaError, Order, Statistics
 from host_cuda.shapes import ARCH, PER_KERNEL, Shape, shapes

@@ -23,17 +23,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-if shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME"):
-    pytest.skip("needs nvcc", allow_module_level=True)
-if shutil.which("g++") is None:
-    pytest.skip("needs g++, for the planner", allow_module_level=True)
+from toolchain import why_not
+
+if reason := why_not("g++", "nvcc"):
+    pytest.skip(reason, allow_module_level=True)
 
 from host_cuda.host import locked
 from host_cuda.shapes import Shape, shapes
 from launch_harness import WRITABLE, Memory, interpreter, run_module
 
 from fused_resnet import aot
-from fused_resnet.aot.cuda import NVCC_FLAGS, compile_kernel, nvcc
+from fused_resnet.aot.cuda import build_module, compile_kernel
 from fused_resnet.aot.launch_json import Launch, default_bn_dtype, write
 from fused_resnet.aot.planner import (
     cache_directory,
@@ -181,15 +181,12 @@ def launcher_library() -> Path:
     with locked(out), tempfile.TemporaryDirectory() as folder:
         if not out.exists():
             copy = Path(folder) / "csrc"
-            shutil.copytree(csrc / "cuda", copy / "cuda")
-            shutil.copy(csrc / "conv_params.h", copy)
+            shutil.copytree(csrc, copy, ignore=shutil.ignore_patterns("cpu", "__pycache__"))
             # A short catalogue, for the compiler's sake: the launcher neither knows nor cares which kernels are in it.
             tiles = copy / "cuda" / "tiles.h"
             tiles.write_text(re.sub(r"X\(prefix##_(?!32x32)\w+, [^)]*\)", "", tiles.read_text()))
-            sources = [*copy.glob("cuda/kernels_*.cu"), *copy.glob("cuda/*.cpp")]
-            target = ["-gencode", "arch=compute_80,code=compute_80", "-cudart", "shared", "-Xcompiler", "-fPIC"]
-            command = [nvcc(), *NVCC_FLAGS, "-shared", *target, f"-I{copy / 'cuda'}", "-o", f"{out}.tmp"]
-            subprocess.run([*command, *map(str, sources)], check=True, capture_output=True)
+            built = build_module(copy).build_launcher(Path(folder) / "build", "8.0", "shared")
+            shutil.copy(built, f"{out}.tmp")
             Path(f"{out}.tmp").rename(out)
     return out
 

@@ -7,8 +7,6 @@ each loader meets each architecture. `make static` compiles everything and write
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -17,20 +15,15 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-if shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME"):
-    pytest.skip("needs nvcc", allow_module_level=True)
-if shutil.which("g++") is None:
-    pytest.skip("needs g++, for the planner", allow_module_level=True)
+from toolchain import why_not
+
+if reason := why_not("g++", "nvcc", "cuobjdump"):
+    pytest.skip(reason, allow_module_level=True)
 
 import host_cuda.host  # noqa: F401  (names the cache of compiled artefacts)
 
 from benchmarks.static import gate, sass, table
 from fused_resnet.aot.planner import Kernel, planner
-
-try:
-    sass.cuobjdump()
-except FileNotFoundError as missing:
-    pytest.skip(str(missing), allow_module_level=True)
 
 pytestmark = pytest.mark.aot
 

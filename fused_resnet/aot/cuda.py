@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import shutil
 import subprocess
+import sys
 import tempfile
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from ..problem import Problem
 from .launch_json import Launch, write
 from .planner import Kernel, cache_directory, planner, source_directory, sources_key
 
-#: As setup.py compiles the extension.
+#: As csrc/cuda_build.py compiles the extension.
 NVCC_FLAGS = ("-std=c++17", "-O3")
 
 
@@ -40,7 +41,7 @@ def compile(
 def compile_kernel(kernel: Kernel, arch: str, csrc: Path | None = None) -> tuple[str, bytes]:
     """PTX and cubin of one kernel for ``arch``, by nvcc or from the cache."""
     csrc = csrc or source_directory()
-    out = cache_directory() / f"{kernel.symbol}-{arch}-{sources_key(csrc)}-{nvcc_release()}"
+    out = cache_directory() / f"{kernel.symbol}-{arch}-{sources_key(csrc)}-{toolkit().version}"
     ptx, cubin = out.with_suffix(".ptx"), out.with_suffix(".cubin")
     if not cubin.exists():
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:
@@ -54,37 +55,30 @@ def compile_kernel(kernel: Kernel, arch: str, csrc: Path | None = None) -> tuple
     return ptx.read_text(), cubin.read_bytes()
 
 
-@lru_cache
-def nvcc() -> str:
-    """nvcc of CUDA_HOME, of PATH, or of the PyPI package nvidia-cuda-nvcc; RuntimeError where there is none."""
-    if home := os.environ.get("CUDA_HOME"):
-        candidate = Path(home) / "bin" / "nvcc"
-        if candidate.exists():
-            return str(candidate)
-    if found := shutil.which("nvcc"):
-        return found
-    for package in ("nvidia-cuda-nvcc", "nvidia-cuda-nvcc-cu13", "nvidia-cuda-nvcc-cu12"):
-        try:
-            files = metadata.files(package) or []
-        except metadata.PackageNotFoundError:
-            continue
-        for file in files:
-            if file.name == "nvcc":
-                return str(file.locate())
-    raise RuntimeError(
-        "compile: expected nvcc in CUDA_HOME/bin, on PATH or from the package nvidia-cuda-nvcc, found none; "
-        "install the CUDA toolkit 12.8 or newer (no GPU is needed)"
-    )
+def build_module(csrc: Path) -> Any:
+    """csrc/cuda_build.py, which lies beside the sources and knows where nvcc is."""
+    spec = importlib.util.spec_from_file_location("fused_resnet_cuda_build", csrc / "cuda_build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
 
 
 @lru_cache
-def nvcc_release() -> str:
-    """The toolkit's version, as in "13.0.88"."""
-    text = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
-    return text.split(", V")[-1].split()[0]
+def toolkit() -> Any:
+    """The CUDA toolkit, as setup.py finds it; RuntimeError where there is none."""
+    build = build_module(source_directory())
+    try:
+        return build.find_toolkit()
+    except build.NoToolkit as reason:
+        raise RuntimeError(
+            f"compile: {reason}; install the CUDA toolkit or the package nvidia-cuda-nvcc (no GPU is needed)"
+        ) from None
 
 
 def _nvcc(*arguments: str) -> None:
-    done = subprocess.run([nvcc(), *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([toolkit().nvcc, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"compile: nvcc {' '.join(arguments)} failed:\n{done.stderr.strip()[-2000:]}")
