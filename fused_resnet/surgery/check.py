@@ -23,12 +23,21 @@ from .trace import is_batch_norm, tensors_of, without_hooks
 # Float64 on both sides, the same operations in another order: rounding differs by some 1e-14 of the largest
 # value, batch statistics over few pixels magnify that; anything a plan could get wrong is above 1e-5.
 _TOLERANCE = 1e-9
-_SIZES = (((9, 7), (6, 11)), ((37, 33), (35, 46)), ((97, 65), (75, 131)))
+# The first pair that the module itself accepts is used. Sizes are odd, so that a wrong stride or padding shows; the
+# last two are for modules that insist on multiples.
+_SIZES = (
+    ((9, 7), (6, 11)),
+    ((37, 33), (35, 46)),
+    ((97, 65), (75, 131)),
+    ((16, 24), (8, 32)),
+    ((64, 96), (96, 32)),
+)
 
 
 def difference(module: nn.Module, plan: Plan, opaque: dict[int, nn.Module]) -> str | None:
     """None when ``plan`` computes what ``module`` computes, else a clause that says where they differ.
 
+    ``opaque`` are submodules, from images to images, that both call as a whole: cheap stand-ins replace them.
     ``module`` is only copied: its tensors, mode and hooks, and the random states, stay as they are.
     """
     threads = torch.get_num_threads()
@@ -47,31 +56,44 @@ def _difference(module: nn.Module, plan: Plan, opaque: dict[int, nn.Module]) -> 
         twin = copy.deepcopy(original)
         attach(twin, Fusion(plan, backend="eager"))
     except Exception as error:
-        return f"it cannot be copied for the comparison ({_first_line(error)})"
-    channels = _input_channels(original)
-    problem = "no input could be found that its forward accepts"
-    for sizes in _SIZES:
-        runs = [
-            (training, grad, _image(channels, size, seed))
-            for training in (True, False)
-            for seed, size in enumerate(sizes)
-            for grad in ((True,) if training or seed else (True, False))
-        ]
-        try:
-            expected = [_run(original, x, training, grad) for training, grad, x in runs]
-        except Exception as error:
-            problem = f"its own forward fails on a float64 copy ({_first_line(error)})"
-            continue
-        for (training, grad, x), right in zip(runs, expected, strict=True):
-            mode = "training" if training else "eval"
+        return f"cannot be copied for the comparison ({_first_line(error)})"
+    channels, sizes, problem = _accepted_input(original)
+    if problem is not None:
+        return problem
+    for training in (True, False):
+        for seed, size in enumerate(sizes):
+            for grad in (True,) if training or seed else (True, False):
+                x = _image(channels, size, seed)
+                try:
+                    right = _run(original, x, training, grad)
+                except Exception as error:
+                    return f"cannot be compared: its own backward fails ({_first_line(error)})"
+                mode = "training" if training else "eval"
+                try:
+                    where = _first_difference(right, _run(twin, x, training, grad))
+                except Exception as error:
+                    return f"differs from its fused form, which fails in {mode} mode ({_first_line(error)})"
+                if where is not None:
+                    return f"differs from its fused form: in {mode} mode, at {size[0]}x{size[1]}, {where}"
+    return None
+
+
+def _accepted_input(module: nn.Module) -> tuple[int, tuple[tuple[int, int], ...], str | None]:
+    """Channels and sizes that the module's own forward takes, or a clause that says why none could be found."""
+    channels = list(dict.fromkeys(m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)))
+    problem = None
+    # Usually the first convolution reads the input; a later one, or two groups of the first, in blocks that split it.
+    for candidate in (channels[0], 2 * channels[0], *channels[1:3]):
+        for sizes in _SIZES:
             try:
-                where = _first_difference(right, _run(twin, x, training, grad))
+                for size in sizes:
+                    for training in (True, False):
+                        _run(module, _image(candidate, size, 0), training, grad=False)
             except Exception as error:
-                return f"the fused forward fails in {mode} mode ({_first_line(error)})"
-            if where is not None:
-                return f"in {mode} mode, at {x.shape[2]}x{x.shape[3]}, {where}"
-        return None
-    return problem
+                problem = problem or _first_line(error)
+                continue
+            return candidate, sizes, None
+    return 0, (), f"cannot be compared: its own forward fails on a float64 copy ({problem})"
 
 
 def _first_line(error: BaseException) -> str:
@@ -153,14 +175,6 @@ def _on_meta(module: nn.Module) -> nn.Module:
 # ---- running and comparing -----------------------------------------------------------------------------------
 
 
-def _input_channels(module: nn.Module) -> int:
-    """The number of channels of the module's input: what its first convolution takes."""
-    for m in module.modules():
-        if isinstance(m, nn.Conv2d):
-            return m.in_channels
-    return 3
-
-
 def _image(channels: int, size: tuple[int, int], seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(2, channels, *size, dtype=torch.float64, generator=generator)
@@ -186,6 +200,14 @@ def _run(module: nn.Module, x: Tensor, training: bool, grad: bool = True) -> lis
     for m in module.modules():
         m.training = training
     buffers = {name: b.clone() for name, b in module.named_buffers()}
+    try:
+        return _observe(module, x, grad)
+    finally:
+        for name, b in module.named_buffers():
+            b.copy_(buffers[name])  # as it was, for the next run
+
+
+def _observe(module: nn.Module, x: Tensor, grad: bool) -> list[tuple[str, Any]]:
     torch.manual_seed(1)
     x = x.clone(memory_format=torch.preserve_format).requires_grad_(grad)
     with torch.set_grad_enabled(grad):
@@ -204,9 +226,7 @@ def _run(module: nn.Module, x: Tensor, training: bool, grad: bool = True) -> lis
             leaves = [("the gradient of the input", x), *parameters]
             grads = torch.autograd.grad(loss, [t for _, t in leaves], allow_unused=True)
             seen += [(name, g) for (name, _), g in zip(leaves, grads, strict=True)]
-    for name, b in module.named_buffers():
-        seen.append((f"the buffer {name}", b.clone()))
-        b.copy_(buffers[name])  # as it was, for the next run
+    seen += [(f"the buffer {name}", b.clone()) for name, b in module.named_buffers()]
     return [(name, v.detach() if isinstance(v, Tensor) else v) for name, v in seen]
 
 

@@ -98,7 +98,7 @@ def _blocks(
         return True
     if not adds or (any(below) and not tails):
         return any(below)
-    found = _plan(name, module, opaque, check)
+    found = _plan(name, module, opaque, refused, check)
     if found is None:
         if not tails:
             found = Found(name, module, None, _why_no_tail(module, opaque))
@@ -134,7 +134,7 @@ def _why_no_tail(module: nn.Module, opaque: dict[int, nn.Module]) -> str:
     return "has no conv -> BN -> add in its forward"
 
 
-def _plan(name: str, module: nn.Module, opaque: dict[int, nn.Module], check: bool) -> Found | None:
+def _plan(name: str, module: nn.Module, opaque: dict[int, nn.Module], refused: set[int], check: bool) -> Found | None:
     """A checked plan for ``module``: with its additions fused, else without them; None where it has no tail."""
     reason = None
     for residual in (True, False):
@@ -144,10 +144,14 @@ def _plan(name: str, module: nn.Module, opaque: dict[int, nn.Module], check: boo
             return Found(name, module, None, str(error))
         if plan is None:
             break
-        verdict = _verdict(module, plan, opaque) if check else None
+        # A refused module is run as it is in the comparison: nothing is known of what it takes and returns.
+        stand_ins = {key: m for key, m in opaque.items() if key not in refused}
+        verdict = _verdict(module, plan, stand_ins) if check else None
         if verdict is None:
             return Found(name, module, plan, reason, residual=any(t.adds for t in plan.tails))
-        reason = f"differs from its fused form: {verdict}"
+        reason = verdict
+        if verdict.startswith("cannot be compared"):
+            break
     return None if reason is None else Found(name, module, None, reason)
 
 
@@ -193,11 +197,12 @@ def _surroundings(
         if module not in owners:
             queue += [*owners, *module.children()]
             continue
-        found = _plan(names[id(module)], module, opaque, check)
+        found = _plan(names[id(module)], module, opaque, refused, check)
         if found is not None:
             found.residual = False
             result.found.append(found)
-            if found.plan is not None:
+            if found.plan is not None:  # whatever its program runs through is no candidate of its own
+                done.update(id(m) for m in inside(module, opaque))
                 opaque[id(module)] = module
                 continue
         queue += list(module.children())
