@@ -228,9 +228,7 @@ def batch_statistics_tail(y: Tensor, bn: Any, residual: Tensor | tuple[Tensor, A
 
 def drop_packed(*convs: nn.Conv2d) -> None:
     """Forget folded or packed copies of these convolutions' weights."""
-    try:
-        from .backends import packing  # type: ignore[attr-defined, unused-ignore]
-    except ImportError:  # until it lands
-        return
+    from .backends import packing
+
     for conv in convs:
         packing.drop(conv.weight)

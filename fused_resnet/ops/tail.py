@@ -162,7 +162,14 @@ def _register_autograd(name: str) -> None:
     tensors = [i for i, argument in enumerate(arguments) if str(argument.type) in ("Tensor", "Optional[Tensor]")]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*(inputs[i] for i in tensors), output)
+        # Of the residual only the dtype is needed, of the output nothing where there is no activation: eager keeps
+        # neither, and lets both be written to in place afterwards.
+        saved = [inputs[i] for i in tensors]
+        residual = position.get("residual")
+        if residual is not None and inputs[residual] is not None:
+            saved[tensors.index(residual)] = inputs[residual].new_empty(0)
+        y = output.new_empty(0) if inputs[position["activation"]] == "none" else output
+        ctx.save_for_backward(*saved, y)
         ctx.others = {i: value for i, value in enumerate(inputs) if i not in tensors}
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
