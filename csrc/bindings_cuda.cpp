@@ -4,10 +4,13 @@
 #include <pybind11/stl.h>
 
 #include <cstddef>
+#include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "cuda/launch.h"
 #include "cuda/plan.h"
+#include "cuda/workspace.h"
 
 namespace py = pybind11;
 using namespace fused_resnet;
@@ -132,6 +135,60 @@ void launch(const Plan& plan, const py::dict& addresses, uintptr_t stream, int d
   }
 }
 
+// One plan on one device, for many launches: the shortest way from Python to the kernel.
+class Launcher {
+ public:
+  Launcher(const Plan& plan, int device) : plan_(plan), device_(device) {}
+
+  // The addresses in the order of TensorSlot up to y, 0 where there is no tensor; the workspace is ours.
+  // False, and no launch, where an address is not as aligned as planned.
+  bool launch(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t bn_weight, uintptr_t bn_bias,
+              uintptr_t running_mean, uintptr_t running_var, uintptr_t proj_x, uintptr_t proj_weight,
+              uintptr_t proj_bias, uintptr_t proj_bn_weight, uintptr_t proj_bn_bias,
+              uintptr_t proj_running_mean, uintptr_t proj_running_var, uintptr_t residual, uintptr_t y,
+              uintptr_t stream) const {
+    const uintptr_t given[kTensorWorkspace] = {x,
+                                               weight,
+                                               bias,
+                                               bn_weight,
+                                               bn_bias,
+                                               running_mean,
+                                               running_var,
+                                               proj_x,
+                                               proj_weight,
+                                               proj_bias,
+                                               proj_bn_weight,
+                                               proj_bn_bias,
+                                               proj_running_mean,
+                                               proj_running_var,
+                                               residual,
+                                               y};
+    const void* addresses[kTensorCount] = {};
+    for (int slot = 0; slot < kTensorWorkspace; ++slot) {
+      const int alignment = plan_.alignment[slot];
+      if (alignment == 0) continue;
+      if (given[slot] % alignment) return false;
+      addresses[slot] = reinterpret_cast<const void*>(given[slot]);
+    }
+    if (use_device(device_)) throw std::runtime_error("cuda: there is no device " + std::to_string(device_));
+    std::optional<torch::stable::Tensor> workspace;  // until the launch is on the stream
+    if (plan_.workspace_bytes) {
+      workspace = workspace_for(plan_, device_, reinterpret_cast<void*>(stream));
+      addresses[kTensorWorkspace] = workspace->data_ptr();
+    }
+    char error[kErrorBytes];
+    if (launch_plan(plan_, bind_addresses(plan_, addresses), reinterpret_cast<void*>(stream), error,
+                    kErrorBytes)) {
+      throw std::runtime_error(error);
+    }
+    return true;
+  }
+
+ private:
+  const Plan plan_;
+  const int device_;
+};
+
 constexpr const char* kMathNames[] = {"float16", "bfloat16", "tf32", "float32"};
 
 py::dict kernel_dict(const KernelInfo& kernel) {
@@ -187,6 +244,12 @@ PYBIND11_MODULE(_C_cuda, m) {
                     "First bytes of the workspace: zero before the first launch.")
       .def_property_readonly("splits", [](const Plan& p) { return p.params.splits; })
       .def_property_readonly(
+          "steps",
+          [](const Plan& p) {
+            return p.params.source[0].steps + (p.params.sources == 2 ? p.params.source[1].steps : 0);
+          },
+          "Steps of the sum: splitting it further leaves blocks idle.")
+      .def_property_readonly(
           "argument",
           [](const Plan& p) { return py::bytes(reinterpret_cast<const char*>(&p.params), sizeof(p.params)); },
           "Bytes of the kernel's only parameter, every address zero.")
@@ -210,6 +273,12 @@ PYBIND11_MODULE(_C_cuda, m) {
             return d;
           },
           "Bytes that each tensor's address must be a multiple of.");
+  py::class_<Launcher>(m, "Launcher", "One plan on one device, for many launches.")
+      .def(py::init<const Plan&, int>(), py::arg("plan"), py::arg("device"))
+      .def("launch", &Launcher::launch,
+           "Launch on addresses in the order of the tensors' slots up to y (0: none) and a stream; False, "
+           "and no launch, "
+           "where one is not as aligned as planned.");
   m.def("plan", &plan, py::arg("device"),
         "plan(device, **request) -> Plan, by the fields of PlanRequest (csrc/cuda/plan.h); ValueError with "
         "the reason.");

@@ -1,7 +1,6 @@
 // The operator fused_resnet_C::cuda_conv_bn_add_relu: tensors -> request -> plan -> workspace -> launch, on
 // torch's current stream. No synchronisation, and nothing but the kernel reaches the stream (see workspace()
 // for its first use), so it may be captured into a CUDA graph.
-#include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -22,6 +21,7 @@
 #include "../checks.h"
 #include "launch.h"
 #include "plan.h"
+#include "workspace.h"
 
 // Exists only in libtorch_cuda. Weak, so that the planner is there with a CPU-only torch too.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream)
@@ -165,40 +165,6 @@ const Plan& plan_for(const PlanRequest& request, int32_t device) {
   return plans.emplace(bytes, plan).first->second;
 }
 
-// ---- workspace of split-K ----
-
-void zero_counters(const Tensor& workspace, const Plan& plan, cudaStream_t stream) {
-  const cudaError_t status = cudaMemsetAsync(workspace.data_ptr(), 0, plan.counter_bytes, stream);
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("cuda: workspace: ") + cudaGetErrorString(status));
-}
-
-// Every launch leaves the counters zero, so launches that follow one another on a stream share one workspace,
-// zeroed once. A graph gets its own from the graph's memory, zeroed within the graph: its replays may run
-// beside anything.
-Tensor workspace(const Plan& plan, const Tensor& x, cudaStream_t stream) {
-  const auto allocate = [&] {
-    Tensor fresh = torch::stable::new_empty(x, {plan.workspace_bytes / 4}, ScalarType::Float);
-    zero_counters(fresh, plan, stream);
-    return fresh;
-  };
-  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  const cudaError_t status = cudaStreamIsCapturing(stream, &capture);
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("cuda: stream: ") + cudaGetErrorString(status));
-  if (capture != cudaStreamCaptureStatusNone || plan.counter_bytes != kCounterBytes) return allocate();
-
-  static std::mutex mutex;
-  static auto& kept =
-      *new std::map<std::pair<int32_t, void*>, Tensor>;  // never freed: CUDA may be gone by then
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_pair(static_cast<int32_t>(x.get_device_index()), static_cast<void*>(stream));
-  const auto found = kept.find(key);
-  if (found != kept.end() && found->second.numel() * 4 >= plan.workspace_bytes) return found->second;
-  // The old one goes back to torch's allocator, which hands it out again in stream order only.
-  return kept.insert_or_assign(key, allocate()).first->second;
-}
-
 // ---- the operator ----
 
 int alignment_of(const void* const* addresses, std::initializer_list<int> slots) {
@@ -305,7 +271,7 @@ Tensor conv_bn_add_relu(Tensor x, Tensor weight, OptionalTensor bias, OptionalTe
   check(aoti_torch_get_current_cuda_stream != nullptr, "torch", "a build with CUDA", "one without");
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   if (plan.workspace_bytes) {
-    kept.push_back(workspace(plan, x, static_cast<cudaStream_t>(stream)));
+    kept.push_back(workspace_for(plan, device, stream));
     addresses[kTensorWorkspace] = kept.back().data_ptr();
   }
   char error[kErrorBytes];

@@ -64,24 +64,9 @@ class CudaBackend(Backend):
 
     def bind(self, problem: Problem, tail: Tail, configuration: Any = None) -> Callable[[Tail], Tensor]:
         chosen: Configuration = configuration or AUTO
-        extension = _loaded()
-        activation = extension.ACTIVATIONS[problem.activation]
-        convert = output_memory_format(tail.x, tail.conv.weight) is torch.contiguous_format
-        mixed = any(_mixed_norm(conv) for conv in (tail.conv, tail.proj) if conv is not None)
-        op = torch.ops.fused_resnet_C.cuda_conv_bn_add_relu.default
-
-        def run(tail: Tail) -> Tensor:
-            conv, proj = tail.conv, tail.proj or _NONE
-            if mixed:
-                conv, proj = _float_norm(conv), _float_norm(proj)
-            y: Tensor = op(
-                tail.x, *conv, tail.residual, tail.stride, tail.padding, tail.dilation, tail.groups,
-                tail.proj_x, *proj, tail.proj_stride, activation, problem.tf32,
-                chosen.tile_m, chosen.tile_n, chosen.splits,
-            )  # fmt: skip
-            return y.contiguous() if convert else y
-
-        return run
+        if _readable(tail):
+            return _Direct(problem, tail, chosen)
+        return _General(problem, tail, chosen)
 
     def candidates(self, problem: Problem, device: torch.device) -> Sequence[Configuration]:
         properties = _properties(device.index if device.index is not None else torch.cuda.current_device())
@@ -90,13 +75,82 @@ class CudaBackend(Backend):
         for tile_m, tile_n in sorted(tiles):
             for splits in (1, 2, 3, 4, 6, 8, 12, 16):
                 try:
-                    plan = _plan(problem, properties, tile_m, tile_n, splits)
+                    plan = _plan(problem, properties, Configuration(tile_m, tile_n, splits))
                 except ValueError:  # no such tile for this dtype, or too much shared memory
                     break
                 if splits > 1 and (plan.grid[0] * splits > 4 * properties["sm_count"] or splits > plan.steps):
                     break
                 found[Configuration(tile_m, tile_n, splits)] = None
         return tuple(found)
+
+
+class _General:
+    """Through the extension's operator, which takes any strides and alignment and copies what it must."""
+
+    def __init__(self, problem: Problem, tail: Tail, chosen: Configuration) -> None:
+        self._op = torch.ops.fused_resnet_C.cuda_conv_bn_add_relu.default
+        self._convert = output_memory_format(tail.x, tail.conv.weight) is torch.contiguous_format
+        self._widen = any(map(_several_dtypes, (tail.conv, tail.proj)))
+        activation = _loaded().ACTIVATIONS[problem.activation]
+        self._options = (activation, problem.tf32, chosen.tile_m, chosen.tile_n, chosen.splits)
+
+    def __call__(self, tail: Tail) -> Tensor:
+        conv, proj = tail.conv, tail.proj or _NONE
+        if self._widen:
+            conv, proj = _float_norm(conv), _float_norm(proj)
+        y: Tensor = self._op(
+            tail.x, *conv, tail.residual, tail.stride, tail.padding, tail.dilation, tail.groups,
+            tail.proj_x, *proj, tail.proj_stride, *self._options,
+        )  # fmt: skip
+        return y.contiguous() if self._convert else y
+
+
+class _Direct:
+    """Straight to the launch, for dense channels_last tensors: all is planned, addresses are all that changes."""
+
+    def __init__(self, problem: Problem, tail: Tail, chosen: Configuration) -> None:
+        extension = _loaded()
+        self._device = tail.x.device
+        index = self._device.index
+        plan = _plan(problem, _properties(index), chosen, tail)
+        self._launch = extension.Launcher(plan, index).launch
+        self._shape, self._dtype = problem.output_shape, problem.output_dtype
+        self._format = output_memory_format(tail.x, tail.conv.weight)
+        self._general = _General(problem, tail, chosen)
+
+    def __call__(self, tail: Tail) -> Tensor:
+        x, conv, residual, *_ = tail
+        weight, bias, bn_weight, bn_bias, running_mean, running_var, _ = conv
+        proj_x, proj = tail.proj_x, tail.proj or _NONE
+        index = self._device.index
+        if index != torch._C._cuda_getDevice():
+            return self._general(tail)  # has the device guard
+        y = torch.empty(self._shape, dtype=self._dtype, device=self._device, memory_format=torch.channels_last)
+        launched = self._launch(
+            x.data_ptr(), weight.data_ptr(), _address(bias), _address(bn_weight), _address(bn_bias),
+            _address(running_mean), _address(running_var), _address(proj_x), _address(proj.weight),
+            _address(proj.bias), _address(proj.bn_weight), _address(proj.bn_bias), _address(proj.running_mean),
+            _address(proj.running_var), _address(residual), y.data_ptr(), torch._C._cuda_getCurrentRawStream(index),
+        )  # fmt: skip
+        if not launched:  # an address is less aligned than planned: a view into something
+            return self._general(tail)
+        return y if self._format is torch.channels_last else y.contiguous()
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _readable(tail: Tail) -> bool:
+    """Whether the kernel reads every tensor as it is: images and filters with dense, innermost channels."""
+    convs = [conv for conv in (tail.conv, tail.proj) if conv is not None]
+    images = [t for t in (tail.x, tail.residual, tail.proj_x, *(conv.weight for conv in convs)) if t is not None]
+    vectors = [t for conv in convs for t in conv[1:6] if t is not None]
+    return (
+        all(t.is_contiguous(memory_format=torch.channels_last) for t in images)
+        and all(t.is_contiguous() for t in vectors)
+        and not any(map(_several_dtypes, convs))
+    )
 
 
 def _loaded() -> ModuleType:
@@ -128,27 +182,40 @@ def _refusal(problem: Problem, index: int) -> str | None:
     return None
 
 
-def _plan(problem: Problem, properties: dict[str, int], tile_m: int = 0, tile_n: int = 0, splits: int = 0) -> Any:
-    """The planner's answer for aligned tensors and BN in float32; ValueError with its sentence where it refuses."""
+def _plan(problem: Problem, properties: dict[str, int], chosen: Configuration = AUTO, tail: Tail | None = None) -> Any:
+    """The planner's answer for aligned tensors; ValueError with its sentence where it refuses.
+
+    Without ``tail`` BN is taken to be affine and in float32, which matters to no tile.
+    """
     extension = _loaded()
     codes: dict[str, int] = extension.DTYPES
 
     def code(dtype: torch.dtype | None) -> int:
         return -1 if dtype is None else codes[dtype_name(dtype)]
 
-    request: dict[str, int] = {
+    def norm(prefix: str, bias: bool, bn: bool, conv: ConvBN | None) -> dict[str, Any]:
+        request = {
+            "bias_dtype": code(problem.dtype if bias else None),
+            "norm_dtype": code(torch.float32 if bn else None),
+        }
+        if conv is not None and conv.running_mean is not None:
+            affine = {(False, False): 0, (True, True): 1, (True, False): 2, (False, True): 3}  # enum Affine
+            request["norm_dtype"] = code(conv.running_mean.dtype)
+            request["affine"] = affine[conv.bn_weight is not None, conv.bn_bias is not None]
+        return {prefix + name: value for name, value in request.items()} | {prefix + "eps": conv.eps if conv else 0.0}
+
+    request: dict[str, Any] = {
         **{name: getattr(problem, name) for name in ("n", "h", "w", "c", "k", "r", "s", "groups")},
         **_pair("stride", problem.stride), **_pair("padding", problem.padding), **_pair("dilation", problem.dilation),
         "dtype": code(problem.dtype), "tf32": int(problem.tf32), "residual_dtype": code(problem.residual),
-        "bias_dtype": code(problem.dtype if problem.bias else None),
-        "norm_dtype": codes["float32"] if problem.bn else -1,
-        "tile_m": tile_m, "tile_n": tile_n, "splits": splits,
+        "activation": extension.ACTIVATIONS[problem.activation],
+        **norm("", problem.bias, problem.bn, tail and tail.conv),
+        "tile_m": chosen.tile_m, "tile_n": chosen.tile_n, "splits": chosen.splits,
     }  # fmt: skip
     if (proj := problem.projection) is not None:
         request |= {
             "projection": 1, "proj_c": proj.c, "proj_h": proj.h, "proj_w": proj.w, **_pair("proj_stride", proj.stride),
-            "proj_bias_dtype": code(problem.dtype if proj.bias else None),
-            "proj_norm_dtype": codes["float32"] if proj.bn else -1,
+            **norm("proj_", proj.bias, proj.bn, tail and tail.proj),
         }  # fmt: skip
     return extension.plan(properties, **request)
 
@@ -157,12 +224,13 @@ def _pair(name: str, values: tuple[int, int]) -> dict[str, int]:
     return {f"{name}_h": values[0], f"{name}_w": values[1]}
 
 
-def _mixed_norm(conv: ConvBN) -> bool:
-    return len({t.dtype for t in conv[2:6] if t is not None}) > 1
+def _several_dtypes(conv: ConvBN | None) -> bool:
+    """Whether the BN tensors differ in dtype; the kernel reads one."""
+    return conv is not None and len({t.dtype for t in conv[2:6] if t is not None}) > 1
 
 
 def _float_norm(conv: ConvBN) -> ConvBN:
-    """BN tensors of several dtypes as float32 (exact): the kernel reads one dtype."""
+    """BN in float32, which holds every dtype it may have exactly."""
     weight, bias, mean, var = (None if t is None else t.float() for t in conv[2:6])
     return conv._replace(bn_weight=weight, bn_bias=bias, running_mean=mean, running_var=var)
 
