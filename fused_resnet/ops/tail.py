@@ -59,6 +59,11 @@ _TO_TAIL: dict[str, Callable[..., tuple[Tail, str]]] = {
 }
 
 
+def to_tail(name: str, *args: Any, **kwargs: Any) -> tuple[Tail, str]:
+    """The call of the operator ``name`` with these arguments, and the backend it asks for."""
+    return _TO_TAIL[name](*args, **kwargs)
+
+
 # ---- the real kernel ---------------------------------------------------------------------------------------
 
 
