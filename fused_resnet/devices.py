@@ -49,7 +49,8 @@ class Device:
 
 
 def _device(
-    name: str, capability: tuple[int, int], sms: int, tensor16: float, tf32: float, fp32: float, tbytes: float, source: str
+    name: str, capability: tuple[int, int], sms: int, tensor16: float, tf32: float, fp32: float, tbytes: float,
+    source: str,
 ) -> Device:  # fmt: skip
     return Device(name, capability, sms, tensor16 * TERA, tf32 * TERA, fp32 * TERA, tbytes * TERA, source)
 
@@ -63,7 +64,7 @@ DEVICES: tuple[Device, ...] = (
     _device("RTX 3090", (8, 6), 82, 71, 35.6, 35.6, 0.936, "NVIDIA Ampere GA102 architecture whitepaper"),
     _device("L4", (8, 9), 58, 121, 60, 30.3, 0.300, "NVIDIA L4 datasheet (dense: half of the sparse figures)"),
     _device("L40S", (8, 9), 142, 362, 183, 91.6, 0.864, "NVIDIA L40S datasheet (dense)"),
-    _device("RTX 4090", (8, 9), 128, 165.2, 82.6, 82.6, 1.008, "NVIDIA Ada GPU architecture whitepaper (fp32 accumulate)"),
+    _device("RTX 4090", (8, 9), 128, 165.2, 82.6, 82.6, 1.008, "NVIDIA Ada architecture whitepaper (fp32 accumulate)"),
     _device("H100 PCIe", (9, 0), 114, 756, 378, 51, 2.0, "NVIDIA H100 Tensor Core GPU datasheet (PCIe, dense)"),
     _device("H100 datasheet", (9, 0), 132, 989, 494.5, 67, 3.35, "NVIDIA H100 Tensor Core GPU datasheet (SXM5, dense)"),
     _device("H100", (9, 0), 132, 790, 395, 53.5, 3.0,
@@ -104,7 +105,7 @@ def of(device: torch.device) -> Device:
         return estimated(properties)
 
 
-#: Dense 16-bit FMA per SM and cycle with float32 accumulation, by compute capability.
+#: Dense 16-bit FMA per SM and cycle with float32 accumulation; 256 on the consumer parts (8.6, 8.9, 12.0).
 _FMA_PER_SM = {
     (8, 0): 1024,
     (8, 6): 256,
@@ -124,7 +125,7 @@ def estimated(properties: object) -> Device:
     clock = 1e3 * getattr(properties, "clock_rate", 1_500_000)  # kHz
     memory_clock = 1e3 * getattr(properties, "memory_clock_rate", 1_200_000)
     bus = getattr(properties, "memory_bus_width", 256) / 8
-    per_sm = _FMA_PER_SM.get((major, minor), 256 if major >= 8 else 64)
+    per_sm = _FMA_PER_SM.get((major, minor), 256)
     cores = 64 if (major, minor) == (8, 0) else 128
     tensor16 = 2.0 * per_sm * sms * clock
     return Device(

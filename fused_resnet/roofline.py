@@ -115,7 +115,8 @@ class Roofline:
         from rich.table import Table
 
         device = self.device
-        title = f"Least time on {device.name}: {device.flops(self.dtype) / 1e12:.0f} TFLOP/s, {device.bandwidth / 1e12:.2f} TB/s"
+        rates = f"{device.flops(self.dtype) / 1e12:.0f} TFLOP/s, {device.bandwidth / 1e12:.2f} TB/s"
+        title = f"Least time on {device.name}: {rates}"
         table = Table(title=title, caption=f"device figures: {device.source}")
         table.add_column("block")
         names = ["GFLOP", "eager MB", "fused MB", "launches", "eager us", "fused us", "bound"]
@@ -284,24 +285,18 @@ def _channels_last(x: Tensor) -> Tensor:
 
 def _time_blocks(model: nn.Module, x: Tensor, blocks: Sequence[str], rounds: int) -> dict[str, float]:
     """Median seconds of each named block's forward on a GPU, from events before and after it."""
-    from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+    marks: dict[str, list[tuple[Any, Any]]] = {}
 
-    names = {id(module): name for name, module in model.named_modules() if name in blocks}
-    marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in names.values()}
+    def enter(name: str) -> None:
+        pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        pair[0].record()
+        marks.setdefault(name, []).append(pair)
 
-    def enter(module: nn.Module, _: Any) -> None:
-        name = names.get(id(module))
-        if name is not None:
-            pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            pair[0].record()
-            marks[name].append(pair)
-
-    def leave(module: nn.Module, *_: Any) -> None:
-        name = names.get(id(module))
-        if name is not None:
-            marks[name][-1][1].record()
-
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    handles = []
+    for name, module in model.named_modules():
+        if name in blocks:  # a hook on a block itself does not keep it from being fused
+            handles.append(module.register_forward_pre_hook(lambda *_, name=name: enter(name)))
+            handles.append(module.register_forward_hook(lambda *_, name=name: marks[name][-1][1].record()))
     try:
         with torch.inference_mode():
             for _ in range(rounds):

@@ -7,13 +7,13 @@ not, at any batch size, in milliseconds and without memory.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -57,29 +57,10 @@ def _skipped_by_stride(x: Tensor, weight: Tensor, stride: Iterable[int]) -> int:
 class TrafficMode(TorchDispatchMode):
     """Records every operator that would launch a kernel."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.kernels: list[Kernel] = []
-        self._names = {id(module): name for name, module in model.named_modules()}
-        self._stack = [""]
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> Any:
-        # Hooks on all modules of the process rather than on the model's: one of its modules with a hook would,
-        # rightly, not be fused.
-        self._handles = [
-            register_module_forward_pre_hook(lambda module, _: self._stack.append(self._names.get(id(module), ""))),
-            register_module_forward_hook(lambda *_: self._leave(), always_call=True),
-        ]
-        return super().__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-        super().__exit__(*exception)
-
-    def _leave(self) -> None:
-        self._stack.pop()
+        self.modules = [""]  # the path of modules whose forwards are running, innermost last
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -97,6 +78,8 @@ class TrafficMode(TorchDispatchMode):
 
     def _record(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         name = func._schema.name
+        if "batch_norm" in name:
+            outputs = outputs[:1]  # the statistics that it returns besides are empty in evaluation mode
         traffic = sum(map(_size, inputs)) + sum(map(_size, outputs))
         flops = 0
         if name.startswith("fused_resnet::conv_bn"):
@@ -110,7 +93,31 @@ class TrafficMode(TorchDispatchMode):
         elif name in ("aten::addmm", "aten::mm"):
             matrix = args[1] if name == "aten::addmm" else args[0]
             flops = 2 * outputs[0].numel() * matrix.shape[-1]
-        self.kernels.append(Kernel(name, self._stack[-1], flops, traffic, outputs[0].dtype))
+        self.kernels.append(Kernel(name, self.modules[-1], flops, traffic, outputs[0].dtype))
+
+
+@contextmanager
+def _calls(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keep on ``stack`` the names of the modules of ``model`` that are being called.
+
+    By a replaced ``nn.Module.__call__``, as torch.fx traces, not by hooks: a module with a hook, or any module
+    while a global hook is registered, would rightly not be fused.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    call: Any = nn.Module.__call__
+
+    def named_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        stack.append(names.get(id(module), stack[-1]))
+        try:
+            return call(module, *args, **kwargs)
+        finally:
+            stack.pop()
+
+    nn.Module.__call__ = named_call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = call  # type: ignore[method-assign]
 
 
 def count(model: nn.Module, shape: Iterable[int], dtype: torch.dtype = torch.float16) -> list[Kernel]:
@@ -122,7 +129,11 @@ def count(model: nn.Module, shape: Iterable[int], dtype: torch.dtype = torch.flo
     x = torch.empty(tuple(shape), dtype=dtype, device="meta")
     if x.dim() == 4:
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-    mode = TrafficMode(model)
-    with torch.no_grad(), mode:  # inference_mode would leave composite operators whole, whatever they launch
+    mode = TrafficMode()
+    with (
+        torch.no_grad(),
+        _calls(model, mode.modules),
+        mode,
+    ):  # inference_mode would leave composite operators whole, whatever they launch
         model(x)
     return mode.kernels
