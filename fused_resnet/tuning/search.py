@@ -1,0 +1,166 @@
+"""The search for one call: verify every candidate, time the right ones against each other, keep the order.
+
+Timing is that of :mod:`fused_resnet.timing` (events, L2 flushed, synchronised); the candidates take turns, so that
+clocks and temperature drift for all alike. A short first part drops what is far behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .. import timing
+from . import candidates as _candidates
+from . import verify
+from .cache import Store
+from .calls import Call
+from .candidates import Candidate, first_line
+
+logger = logging.getLogger("fused_resnet")
+
+#: Rounds of the first part, and what survives it: within this factor of the best, and at most so many.
+SCREENING_ROUNDS, SCREENING_FACTOR, FINALISTS = 5, 1.5, 8
+ROUNDS = 30
+
+#: Medians closer than this are a tie, and the candidate that its backend prefers wins: it costs nothing and keeps
+#: the choice the same from run to run.
+TIE = 0.01
+
+Timer = Callable[[Callable[..., Any], tuple[Any, ...]], tuple[float, Any]]
+Report = Callable[[str], None]
+
+
+@dataclass
+class Result:
+    """What the search found for a call."""
+
+    call: Call
+    medians: dict[str, float]  # seconds by candidate, the winner first
+    rejected: dict[str, str] = field(default_factory=dict)  # candidate -> verdict
+    resumed: bool = False
+
+    @property
+    def winner(self) -> str | None:
+        return next(iter(self.medians), None)
+
+
+def tune_call(
+    call: Call,
+    device: torch.device,
+    store: Store,
+    *,
+    candidates: Sequence[Candidate] | None = None,
+    timer: Timer | None = None,
+    rounds: int = ROUNDS,
+    limit: int | None = None,
+    force: bool = False,
+    report: Report = lambda _: None,
+) -> Result:
+    """Find the fastest right candidate for ``call`` and keep the result in ``store``.
+
+    A call that is in the store already is not timed again unless ``force``. ``limit`` is how many configurations
+    of each backend are looked at. A candidate that is wrong or raises is left out, logged and reported; one that
+    ends the process is known to the next run. An interrupt keeps the verdicts so far and the calls done before.
+    """
+    known = store.times(call.key)
+    if known and not force:
+        return Result(call, known, _rejected(store, call), resumed=True)
+    if candidates is None:
+        candidates = _candidates.every(call.problem, device, limit)
+    right = []
+    for i, candidate in enumerate(candidates, 1):
+        report(f"verifying {i}/{len(candidates)} {candidate.name}")
+        if _is_right(candidate, call, device, store):
+            right.append(candidate)
+    result = Result(call, {}, _rejected(store, call))
+    if not right:
+        return result
+    times = _race(right, call, device, timer or timing.stopwatch(device), rounds, result, report)
+    for name, verdict in result.rejected.items():
+        if store.verdict(call.key, name) == "ok":
+            store.set_verdict(call.key, name, verdict)
+    result.medians = _ordered(right, times)
+    if result.medians:
+        store.set_times(call.key, result.medians, rounds)
+    return result
+
+
+def _is_right(candidate: Candidate, call: Call, device: torch.device, store: Store) -> bool:
+    verdict = store.verdict(call.key, candidate.name)
+    if verdict is None or verdict.startswith("failed"):
+        # what failed may have failed for want of memory or of a compiler that is there now: ask again when tuning
+        verdict = "ok" if candidate.backend == "eager" else verify.judge(candidate, call, device, store)
+        if verdict != "ok":
+            level = logging.INFO if verdict.startswith("failed") else logging.WARNING
+            logger.log(level, "fused_resnet: %s is left out for %s: %s", candidate.name, call.problem, verdict)
+    return verdict == "ok"
+
+
+def _rejected(store: Store, call: Call) -> dict[str, str]:
+    return {name: verdict for name, verdict in store.verdicts().get(call.key, {}).items() if verdict not in ("ok", "")}
+
+
+def _race(
+    right: Sequence[Candidate],
+    call: Call,
+    device: torch.device,
+    timer: Timer,
+    rounds: int,
+    result: Result,
+    report: Report,
+) -> dict[str, list[float]]:
+    """Seconds per round of each candidate that stayed in the race to its end."""
+    tail = call.tail("random", 1, device)
+    with torch.inference_mode():
+        runners: dict[str, Callable[..., Any]] = {}
+        for candidate in right:
+            try:
+                runner = candidate.bind(call.problem, tail)
+                runner(tail)  # compiles, allocates its workspace
+                runners[candidate.name] = runner
+            except Exception as error:
+                result.rejected[candidate.name] = f"failed: {first_line(error)}"
+        screening = min(SCREENING_ROUNDS, rounds)
+        times = _rounds(runners, tail, timer, screening, result, report)
+        if screening == rounds or not times:
+            return times
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        limit = SCREENING_FACTOR * min(medians.values())
+        finalists = sorted((name for name in medians if medians[name] <= limit), key=medians.__getitem__)[:FINALISTS]
+        final = {name: runners[name] for name in runners if name in finalists}  # in the candidates' order
+        return _rounds(final, tail, timer, rounds, result, report)
+
+
+def _rounds(
+    runners: dict[str, Callable[..., Any]], tail: Any, timer: Timer, rounds: int, result: Result, report: Report
+) -> dict[str, list[float]]:
+    racing = dict(runners)
+    times: dict[str, list[float]] = {name: [] for name in racing}
+    for i in range(rounds):
+        report(f"timing {len(racing)} candidates, round {i + 1}/{rounds}")
+        names = list(racing)
+        turn = i % max(1, len(names))
+        for name in names[turn:] + names[:turn]:
+            try:
+                times[name].append(timer(racing[name], (tail,))[0])
+            except Exception as error:
+                result.rejected[name] = f"failed: {first_line(error)}"
+                logger.warning("fused_resnet: %s is left out for %s: %s", name, result.call.problem, first_line(error))
+                del racing[name], times[name]
+    return times
+
+
+def _ordered(candidates: Sequence[Candidate], times: dict[str, list[float]]) -> dict[str, float]:
+    """Medians, best first; of those that tie with the best, the one that stands first among ``candidates`` leads."""
+    medians = {c.name: statistics.median(times[c.name]) for c in candidates if times.get(c.name)}
+    if not medians:
+        return {}
+    best = min(medians.values())
+    winner = next(name for name in medians if medians[name] <= best * (1 + TIE))
+    rest = sorted((name for name in medians if name != winner), key=medians.__getitem__)
+    return {name: medians[name] for name in [winner, *rest]}
