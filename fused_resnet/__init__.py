@@ -18,10 +18,15 @@ _LAZY: dict[str, str] = {
     "FusedConvBNReLU": "nn",
     "explain": "surgery",
     "fuse": "surgery",
+    "graph": "graphs",
     "refresh": "surgery",
+    "selftest": "tuning",
+    "tune": "tuning",
     "unfuse": "surgery",
 }
-_MODULES = frozenset({"backends", "functional", "models", "nn", "ops", "surgery", "testing"})
+_MODULES = frozenset(
+    {"backends", "devices", "functional", "models", "nn", "ops", "roofline", "surgery", "testing", "tuning"}
+)
 
 __all__ = [
     "FusedBasicBlock",
@@ -29,22 +34,30 @@ __all__ = [
     "FusedConvBNReLU",
     "__version__",
     "backends",
+    "devices",
     "explain",
     "functional",
     "fuse",
+    "graph",
     "models",
     "nn",
     "ops",
     "refresh",
+    "roofline",
+    "selftest",
     "surgery",
     "testing",
+    "tune",
+    "tuning",
     "unfuse",
 ]
 
 if TYPE_CHECKING:
-    from . import backends, functional, models, nn, ops, surgery, testing
+    from . import backends, devices, functional, models, nn, ops, roofline, surgery, testing, tuning
+    from .graphs import graph
     from .nn import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU
     from .surgery import explain, fuse, refresh, unfuse
+    from .tuning import selftest, tune
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from .. import backends
 from ..layout import empty_output, output_memory_format
 from ..problem import Problem, tf32_allowed
 from ..reference import Tail
+from ..tuning import choice
 
 Runner = Callable[[Tail], Tensor]
 
@@ -94,8 +95,8 @@ def _decide(tail: Tail, backend: str) -> tuple[Runner, bool]:
     problem = Problem.from_tail(tail)
     if tail.winograd not in ("auto", "f2", "off"):
         raise ValueError(f"winograd: expected 'auto', 'f2' or 'off', got {tail.winograd!r}")
-    chosen = backends.choose(problem, backend)
     if problem.n == 0:
+        backends.choose(problem, backend)  # raises where the named backend could not have run it
         shape, dtype = problem.output_shape, problem.output_dtype
         return lambda t: empty_output(shape, dtype, t.x.device, output_memory_format(t.x, t.conv.weight)), True
-    return chosen.bind(problem, tail), True
+    return choice.decide(problem, tail, backend)

@@ -114,6 +114,15 @@ class Store:
             return None
         return {str(name): float(seconds) for name, seconds in record.get("medians", [])}
 
+    def progress(self, key: str) -> int:
+        """A number that grows with everything that is found out about the call ``key``."""
+        row = self._verdicts.get(key, {})
+        return sum(_trials(text) if text.startswith("trying") else 100 for text in row.values())
+
+    def reload(self) -> None:
+        """Take over what other processes have written."""
+        self._merge()
+
     # ---- writing -------------------------------------------------------------------------------------------
 
     def set_verdict(self, key: str, candidate: str, verdict: str) -> None:

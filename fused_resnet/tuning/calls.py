@@ -57,14 +57,15 @@ class Layout:
         return flat.as_strided(self.shape, self.stride, lead)
 
     def hold(self, values: Tensor, device: torch.device) -> Tensor:
-        """``values`` in this layout. Overlapping memory cannot hold arbitrary values; then a dense copy is as good."""
+        """``values`` in this layout. Overlapping memory cannot hold arbitrary values; then they are left dense."""
         dtype = getattr(torch, self.dtype)
         values = values.to(device=device, dtype=dtype)
-        flat = torch.zeros(self.offset // dtype.itemsize + values.numel(), dtype=dtype, device=device)
-        extent = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
-        if extent != values.numel():
+        if any(stride == 0 and n > 1 for n, stride in zip(self.shape, self.stride, strict=True)):
             return values
-        return flat.as_strided(self.shape, self.stride, self.offset // dtype.itemsize).copy_(values)
+        lead = self.offset // dtype.itemsize
+        extent = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+        flat = torch.zeros(lead + extent, dtype=dtype, device=device)
+        return flat.as_strided(self.shape, self.stride, lead).copy_(values)
 
 
 def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:

@@ -62,7 +62,7 @@ def decide(problem: Problem, tail: Tail, backend: str = "auto") -> tuple[Runner,
     device = tail.x.device
     if backend == "auto":
         backend = backends.default_backend()
-    if problem.n == 0 or (device.type != "cuda" and backend != "auto"):
+    if device.type != "cuda" and backend != "auto":
         return backends.choose(problem, backend).bind(problem, tail), True
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     with _lock:
@@ -129,7 +129,7 @@ def in_order(call: Call, device: torch.device, backend: str, store: Store, may_t
         times = _tune_now(call, device, store)
     if not times:
         return offered
-    if device.type != "cuda":
+    if backend == "auto" and device.type != "cuda":
         offered = _candidates.every(problem, device)
     measured = _candidates.by_name(offered, list(times))
     return measured + [candidate for candidate in offered if candidate not in measured]
@@ -148,6 +148,8 @@ def tunes_on_first_call() -> bool:
 def _tune_now(call: Call, device: torch.device, store: Store) -> dict[str, float] | None:
     try:
         return search.tune_call(call, device, store).medians or None
+    except verify.DeviceLost:
+        raise
     except Exception as error:  # the answer is more important than its speed
         logger.warning("fused_resnet: tuning %s failed (%s)", call.problem, _candidates.first_line(error))
         return None

@@ -80,10 +80,17 @@ def tune_call(
     result = Result(call, {}, _rejected(store, call))
     if not right:
         return result
-    times = _race(right, call, device, timer or timing.stopwatch(device), rounds, result, report)
-    for name, verdict in result.rejected.items():
-        if store.verdict(call.key, name) == "ok":
-            store.set_verdict(call.key, name, verdict)
+
+    def drop(name: str, error: Exception) -> None:
+        """A candidate that was right and raises now: a launch that fails now and then, say. It is out for good."""
+        lost = verify.lost(device)
+        result.rejected[name] = f"{'crashed' if lost else 'failed'}: {first_line(error)}"
+        store.set_verdict(call.key, name, result.rejected[name])
+        logger.warning("fused_resnet: %s is left out for %s: %s", name, call.problem, result.rejected[name])
+        if lost:
+            raise verify.DeviceLost(f"{name} broke the CUDA context while it was timed on {call.problem}") from error
+
+    times = _race(right, call, device, timer or timing.stopwatch(device), rounds, drop, report)
     result.medians = _ordered(right, times)
     if result.medians:
         store.set_times(call.key, result.medians, rounds)
@@ -111,7 +118,7 @@ def _race(
     device: torch.device,
     timer: Timer,
     rounds: int,
-    result: Result,
+    drop: Callable[[str, Exception], None],
     report: Report,
 ) -> dict[str, list[float]]:
     """Seconds per round of each candidate that stayed in the race to its end."""
@@ -124,20 +131,25 @@ def _race(
                 runner(tail)  # compiles, allocates its workspace
                 runners[candidate.name] = runner
             except Exception as error:
-                result.rejected[candidate.name] = f"failed: {first_line(error)}"
+                drop(candidate.name, error)
         screening = min(SCREENING_ROUNDS, rounds)
-        times = _rounds(runners, tail, timer, screening, result, report)
+        times = _rounds(runners, tail, timer, screening, drop, report)
         if screening == rounds or not times:
             return times
         medians = {name: statistics.median(values) for name, values in times.items()}
         limit = SCREENING_FACTOR * min(medians.values())
         finalists = sorted((name for name in medians if medians[name] <= limit), key=medians.__getitem__)[:FINALISTS]
         final = {name: runners[name] for name in runners if name in finalists}  # in the candidates' order
-        return _rounds(final, tail, timer, rounds, result, report)
+        return _rounds(final, tail, timer, rounds, drop, report)
 
 
 def _rounds(
-    runners: dict[str, Callable[..., Any]], tail: Any, timer: Timer, rounds: int, result: Result, report: Report
+    runners: dict[str, Callable[..., Any]],
+    tail: Any,
+    timer: Timer,
+    rounds: int,
+    drop: Callable[[str, Exception], None],
+    report: Report,
 ) -> dict[str, list[float]]:
     racing = dict(runners)
     times: dict[str, list[float]] = {name: [] for name in racing}
@@ -149,8 +161,7 @@ def _rounds(
             try:
                 times[name].append(timer(racing[name], (tail,))[0])
             except Exception as error:
-                result.rejected[name] = f"failed: {first_line(error)}"
-                logger.warning("fused_resnet: %s is left out for %s: %s", name, result.call.problem, first_line(error))
+                drop(name, error)
                 del racing[name], times[name]
     return times
 

@@ -29,6 +29,10 @@ _ROUNDS_BETWEEN = frozenset({"eager", "cudnn", "two_pass", "cpu"})
 _CHUNK_BYTES = 256 << 20
 
 
+class DeviceLost(RuntimeError):
+    """A kernel has broken the GPU's context; nothing runs in this process any more."""
+
+
 def enabled() -> bool:
     """Verification on first use, unless the environment variable ``FUSED_RESNET_VERIFY`` is 0."""
     return os.environ.get("FUSED_RESNET_VERIFY", "1") not in ("0", "off", "no")
@@ -55,11 +59,28 @@ def judge(candidate: Candidate, call: Call, device: torch.device, store: Store) 
         return f"failed: {first_line(error)}"
     except Exception as error:
         verdict = f"failed: {first_line(error)}"
+        if lost(device):
+            store.set_verdict(call.key, candidate.name, verdict.replace("failed", "crashed", 1))
+            raise DeviceLost(
+                f"{candidate.name} broke the CUDA context while it was verified on {call.problem} "
+                f"({first_line(error)}); it will not run here again, start the process anew"
+            ) from error
     except BaseException:
         store.forget(call.key, candidate.name)
         raise
     store.set_verdict(call.key, candidate.name, verdict)
     return verdict
+
+
+def lost(device: torch.device) -> bool:
+    """Whether the device does not answer any more, as after an illegal access."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def mismatch(candidate: Candidate, call: Call, device: torch.device) -> str | None:
