@@ -19,6 +19,13 @@ torchvision = pytest.importorskip("torchvision")
 H100 = devices.find("H100")
 
 
+@pytest.fixture(scope="module")
+def resnet18() -> tuple[nn.Module, nn.Module]:
+    """Eager and fused; the comparison of the two is the surgery's test, not this one's."""
+    model = torchvision.models.resnet18().eval()
+    return model, surgery.fuse(model, check=False)
+
+
 def test_the_kernels_of_a_block_one_by_one() -> None:
     n, c, k, side = 2, 8, 16, 6
     block = nn.Sequential(nn.Conv2d(c, k, 3, padding=1, bias=False), nn.BatchNorm2d(k), nn.ReLU(inplace=True))
@@ -83,8 +90,8 @@ def test_the_bound_of_full_fusion(
     assert launches[1] >= sum(row.fused.launches for row in result.rows)
 
 
-def test_blocks_line_up() -> None:
-    result = roofline(torchvision.models.resnet18(), (8, 3, 64, 64))
+def test_blocks_line_up(resnet18: tuple[nn.Module, nn.Module]) -> None:
+    result = roofline(resnet18[0], (8, 3, 64, 64), fused=resnet18[1])
     blocks = [f"layer{i}.{j}" for i in range(1, 5) for j in range(2)]
     assert [row.block for row in result.rows] == ["stem", *blocks, "head"]
     for row in result.rows[1:-1]:
@@ -95,9 +102,8 @@ def test_blocks_line_up() -> None:
     assert "layer3.1" in str(result.as_dict())
 
 
-def test_compulsory_bytes_of_the_fused_operator_are_the_problems() -> None:
-    model = surgery.fuse(torchvision.models.resnet18().eval())
-    kernels = [k for k in count(model, (4, 3, 64, 64)) if k.module == "layer1.0"]
+def test_compulsory_bytes_of_the_fused_operator_are_the_problems(resnet18: tuple[nn.Module, nn.Module]) -> None:
+    kernels = [k for k in count(resnet18[1], (4, 3, 64, 64)) if k.module == "layer1.0"]
     plain = Problem.parse("n=4,h=16,w=16,c=64,k=64,padding=1,dtype=float16")
     tail = dataclasses.replace(plain, residual=torch.float16)
     # BN is half here like everything else; Problem counts its vectors as float32
@@ -154,11 +160,11 @@ def test_compute_and_memory_bound_kernels() -> None:
     assert Work((compute, memory)).bound(H100) == pytest.approx(2.0)
 
 
-def test_table_and_plot(tmp_path: Path) -> None:
+def test_table_and_plot(tmp_path: Path, resnet18: tuple[nn.Module, nn.Module]) -> None:
     pytest.importorskip("matplotlib")
     from rich.console import Console
 
-    result = roofline(torchvision.models.resnet18(), (2, 3, 64, 64))
+    result = roofline(resnet18[0], (2, 3, 64, 64), fused=resnet18[1])
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(result.table())
     text = console.export_text()
