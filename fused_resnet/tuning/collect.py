@@ -37,9 +37,12 @@ def calls_of(model: nn.Module, example: Tensor | tuple[Any, ...]) -> list[Call]:
     from ..surgery import fuse
 
     inputs = example if isinstance(example, tuple) else (example,)
+    calls = _recorded(model, inputs)
+    return calls or _recorded(fuse(model), inputs)
+
+
+def _recorded(model: nn.Module, inputs: tuple[Any, ...]) -> list[Call]:
     recorder = _Recorder()
     with torch.no_grad(), recorder:
         model(*inputs)
-        if not recorder.calls:
-            fuse(model)(*inputs)
     return list(recorder.calls.values())
