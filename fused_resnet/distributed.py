@@ -49,9 +49,11 @@ class Group:
         """
         if not self.distributed:
             return model, model
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return model, nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        # Converted after wrapping, which keeps parameters and buffers: DistributedDataParallel refuses
+        # SyncBatchNorm on CPUs, where nn.SyncBatchNorm itself cannot run but the fused passes can.
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model), parallel
 
 
 @contextmanager

@@ -75,7 +75,9 @@ def _merge_over_group(mean: Tensor, var: Tensor, count: int, group: str) -> tupl
     from torch.distributed import _functional_collectives as funcol
 
     packed = torch.cat([mean.double(), var.double(), mean.new_full((1,), count, dtype=torch.float64)])
-    gathered = funcol.wait_tensor(funcol.all_gather_tensor(packed.unsqueeze(0), 0, cast(Any, group)))
+    # torch 2.14 renamed all_gather_tensor and warns about the old name
+    all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+    gathered = funcol.wait_tensor(all_gather(packed.unsqueeze(0), 0, cast(Any, group)))
     channels = mean.shape[0]
     means, variances, counts = gathered[:, :channels], gathered[:, channels:-1], gathered[:, -1:]
     total = counts.sum()
