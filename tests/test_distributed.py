@@ -11,7 +11,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from distributed_worker import train_steps
+from distributed_worker import WHOLE_RECIPE_BATCH, recipe, train_steps
 from training_models import SmallResNet
 
 from fused_resnet.checkpoint import read_weights
