@@ -6,6 +6,7 @@ Peaks are the vendor's, dense (no structured sparsity), with float32 accumulatio
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from dataclasses import dataclass
 
@@ -96,6 +97,7 @@ def find(name: str) -> Device:
     return max(fitting, key=lambda device: len(_words(device.name)))
 
 
+@functools.cache
 def of(device: torch.device) -> Device:
     """The row for a GPU of this machine; one that is not in the table is estimated from its SMs and memory clock."""
     properties = torch.cuda.get_device_properties(device)

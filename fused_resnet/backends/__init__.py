@@ -22,13 +22,15 @@ from ..reference import Tail
 
 #: Every backend by name; each lives in the module of the same name, as ``BACKEND``.
 NAMES: tuple[str, ...] = tuple(
-    name for name in ("eager", "cpu", "triton", "cuda", "cudnn") if importlib.util.find_spec(f"{__name__}.{name}")
+    name
+    for name in ("eager", "cpu", "triton", "cuda", "cudnn", "two_pass")
+    if importlib.util.find_spec(f"{__name__}.{name}")
 )  # while backends are still landing
 
 #: The order in which ``auto`` asks, per device type. The reason of each order stands in :func:`choose`.
 _LADDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "eager"),
-    "cuda": ("cuda", "triton", "cudnn", "eager"),
+    "cuda": ("cuda", "triton", "cudnn", "two_pass", "eager"),
 }
 
 
@@ -97,8 +99,9 @@ def default_backend() -> str:
 def choose(problem: Problem, name: str = "auto") -> Backend:
     """The backend for ``problem``: the named one, or for ``auto`` the first of a ladder that can run it.
 
-    On CUDA the extension comes before Triton (same algorithm, no JIT and the lower launch cost), both before
-    cuDNN's fused operator (needs folded weights), eager last. On the CPU there is one fused backend.
+    On the CPU there is one fused backend. On CUDA the ladder stands for a machine without a GPU, where nothing of it
+    can run but its sentences are wanted; where there is one, the order is that of :mod:`fused_resnet.tuning.rule`,
+    and a call takes what :mod:`fused_resnet.tuning.choice` decides (measured, verified).
     RuntimeError with the backend's own sentence when a named backend cannot run the problem.
     """
     if name == "auto":
@@ -109,7 +112,12 @@ def choose(problem: Problem, name: str = "auto") -> Backend:
         if why_not is not None:
             raise RuntimeError(why_not)
         return backend
-    for candidate in _LADDER.get(problem.device_type, ("eager",)):
+    ladder = _LADDER.get(problem.device_type, ("eager",))
+    if problem.device_type == "cuda" and torch.cuda.is_available():
+        from ..tuning import rule
+
+        ladder = rule.ladder(problem, torch.device("cuda", torch.cuda.current_device()))
+    for candidate in ladder:
         if candidate not in NAMES:
             continue
         backend = get(candidate)

@@ -121,7 +121,7 @@ def in_order(call: Call, device: torch.device, backend: str, store: Store, may_t
         offered = _candidates.of_backend(backend, problem, device)
     elif device.type == "cuda":
         offered = _candidates.every(problem, device)
-        offered = rule.order(offered, problem, _device(device.index or 0), call.cache_weights)
+        offered = rule.order(offered, problem, devices.of(device), call.cache_weights)
     else:
         offered = [Candidate(backends.choose(problem).name), Candidate("eager")]
     times = store.times(call.key)
@@ -133,11 +133,6 @@ def in_order(call: Call, device: torch.device, backend: str, store: Store, may_t
         offered = _candidates.every(problem, device)
     measured = _candidates.by_name(offered, list(times))
     return measured + [candidate for candidate in offered if candidate not in measured]
-
-
-@functools.cache
-def _device(index: int) -> devices.Device:
-    return devices.of(torch.device("cuda", index))
 
 
 def tunes_on_first_call() -> bool:

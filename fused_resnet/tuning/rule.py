@@ -14,7 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..devices import Device
+import torch
+
+from ..devices import Device, of
 from ..problem import Problem
 from .candidates import Candidate
 
@@ -51,6 +53,11 @@ def order(candidates: Sequence[Candidate], problem: Problem, device: Device, cac
         return (0.0 if expected[backend] <= best * (1 + TIE) else expected[backend], place)
 
     return sorted(candidates, key=lambda c: rank(c.backend))  # stable: keeps the order within a backend
+
+
+def ladder(problem: Problem, device: torch.device) -> tuple[str, ...]:
+    """The backends in the order of the rule on ``device``, weights taken as cached."""
+    return tuple(c.backend for c in order([Candidate(name) for name in PREFERENCE], problem, of(device), True))
 
 
 def seconds(backend: str, problem: Problem, device: Device, cached: bool = False) -> float:
