@@ -63,8 +63,7 @@ static: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.static
 
 mutants: $(VENV)/.installed
-	@$(if $(wildcard ../shared/ptxi),PTXI_HOME=$${PTXI_HOME:-$(abspath ../shared/ptxi)} )$(WORKERS) $(PYTEST) \
-	  --dist load -m mutant -q tests/host_cuda
+	$(BIN)/python -m pytest tests/host_cuda -m mutant -q
 
 install: $(VENV)/.installed
 

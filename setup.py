@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import setup
-from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
@@ -98,25 +97,11 @@ def cuda_extension(toolkit: cuda_build.Toolkit) -> Any:
     return built
 
 
-class BuildPy(build_py):
-    """Adds the CUDA sources to the package: `fused-resnet compile` makes kernels for other GPUs from them."""
-
-    def run(self) -> None:
-        super().run()
-        if self.editable_mode:  # the source tree itself is there
-            return
-        for path in [*ROOT.glob("csrc/*.h"), ROOT / "csrc/cuda_build.py", *ROOT.glob("csrc/cuda/*")]:
-            target = Path(self.build_lib) / "fused_resnet" / path.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, target)
-
-
 def setup_arguments() -> dict[str, Any]:
-    """`ext_modules` and `cmdclass` for setup(); no extension for a pure-Python install."""
-    pure: dict[str, Any] = {"cmdclass": {"build_py": BuildPy}}
+    """`ext_modules` and `cmdclass` for setup(); empty for a pure-Python install."""
     if not have_compiler():
         say("no C++ compiler found, installing the pure-Python package (backends: eager, triton, cudnn)")
-        return pure
+        return {}
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):  # type: ignore[misc, valid-type]
@@ -139,11 +124,8 @@ def setup_arguments() -> dict[str, Any]:
     if toolkit is not None:
         extensions.append(cuda_extension(toolkit))
     if not extensions:
-        return pure
-    return {
-        "ext_modules": extensions,
-        "cmdclass": {"build_py": BuildPy, "build_ext": Build.with_options(use_ninja=True)},
-    }
+        return {}
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": Build.with_options(use_ninja=True)}}
 
 
 setup(**setup_arguments())

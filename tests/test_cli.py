@@ -136,7 +136,8 @@ def test_help_needs_no_torch() -> None:
 
 def test_every_command_has_help() -> None:
     listing = ok("--help")
-    for command in ("doctor", "explain", "verify", "bench", "predict", "demo", "train", "finetune", "compile"):
+    commands = "doctor explain verify bench predict demo train finetune compile tune selftest roofline"
+    for command in commands.split():
         assert command in listing
         assert "Usage" in ok(command, "--help")
 
@@ -457,3 +458,31 @@ def test_compile_refuses_with_the_librarys_sentence(tmp_path: Path) -> None:
     )
     assert "arch: expected sm_80 or newer" in fails("compile", "--arch", "volta", "--problem", problem, "--out", out)
     assert "unknown field" in fails("compile", "--problem", "n=1,height=3", "--out", out)
+
+
+# ---- tune, selftest, roofline ----------------------------------------------------------------------------------
+
+
+def test_roofline_needs_no_gpu(model_file: Path, tmp_path: Path) -> None:
+    spec = f"{model_file}:Net"
+    document = json.loads(ok("roofline", spec, "-s", 32, "-b", 8, "--device", "A100 40GB", "--json"))
+    assert document["device"] == "A100 40GB"
+    assert document["bound_speedup"] > 1.2
+    text = ok("roofline", spec, "-s", 32, "-b", 8, "--plot", tmp_path / "roof.png")
+    assert "full fusion can be at most" in text
+    assert (tmp_path / "roof.png").stat().st_size > 5000
+    assert "device: expected one of" in fails("roofline", spec, "--device", "abacus")
+    if not torch.cuda.is_available():
+        assert "torch sees no GPU" in fails("roofline", spec, "-s", 32, "-b", 1, "--measure")
+
+
+def test_tune_and_selftest_of_a_model(model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_RESNET_CACHE_DIR", str(tmp_path))
+    spec = f"{model_file}:Net"
+    text = ok("tune", spec, "-s", 16, "-b", "1", "--dtype", "float32", "--device", "cpu", "--rounds", 2)
+    assert "Tuned 5 calls" in text
+    assert list(tmp_path.glob("tuning-*.json"))
+    result = invoke("selftest", spec, "-s", 16, "--dtype", "float32", "--device", "cpu")
+    assert "Selftest" in result.stdout
+    assert "checks" in result.stdout
+    assert "--batch: expected positive integers" in fails("tune", spec, "--batch", "0")

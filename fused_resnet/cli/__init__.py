@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from . import build, inspect, measure, predict, show, train
+from . import build, inspect, measure, predict, show, train, tune
 from .common import console
 
 __all__ = ["app", "main"]
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a traceback is for a bug, and then the plain one
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (inspect, measure, predict, show, train, build):
+for group in (inspect, measure, predict, show, train, tune, build):
     group.register(app)
 
 

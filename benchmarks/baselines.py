@@ -1,0 +1,313 @@
+"""The rivals: every way a user may already run a tail or a ResNet, as sides of a comparison.
+
+Rivals that need a library are optional: where it is missing, the row says so. CPU rivals get the number of threads
+of the comparison; all weights are float32 unless a rival's name says otherwise.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from fused_resnet import contenders, functional
+from fused_resnet.contenders import EAGER, EAGER_CHANNELS_LAST, FUSED, channels_last_inputs
+from fused_resnet.problem import Problem
+from fused_resnet.reference import Tail, conv_bn, reference, scale_shift
+from fused_resnet.testing import call_arguments, make_tail
+from fused_resnet.timing import Contender
+
+from . import onednn
+
+EAGER_LAYOUTS = (EAGER, EAGER_CHANNELS_LAST)
+FOLDED, ONEDNN, COMPILED, FREEZING = "folded", "oneDNN fused", "torch.compile", "torch.compile + freezing"
+CUDNN, ORT, OPENVINO, NCNN = "cuDNN fused", "ONNX Runtime", "OpenVINO", "ncnn"
+
+
+# ---- the tail ------------------------------------------------------------------------------------------------
+
+
+def tail_inputs(problem: Problem, device: torch.device) -> Callable[[int], tuple[Tensor, ...]]:
+    """Fresh activations for each round: x and what is added (the residual, or the projection's input)."""
+
+    def make(round_number: int) -> tuple[Tensor, ...]:
+        tail = make_tail(problem, seed=round_number, device=device)
+        added = tail.residual if tail.proj_x is None else tail.proj_x
+        return (tail.x,) if added is None else (tail.x, added)
+
+    return make
+
+
+def _with_activations(tail: Tail, *activations: Tensor) -> Tail:
+    x, *added = activations
+    if tail.proj is not None:
+        return tail._replace(x=x, proj_x=added[0])
+    return tail._replace(x=x, residual=added[0] if added else None)
+
+
+def _nchw(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.contiguous().clone() for t in inputs)
+
+
+def tail_contenders(problem: Problem, device: torch.device, compiled: bool) -> list[Contender]:
+    """All sides of one tail. Weights are made once; activations are fresh in each round."""
+    tail = make_tail(problem, device=device)
+    conv = tail.conv
+    nchw = tail._replace(conv=conv._replace(weight=conv.weight.contiguous()))
+    if tail.proj is not None:
+        nchw = nchw._replace(proj=tail.proj._replace(weight=tail.proj.weight.contiguous()))
+    folded = _folded(tail)
+
+    def fused(backend: str, winograd: str = "auto") -> Callable[..., Tensor]:
+        function = functional.conv_bn_add_relu if tail.proj is None else functional.conv_bn_proj_add_relu
+        constant = call_arguments(tail) | {"backend": backend, "winograd": winograd, "cache_weights": True}
+
+        def run(*activations: Tensor) -> Tensor:
+            names = ("x", "residual" if tail.proj is None else "proj_x")
+            return function(**(constant | dict(zip(names, activations, strict=False))))
+
+        return run
+
+    sides = [
+        Contender(EAGER, lambda: lambda *a: reference(_with_activations(nchw, *a)), _nchw),
+        Contender(EAGER_CHANNELS_LAST, lambda: lambda *a: reference(_with_activations(tail, *a)), channels_last_inputs),
+        Contender(FOLDED, lambda: lambda *a: reference(_with_activations(folded, *a)), channels_last_inputs),
+    ]
+    if device.type == "cpu":
+        sides.append(Contender(ONEDNN, lambda: onednn.tail(tail), channels_last_inputs, optional=True))
+    else:
+        sides.append(Contender(CUDNN, lambda: _cudnn(folded), channels_last_inputs, optional=True))
+    if compiled:
+        for name, freezing in ((COMPILED, False), (FREEZING, True)):
+            build = _compiled_tail(tail, freezing)
+            sides.append(Contender(name, build, channels_last_inputs, optional=True))
+    sides.append(Contender(FUSED, lambda: fused("auto"), channels_last_inputs))
+    names = ("triton", "cuda", "cudnn") if device.type == "cuda" else ()
+    sides += [
+        Contender(f"fused, {name}", lambda name=name: fused(name), channels_last_inputs, optional=True)
+        for name in names
+    ]
+    if device.type == "cpu":
+        sides.append(Contender("fused, f2", lambda: fused("auto", "f2"), channels_last_inputs))
+        sides.append(Contender("fused, no Winograd", lambda: fused("auto", "off"), channels_last_inputs))
+    return sides
+
+
+def _folded(tail: Tail) -> Tail:
+    """BN folded into weights and bias, as deployment guides do; the rest is eager."""
+
+    def fold(c: Any) -> Any:
+        scale, shift = scale_shift(c)
+        weight = c.weight if scale is None else (c.weight.float() * scale.view(-1, 1, 1, 1)).to(c.weight.dtype)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        bias = None if shift is None else shift.to(c.weight.dtype)
+        return type(c)(weight, bias)
+
+    return tail._replace(conv=fold(tail.conv), proj=None if tail.proj is None else fold(tail.proj))
+
+
+def _cudnn(folded: Tail) -> Callable[..., Tensor]:
+    """aten's fused convolution + add + ReLU of cuDNN, on folded weights; the projection is a launch before it."""
+    conv = folded.conv
+
+    def run(x: Tensor, added: Tensor) -> Tensor:
+        if folded.proj is not None:
+            added = conv_bn(added, folded.proj, folded.proj_stride, (0, 0), (1, 1), 1)
+        return torch.cudnn_convolution_add_relu(
+            x, conv.weight, added, 1.0, conv.bias, folded.stride, folded.padding, folded.dilation, folded.groups
+        )
+
+    return run
+
+
+class _TailModule(nn.Module):
+    """The tail as a module: freezing needs the weights to be parameters."""
+
+    def __init__(self, tail: Tail) -> None:
+        super().__init__()
+        self.tail = tail
+        for prefix, part in (("conv", tail.conv), ("proj", tail.proj)):
+            for name, value in part._asdict().items() if part is not None else ():
+                if isinstance(value, Tensor):
+                    self.register_parameter(f"{prefix}_{name}", nn.Parameter(value, requires_grad=False))
+
+    def _part(self, prefix: str, part: Any) -> Any:
+        own = {name: getattr(self, f"{prefix}_{name}", value) for name, value in part._asdict().items()}
+        return part._replace(**own)
+
+    def forward(self, *activations: Tensor) -> Tensor:
+        tail = self.tail._replace(conv=self._part("conv", self.tail.conv))
+        if tail.proj is not None:
+            tail = tail._replace(proj=self._part("proj", tail.proj))
+        return reference(_with_activations(tail, *activations))
+
+
+def _compiled_tail(tail: Tail, freezing: bool) -> Callable[[], Callable[..., Tensor]]:
+    return lambda: _compile(_TailModule(tail).eval(), freezing)
+
+
+def _compile(module: nn.Module, freezing: bool) -> Callable[..., Any]:
+    """``torch.compile``, with freezing or without.
+
+    Freezing is asked for twice: Dynamo reads the global switch while it traces, and ``options`` give this side a
+    backend of its own, without which it would share the other side's compiled code (two copies of one module pass
+    each other's guards).
+    """
+    run = torch.compile(module, options={"freezing": freezing})
+    first = [True]
+
+    def compiled(*inputs: Tensor) -> Any:
+        with _freezing(freezing):
+            if first[0]:
+                first[0] = False
+                with torch.inference_mode(False), torch.no_grad():  # weights are folded outside inference mode
+                    run(*(t.clone() for t in inputs))
+            return run(*inputs)
+
+    return compiled
+
+
+@contextmanager
+def _freezing(on: bool) -> Iterator[None]:
+    from torch._inductor import config
+
+    before = config.freezing
+    config.freezing = on
+    try:
+        yield
+    finally:
+        config.freezing = before
+
+
+# ---- whole models --------------------------------------------------------------------------------------------
+
+
+def model_contenders(model: nn.Module, x: Tensor, threads: int) -> list[Contender]:
+    """All sides of a whole network with the input ``x``."""
+    sides = [
+        contenders.eager(model),
+        contenders.eager_channels_last(model),
+        Contender(FOLDED, lambda: _folded_model(model), channels_last_inputs),
+    ]
+    if x.device.type == "cpu" and x.dtype is torch.float32:
+        sides.append(Contender(ONEDNN, lambda: onednn.network(model), channels_last_inputs, optional=True))
+    sides.append(Contender(COMPILED, lambda: _compile(_last(model), False), channels_last_inputs, optional=True))
+    sides.append(Contender(FREEZING, lambda: _compile(_last(model), True), channels_last_inputs, optional=True))
+    if x.device.type == "cpu" and x.dtype is torch.float32:
+        numpy_inputs = _numpy
+        sides += [
+            Contender(ORT, lambda: _onnx_runtime(model, x, threads), numpy_inputs, optional=True),
+            Contender(OPENVINO, lambda: _openvino(model, x, threads), numpy_inputs, optional=True),
+            Contender(NCNN, lambda: _ncnn(model, x, threads), numpy_inputs, optional=True),
+        ]
+    sides.append(contenders.fused(model))
+    if x.device.type == "cpu":
+        sides.append(contenders.fused(model, "fused, no Winograd", winograd="off"))
+    else:
+        for name in ("triton", "cuda"):
+            own = contenders.fused(model, f"fused, {name}", backend=name)
+            sides.append(Contender(own.name, own.build, own.inputs, own.output, optional=True))
+    return sides
+
+
+def _last(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+
+
+def _numpy(x: Tensor) -> tuple[Any, ...]:
+    return (x.contiguous().numpy().copy(),)
+
+
+def _folded_model(model: nn.Module) -> nn.Module:
+    """BN folded into each convolution before it, by torch's own helper; everything else eager, channels_last."""
+    folded = copy.deepcopy(model).eval()
+    modules = dict(folded.named_modules())
+    previous: tuple[str, nn.Module] | None = None
+    for name, module in modules.items():
+        if isinstance(module, nn.BatchNorm2d) and previous is not None:
+            conv_name, conv = previous
+            _put(folded, conv_name, fuse_conv_bn_eval(conv, module))
+            _put(folded, name, nn.Identity())
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+            previous = (name, module) if isinstance(module, nn.Conv2d) else None
+    return folded.to(memory_format=torch.channels_last)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _onnx_runtime(model: nn.Module, x: Tensor, threads: int) -> Callable[..., Any]:
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = Path(folder, "model.onnx")
+        torch.onnx.export(copy.deepcopy(model).eval(), (x.clone(),), str(path), dynamo=False)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        # Idle workers of ORT would take the other sides' cores between its own turns.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda array: session.run(None, {name: array})
+
+
+def _openvino(model: nn.Module, x: Tensor, threads: int) -> Callable[..., Any]:
+    import openvino
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        converted = openvino.convert_model(copy.deepcopy(model).eval(), example_input=x.clone())
+    converted.reshape(list(x.shape))
+    options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    compiled = openvino.Core().compile_model(converted, "CPU", options)
+    return lambda array: torch.from_numpy(compiled(array)[0])
+
+
+def _ncnn(model: nn.Module, x: Tensor, threads: int) -> Callable[..., Any]:
+    """ncnn by its own converter, whose weights are float16; one image at a time, as ncnn has no batches."""
+    import ncnn
+    import pnnx
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = Path(folder, "model.pt")
+        pnnx.export(copy.deepcopy(model).eval(), str(traced), x[:1].clone())
+        network = ncnn.Net()
+        network.opt.num_threads = threads
+        network.opt.use_fp16_packed = network.opt.use_fp16_storage = network.opt.use_fp16_arithmetic = False
+        network.load_param(str(traced.with_suffix(".ncnn.param")))
+        network.load_model(str(traced.with_suffix(".ncnn.bin")))
+
+    def run(array: Any) -> Tensor:
+        outputs = []
+        for image in array:
+            extractor = network.create_extractor()
+            extractor.input("in0", ncnn.Mat(image))
+            outputs.append(torch.from_numpy(extractor.extract("out0")[1].numpy().copy()))
+        return torch.stack(outputs)
+
+    run.network = network  # type: ignore[attr-defined]  # ncnn's Mat refers to it
+    return run
+
+
+def reference_of(problem: Problem, device: torch.device) -> Callable[..., Tensor]:
+    """The float64 answer for a round's activations."""
+    exact = make_tail(problem, device=device).to(torch.float64)
+    return lambda *a: reference(_with_activations(exact, *(t.double() for t in a)))
+
+
+__all__ = [
+    "COMPILED", "CUDNN", "EAGER_LAYOUTS", "FOLDED", "FREEZING", "FUSED", "NCNN", "ONEDNN", "OPENVINO", "ORT",
+    "model_contenders", "reference_of", "tail_contenders", "tail_inputs",
+]  # fmt: skip

@@ -1,0 +1,60 @@
+"""Operator level: the tails of ResNet-18 and ResNet-50 at 224x224, by stage and batch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from fused_resnet.testing import RESNET_TAILS, RealTail, in_dtype
+
+from .baselines import reference_of, tail_contenders, tail_inputs
+from .conftest import Record, Work
+
+IDS = [f"{tail.network}-{tail.stage}" for tail in RESNET_TAILS]
+
+
+def run(
+    record: Record, tail: RealTail, batch: int, device: torch.device, dtype: torch.dtype, threads: int | None,
+    compiled: bool,
+) -> None:  # fmt: skip
+    problem = dataclasses.replace(tail.problem, n=batch, device_type=device.type)
+    problem = in_dtype(problem, dtype)
+    title = {"kind": "tail", "network": tail.network, "stage": tail.stage, "batch": batch, "problem": str(problem)}
+    record(
+        tail_contenders(problem, device, compiled),
+        tail_inputs(problem, device),
+        title=title,
+        work=Work(problem.flops, problem.compulsory_bytes),
+        images=batch,
+        device=device,
+        dtype=dtype,
+        num_threads=threads,
+        expected=reference_of(problem, device),
+        pause=0.0,  # all sides share torch's one thread pool
+    )
+
+
+@pytest.mark.benchmark(group="tails, CPU, float32")
+@pytest.mark.parametrize("batch", [1, 8], ids=["b1", "b8"])
+@pytest.mark.parametrize("tail", RESNET_TAILS, ids=IDS)
+def test_cpu_tail(record: Record, tail: RealTail, batch: int, num_threads: int, request: pytest.FixtureRequest) -> None:
+    compiled = bool(request.config.getoption("--full"))  # two compilations for each tail
+    run(record, tail, batch, torch.device("cpu"), torch.float32, num_threads, compiled)
+
+
+@pytest.mark.full
+@pytest.mark.benchmark(group="tails, CPU, bfloat16")
+@pytest.mark.parametrize("tail", RESNET_TAILS, ids=IDS)
+def test_cpu_bfloat16_tail(record: Record, tail: RealTail, num_threads: int) -> None:
+    run(record, tail, 8, torch.device("cpu"), torch.bfloat16, num_threads, compiled=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.benchmark(group="tails, GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("batch", [1, 8, 256], ids=["b1", "b8", "b256"])
+@pytest.mark.parametrize("tail", RESNET_TAILS, ids=IDS)
+def test_gpu_tail(record: Record, tail: RealTail, batch: int, dtype: torch.dtype) -> None:
+    run(record, tail, batch, torch.device("cuda"), dtype, None, compiled=True)

@@ -1,0 +1,188 @@
+"""From benchmark JSON to a Markdown table and a plot.
+
+    python -m benchmarks.report benchmarks/results/latest.json              # table.md and plot.png beside it
+    python -m benchmarks.report benchmarks/results/cpu.json --readme README.md
+
+``--readme`` replaces what stands between ``<!-- benchmark NAME -->`` and ``<!-- /benchmark -->``, NAME being the
+JSON's file name without its suffix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FUSED = "fused"
+EAGER_LAYOUTS = ("eager", "eager channels_last")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One comparison of the JSON."""
+
+    info: dict[str, Any]
+
+    @property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        return {row["name"]: row for row in self.info["rows"]}
+
+    @property
+    def case(self) -> str:
+        stage = f" {self.info['stage']}" if self.info["stage"] else ""
+        return f"{self.info['network']}{stage}, batch {self.info['batch']}"
+
+    @property
+    def section(self) -> tuple[str, str, str, int]:
+        threads = self.info["threads"] if self.info["device"] == "cpu" else 0
+        return self.info["kind"], self.info["device"], self.info["dtype"], threads
+
+
+def load(path: Path) -> tuple[dict[str, Any], list[Result]]:
+    """The document and its comparisons."""
+    document = json.loads(path.read_text())
+    results = [Result(b["extra_info"]) for b in document["benchmarks"] if "rows" in b.get("extra_info", {})]
+    if not results:
+        raise SystemExit(f"report: {path} holds no comparison of these benchmarks")
+    return document, results
+
+
+def by_section(results: Iterable[Result]) -> dict[tuple[str, str, str, int], list[Result]]:
+    sections: dict[tuple[str, str, str, int], list[Result]] = {}
+    for result in results:
+        sections.setdefault(result.section, []).append(result)
+    return sections
+
+
+def sides(results: Sequence[Result]) -> list[str]:
+    """Names of all sides that were timed, in the order in which they were declared."""
+    return list(dict.fromkeys(name for result in results for name in result.rows))
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(math.log(v) for v in values) / len(values))
+
+
+def heading(section: tuple[str, str, str, int]) -> str:
+    kind, device, dtype, threads = section
+    where = f"CPU, {threads} thread{'s' * (threads != 1)}" if device == "cpu" else "GPU"
+    return f"{'Tails' if kind == 'tail' else 'Whole networks'}, {dtype}, {where}"
+
+
+def shortened(text: str, limit: int = 140) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def table(results: Sequence[Result]) -> str:
+    """Median ms of each side, the fused side's speed-up over the faster eager layout, its error and roof fraction."""
+    names = sides(results)
+    head = ["median ms", *names, "speed-up over eager [95 %]", "error", "of the roof"]
+    lines = ["| " + " | ".join(head) + " |", "| --- " + "| ---: " * (len(head) - 1) + "|"]
+    for result in results:
+        rows = result.rows
+        fastest = min(row["median_ms"] for row in rows.values())
+        cells = [result.case]
+        for name in names:
+            text = f"{rows[name]['median_ms']:.3g}" if name in rows else "-"
+            cells.append(f"**{text}**" if name in rows and rows[name]["median_ms"] == fastest else text)
+        fused = rows[FUSED]
+        cells.append(f"{fused['speedup']:.2f} [{fused['low']:.2f}, {fused['high']:.2f}]")
+        cells += [f"{fused['error']:.0e}", f"{fused['roofline_fraction']:.0%}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    means = {
+        name: geometric_mean([r.info["fused_over"][name][0] for r in results if name in r.info["fused_over"]])
+        for name in names
+        if any(name in r.info["fused_over"] for r in results)
+    }
+    text = ", ".join(f"{name} {mean:.2f}x" for name, mean in means.items() if not name.startswith("fused"))
+    lines += ["", f"`fused` is faster, as a geometric mean over these rows, than: {text}."]
+    absent = {name: why for result in results for name, why in result.info["absent"].items()}
+    lines += [f"Not timed: {name} ({shortened(why)})." for name, why in absent.items()]
+    return "\n".join(lines)
+
+
+def markdown(document: dict[str, Any], results: Sequence[Result], path: Path) -> str:
+    """All tables, with the machine and the versions they were measured on."""
+    info = results[0].info
+    machine = document["machine_info"].get("fused_resnet", {})
+    versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
+    where = machine.get("GPU 0") if info["device"] == "cuda" else machine.get("CPU", "unknown CPU")
+    lines = [
+        f"Measured on {where}, {document['datetime'][:10]}; {versions}. Medians of {info['rounds']} alternating "
+        "rounds in one process, fresh inputs, outputs checked against float64; the fastest side of a row is bold.",
+        "`of the roof`: the larger of FLOP / peak and compulsory bytes / bandwidth, both measured on this machine, "
+        "over the time taken; Winograd's fewer multiplications may carry it past 100 %.",
+    ]
+    for section, own in by_section(results).items():
+        peak = own[0].info["peaks"]
+        roof = f"roof: {peak['flops'] / 1e9:,.0f} GFLOP/s, {peak['bandwidth'] / 1e9:,.0f} GB/s"
+        lines += ["", f"**{heading(section)}** ({roof})", "", table(own)]
+    lines += ["", f"From `{path.as_posix()}`."]
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """One panel for each section: how many times faster `fused` is than each other side, with its interval."""
+    from matplotlib.figure import Figure
+
+    sections = by_section(results)
+    heights = [1.2 + 0.42 * len(own) for own in sections.values()]
+    figure = Figure(figsize=(10, sum(heights)), dpi=120, layout="constrained")
+    panels = figure.subplots(len(sections), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for ax, (section, own) in zip(panels, sections.items(), strict=True):
+        rivals = [name for name in sides(own) if not name.startswith("fused")]
+        for i, rival in enumerate(rivals):
+            points = [(y, r.info["fused_over"][rival]) for y, r in enumerate(own) if rival in r.info["fused_over"]]
+            offset = 0.6 * (i / max(1, len(rivals) - 1) - 0.5)
+            medians = [ratio[0] for _, ratio in points]
+            errors = ([r[0] - r[1] for _, r in points], [r[2] - r[0] for _, r in points])
+            ax.errorbar(
+                medians, [y + offset for y, _ in points], xerr=errors, fmt="o", markersize=4, linewidth=1,
+                color=f"C{i}", label=f"over {rival}",
+            )  # fmt: skip
+        ax.axvline(1.0, color="#444444", linewidth=1)
+        ax.set_yticks(range(len(own)), [r.case for r in own])
+        ax.set_ylim(len(own) - 0.4, -0.6)
+        ax.set_xlim(left=0)
+        ax.grid(axis="x", alpha=0.3)
+        ax.set_title(heading(section), fontsize=11, loc="left")
+        ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(False)
+    panels[-1].set_xlabel("times as fast as the other side (median of ratios, 95 % interval); right of 1 is faster")
+    figure.savefig(path)
+
+
+def fill_readme(readme: Path, name: str, text: str) -> None:
+    """Put ``text`` between the markers of ``name``."""
+    pattern = re.compile(rf"(<!-- benchmark {re.escape(name)} -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
+    content = readme.read_text()
+    if not pattern.search(content):
+        raise SystemExit(f"report: {readme} has no marker <!-- benchmark {name} -->")
+    readme.write_text(pattern.sub(lambda match: match[1] + text + match[2], content))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("--out", type=Path, help="folder for table and plot; default: beside the JSON")
+    parser.add_argument("--readme", type=Path, help="file whose section for this JSON is replaced")
+    options = parser.parse_args(arguments)
+    document, results = load(options.json)
+    out: Path = options.out or options.json.parent
+    out.mkdir(parents=True, exist_ok=True)
+    text = markdown(document, results, options.json)
+    (out / f"{options.json.stem}.md").write_text(text)
+    plot(results, out / f"{options.json.stem}.png")
+    if options.readme:
+        fill_readme(options.readme, options.json.stem, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""``tune``, ``selftest`` and ``roofline``: which kernel runs, is every one right, and what is the limit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    SizeOption,
+    UserError,
+    WeightsOption,
+    console,
+    device_of,
+    dtype_of,
+    integers,
+    reports_errors,
+    say,
+    user_errors,
+)
+
+
+def register(app: typer.Typer) -> None:
+    for function in (tune, selftest, roofline):
+        app.command()(reports_errors(function))
+
+
+def tune(
+    model: ModelArgument,
+    weights: WeightsOption = None,
+    batch: Annotated[str, typer.Option("--batch", "-b", help="batch sizes, such as 1,8,256")] = "1",
+    size: SizeOption = 224,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float16",
+    channels_last: Annotated[bool, typer.Option("--channels-last/--contiguous", help="layout of the input")] = True,
+    rounds: Annotated[int | None, typer.Option(min=1, help="alternating rounds for each candidate")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="only so many configurations of each backend")] = None,
+    force: Annotated[bool, typer.Option("--force", help="time again what is known")] = False,
+) -> None:
+    """Find the fastest right kernel for every call of a network, and keep the result for this device.
+
+    Each candidate is verified against the reference before it is timed. Ctrl-C keeps what is done.
+    """
+    import torch
+
+    from .. import tuning
+    from ..tuning.search import ROUNDS
+    from .target import load_target
+
+    where, what = device_of(device), dtype_of(dtype)
+    if where.type == "cpu":
+        what = torch.float32 if what is torch.float16 else what  # the CPU's own default
+    target = load_target(model, weights)
+    network = target.model.to(where, what)
+    interrupted = False
+    for images in integers("--batch", batch):
+        x = target.example(images, size, where, what)
+        x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+        with user_errors(ValueError, RuntimeError, prefix=f"{target.name}, batch {images}: "):
+            result = tuning.tune(network, x, rounds=rounds or ROUNDS, limit=limit, force=force)
+        console.print(result.table())
+        for call, reason in result.unfinished.items():
+            say(f"unfinished: {call}: {reason}")
+        interrupted = result.interrupted
+        if interrupted:
+            break
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def selftest(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="default: calls of all kinds")] = None,
+    weights: WeightsOption = None,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1)] = 1,
+    size: SizeOption = 224,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float16",
+) -> None:
+    """Compare every kernel configuration with the reference on this device; a wrong one is never run again.
+
+    Exit status 1 when one was wrong.
+    """
+    from .. import tuning
+    from .target import load_target
+
+    where, what = device_of(device), dtype_of(dtype)
+    with user_errors(ValueError, RuntimeError):
+        if model is None:
+            checks = tuning.selftest(device=where)
+        else:
+            target = load_target(model, weights)
+            checks = tuning.selftest(target.model.to(where, what), target.example(batch, size, where, what))
+    console.print(tuning.selftest_table(checks))
+    wrong = [check for check in checks if check.verdict.startswith(("wrong", "crashed"))]
+    say(f"{len(wrong)} of {len(checks)} checks failed" if wrong else f"all {len(checks)} checks passed or were refused")
+    if wrong:
+        raise typer.Exit(1)
+
+
+def roofline(
+    model: ModelArgument,
+    weights: WeightsOption = None,
+    device: Annotated[str, typer.Option("--device", help="a GPU of the table, such as H100 or 'A100 40GB'")] = "H100",
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1)] = 256,
+    size: SizeOption = 224,
+    dtype: DtypeOption = "float16",
+    tflops: Annotated[float | None, typer.Option(min=0.0, help="your own 16-bit peak instead of the table's")] = None,
+    bandwidth: Annotated[float | None, typer.Option(min=0.0, help="your own memory bandwidth, TB/s")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="also run it on this machine's GPU")] = False,
+    plot: Annotated[Path | None, typer.Option(help="file for a roofline plot")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Bound what fusion can give on a GPU: FLOPs, bytes, launches and least times of each block, eager and fused.
+
+    Needs no GPU; only --measure does.
+    """
+    from .. import devices, fuse
+    from .. import roofline as rooflines
+    from .target import load_target
+
+    what = dtype_of(dtype)
+    target = load_target(model, weights)
+    with user_errors(ValueError):
+        gpu = devices.find(device)
+    if tflops or bandwidth:
+        gpu = gpu.with_rates(tflops and tflops * devices.TERA, bandwidth and bandwidth * devices.TERA)
+    fused = fuse(target.model)
+    with user_errors(ValueError, RuntimeError, NotImplementedError, prefix=f"{target.name}: "):
+        result = rooflines.roofline(target.model, (batch, target.in_channels, size, size), what, gpu, fused)
+    if measure:
+        where = device_of(None)
+        if where.type != "cuda":
+            raise UserError("--measure: torch sees no GPU (`fused-resnet doctor` says more)")
+        networks = (target.model.to(where, what), fused.to(where, what))
+        result = rooflines.measure(result, *networks, target.example(batch, size, where, what))
+    if as_json:
+        console.print_json(json.dumps(result.as_dict()))
+    else:
+        console.print(result.table())
+        say(f"full fusion can be at most {result.speedup:.2f}x as fast as eager on this device, by its bounds")
+    if plot is not None:
+        with user_errors(ImportError, OSError, ValueError, prefix="--plot: "):
+            result.plot(plot)
+        say(f"plot: {plot}")
