@@ -63,7 +63,8 @@ static: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.static
 
 mutants: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/host_cuda -m mutant -q
+	@$(if $(wildcard ../shared/ptxi),PTXI_HOME=$${PTXI_HOME:-$(abspath ../shared/ptxi)} )$(WORKERS) $(PYTEST) \
+	  --dist load -m mutant -q tests/host_cuda
 
 install: $(VENV)/.installed
 

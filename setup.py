@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
@@ -97,11 +98,25 @@ def cuda_extension(toolkit: cuda_build.Toolkit) -> Any:
     return built
 
 
+class BuildPy(build_py):
+    """Adds the CUDA sources to the package: `fused-resnet compile` makes kernels for other GPUs from them."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:  # the source tree itself is there
+            return
+        for path in [*ROOT.glob("csrc/*.h"), ROOT / "csrc/cuda_build.py", *ROOT.glob("csrc/cuda/*")]:
+            target = Path(self.build_lib) / "fused_resnet" / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+
+
 def setup_arguments() -> dict[str, Any]:
-    """`ext_modules` and `cmdclass` for setup(); empty for a pure-Python install."""
+    """`ext_modules` and `cmdclass` for setup(); no extension for a pure-Python install."""
+    pure: dict[str, Any] = {"cmdclass": {"build_py": BuildPy}}
     if not have_compiler():
         say("no C++ compiler found, installing the pure-Python package (backends: eager, triton, cudnn)")
-        return {}
+        return pure
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):  # type: ignore[misc, valid-type]
@@ -124,8 +139,11 @@ def setup_arguments() -> dict[str, Any]:
     if toolkit is not None:
         extensions.append(cuda_extension(toolkit))
     if not extensions:
-        return {}
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": Build.with_options(use_ninja=True)}}
+        return pure
+    return {
+        "ext_modules": extensions,
+        "cmdclass": {"build_py": BuildPy, "build_ext": Build.with_options(use_ninja=True)},
+    }
 
 
 setup(**setup_arguments())

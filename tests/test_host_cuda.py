@@ -6,6 +6,8 @@ What only this leg can show: numbers right to the bit in any warp order, every s
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -95,6 +97,23 @@ def test_the_shapes_cover_every_feature() -> None:
         assert {s.order for s in mine} == set(Order)
 
 
+@pytest.mark.parametrize("math", MATHS)
+def test_nan_passes_through(math: str) -> None:
+    """ReLU and ReLU6 keep NaN, as eager's do, wherever it comes from."""
+    text = "n=1,h=6,w=6,c=16,k=16,padding=1,residual=1"
+    for activation in ("relu", "relu6", "none"):
+        problem = in_dtype(
+            Problem.parse(text), MATHS[math], activation=activation, device_type="cuda", tf32=math == "tf32"
+        )
+        tail = make_tail(problem, "integers")
+        tail.x[0, 3, 2, 2] = torch.nan
+        assert tail.residual is not None
+        tail.residual[0, 5, 5, 5] = torch.nan
+        y = host().run(plan(problem, tail), tail)[0]
+        assert_bitexact(y, reference(tail.to(torch.float64)), activation)
+        assert int(y.isnan().sum()) == 9 * 16 + 1
+
+
 # ---- split-K
 
 
@@ -170,6 +189,36 @@ def test_no_bank_conflict_in_the_main_loop(symbol: str) -> None:
     wavefronts, conflicts = statistics.shared[0]
     assert wavefronts > 0
     assert conflicts == 0, f"{conflicts} conflicts beside {wavefronts} wavefronts"
+
+
+# ---- AddressSanitizer: what the checks of the primitives cannot see, such as arrays in registers
+
+
+def _sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
+    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    if not Path(library.stdout.strip()).is_absolute():
+        pytest.skip("g++ has no libasan.so")
+    options = "detect_leaks=0:detect_stack_use_after_return=0"  # Python leaks; fibers have stacks of their own
+    environment = os.environ | {"LD_PRELOAD": library.stdout.strip(), "ASAN_OPTIONS": options}
+    root = Path(__file__).parents[1]
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    script = root / "tests" / "host_cuda" / "asan_main.py"
+    return subprocess.run(
+        [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_address_sanitizer() -> None:
+    kernels = ("conv_f16_64x64", "conv_bf16_128x64", "conv_tf32_32x32", "conv_f32_32x32", "conv_gather_f16_32x32")
+    done = _sanitized(*kernels)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "40 shapes, no report" in done.stdout
+
+
+def test_address_sanitizer_reports() -> None:
+    done = _sanitized("probe")
+    assert done.returncode != 0
+    assert "stack-buffer-overflow" in done.stderr
 
 
 # ---- the twin itself: each of its reports can be provoked (host_cuda/probes.cpp)

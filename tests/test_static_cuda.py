@@ -83,6 +83,7 @@ def test_the_gate_can_fail() -> None:
         "expected a main loop": {"loop": None},
         "instructions per HMMA": {"loop": table.LoopReport(300, 32, 0, 9.375, 0.85, 16, 1)},
         "one barrier": {"loop": table.LoopReport(122, 32, 0, 3.8, 2.1, 16, 2)},
+        "no division": {"loop": dataclasses.replace(loop, divisions=3)},
         "no block fits": {"blocks_per_sm": 0},
     }
     for sentence, change in bad.items():

@@ -56,6 +56,7 @@ def violations(row: table.KernelReport) -> list[str]:
         expect(list(row.mma_opcodes) == [expected], f"expected {expected} alone, got {row.mma_opcodes}")
         expect(row.loop.ldmatrix > 0, "expected ldmatrix in the main loop, found none")
     expect(row.loop.barriers == 1, f"expected one barrier a step, got {row.loop.barriers}")
+    expect(row.loop.divisions == 0, f"expected no division in the main loop, got {row.loop.divisions} instructions")
     expect(row.loads.get("LDGSTS.16B", 0) > 0, f"expected 16-byte asynchronous copies, got {row.loads}")
     if gather:
         return found

@@ -103,6 +103,11 @@ class Loop:
         return sum(i.base in ("BAR", "SYNCS") for i in self.instructions)
 
     @property
+    def divisions(self) -> int:
+        """Instructions that only a division by a number unknown to the compiler needs."""
+        return sum(i.base in ("MUFU", "I2F", "F2I", "CALL") for i in self.instructions)
+
+    @property
     def instructions_per_mma(self) -> float:
         return len(self.instructions) / len(self.mma) if self.mma else math.inf
 

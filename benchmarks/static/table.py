@@ -52,6 +52,7 @@ class LoopReport:
     math_ratio: float
     ldmatrix: int
     barriers: int
+    divisions: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def _loop_report(loop: Loop) -> LoopReport:
         math_ratio=round(loop.math_ratio, 3),
         ldmatrix=sum(i.base == "LDSM" for i in loop.instructions),
         barriers=loop.barriers,
+        divisions=loop.divisions,
     )
 
 

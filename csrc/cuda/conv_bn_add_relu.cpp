@@ -1,8 +1,6 @@
 // The operator fused_resnet_C::cuda_conv_bn_add_relu: tensors -> request -> plan -> workspace -> launch, on
 // torch's current stream. No synchronisation, and nothing but the kernel reaches the stream (see workspace()
 // for its first use), so it may be captured into a CUDA graph.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -21,11 +19,8 @@
 #include "../checks.h"
 #include "launch.h"
 #include "plan.h"
+#include "torch_device.h"
 #include "workspace.h"
-
-// Exists only in libtorch_cuda. Weak, so that the planner is there with a CPU-only torch too.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream)
-    __attribute__((weak));
 
 namespace fused_resnet {
 namespace {
@@ -86,7 +81,7 @@ Tensor dense_vector(const Tensor& t) {
 // ---- request ----
 
 void check_like(const Tensor& t, const Tensor& x, const std::string& name) {
-  check(t.is_cuda() && t.get_device_index() == x.get_device_index(), name.c_str(), "the CUDA device of x",
+  check(on_device(t) && device_index(t) == device_index(x), name.c_str(), "the CUDA device of x",
         "another device");
 }
 
@@ -182,15 +177,14 @@ Tensor conv_bn_add_relu(Tensor x, Tensor weight, OptionalTensor bias, OptionalTe
                         OptionalTensor proj_running_mean, OptionalTensor proj_running_var, double proj_eps,
                         std::vector<int64_t> proj_stride, int64_t activation, bool tf32, int64_t tile_m,
                         int64_t tile_n, int64_t splits) {
-  check(x.dim() == 4 && x.is_cuda(), "x", "a CUDA tensor of 4 dimensions", x.dim(), " dimensions");
+  check(x.dim() == 4 && on_device(x), "x", "a CUDA tensor of 4 dimensions", x.dim(), " dimensions");
   check(weight.dim() == 4, "weight", "4 dimensions", weight.dim());
   check(weight.size(1) * groups == x.size(1), "weight", "as many input channels as x / groups",
         weight.size(1));
   check(weight.scalar_type() == x.scalar_type(), "weight", "the dtype of x", "another");
   check_like(weight, x, "weight");
-  const int32_t device = x.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  if (use_device(device) != 0) throw std::runtime_error("cuda: cudaSetDevice failed");
+  const int32_t device = device_index(x);
+  const DeviceGuard guard(device);
 
   const void* addresses[kTensorCount] = {};
   std::vector<Tensor> kept;  // what was made dense, until the launch is on the stream
@@ -267,9 +261,7 @@ Tensor conv_bn_add_relu(Tensor x, Tensor weight, OptionalTensor bias, OptionalTe
                                   std::nullopt, MemoryFormat::ChannelsLast);
   if (plan.grid[0] == 0) return y;
   addresses[kTensorY] = y.data_ptr();
-  void* stream = nullptr;
-  check(aoti_torch_get_current_cuda_stream != nullptr, "torch", "a build with CUDA", "one without");
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  void* const stream = current_stream(device);
   if (plan.workspace_bytes) {
     kept.push_back(workspace_for(plan, device, stream));
     addresses[kTensorWorkspace] = kept.back().data_ptr();
@@ -293,6 +285,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_C, m) {
       "proj_stride, "
       "int activation, bool tf32, int tile_m, int tile_n, int splits) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, FUSED_RESNET_DISPATCH_KEY, m) {
   m.impl("cuda_conv_bn_add_relu", TORCH_BOX(&fused_resnet::conv_bn_add_relu));
 }

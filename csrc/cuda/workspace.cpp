@@ -9,6 +9,8 @@
 #include <string>
 #include <utility>
 
+#include "torch_device.h"
+
 namespace fused_resnet {
 namespace {
 
@@ -20,8 +22,7 @@ void expect_success(cudaError_t status) {
 }
 
 Tensor allocate(const Plan& plan, int32_t device, cudaStream_t stream) {
-  const torch::stable::Device on(torch::headeronly::DeviceType::CUDA,
-                                 static_cast<torch::stable::DeviceIndex>(device));
+  const torch::stable::Device on(kDeviceType, static_cast<torch::stable::DeviceIndex>(device));
   Tensor fresh = torch::stable::empty({plan.workspace_bytes / 4}, torch::headeronly::ScalarType::Float,
                                       std::nullopt, on);
   expect_success(cudaMemsetAsync(fresh.data_ptr(), 0, plan.counter_bytes, stream));

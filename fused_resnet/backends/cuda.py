@@ -111,7 +111,7 @@ class _Direct:
     def __init__(self, problem: Problem, tail: Tail, chosen: Configuration) -> None:
         extension = _loaded()
         self._device = tail.x.device
-        index = self._device.index
+        self._index = index = self._device.index or 0
         plan = _plan(problem, _properties(index), chosen, tail)
         self._launch = extension.Launcher(plan, index).launch
         self._shape, self._dtype = problem.output_shape, problem.output_dtype
@@ -122,7 +122,7 @@ class _Direct:
         x, conv, residual, *_ = tail
         weight, bias, bn_weight, bn_bias, running_mean, running_var, _ = conv
         proj_x, proj = tail.proj_x, tail.proj or _NONE
-        index = self._device.index
+        index = self._index
         if index != torch._C._cuda_getDevice():
             return self._general(tail)  # has the device guard
         y = torch.empty(self._shape, dtype=self._dtype, device=self._device, memory_format=torch.channels_last)

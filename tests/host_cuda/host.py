@@ -107,7 +107,7 @@ class HostCuda:
         """The copied sources; its name is the hash of all that decides what the compiler makes of them."""
         sources = sorted([*self.csrc.glob("*.h"), *self.csrc.glob("cuda/*.cuh"), *self.csrc.glob("cuda/*.h")])
         key = hashlib.sha256(f"{self.flags}{machine()}".encode())
-        for path in [*sources, *(HERE / name for name in TWIN)]:
+        for path in [*sources, *(HERE / name for name in TWIN), Path(__file__)]:
             key.update(path.name.encode() + b"\0" + path.read_bytes())
         folder = cache_directory() / f"host-{key.hexdigest()[:16]}"
         with locked(folder):
@@ -138,7 +138,9 @@ class HostCuda:
     @cached_property
     def runtime(self) -> ctypes.CDLL:
         twin = self.folder / "host_cuda"
-        path = self._build("libruntime.so", [twin / "runtime.cpp", twin / "runner.cpp"])
+        # The loader tells libraries apart by name alone, and a process may hold the builds of several source trees.
+        name = f"libruntime-{self.folder.name}.so"
+        path = self._build(name, [twin / "runtime.cpp", twin / "runner.cpp"], (f"-Wl,-soname,{name}",))
         library = ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
         library.host_cuda_launch.restype = library.host_cuda_statistics.restype = ctypes.c_char_p
         library.host_cuda_tensor.argtypes = [ctypes.c_char_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int]
@@ -167,7 +169,7 @@ class HostCuda:
 
     def _build_entry(self, name: str, source: Path) -> Path:
         assert self.runtime  # built first: the kernel links against it
-        where = (f"-L{self.folder}", "-l:libruntime.so", f"-Wl,-rpath,{self.folder}")
+        where = (f"-L{self.folder}", f"-l:libruntime-{self.folder.name}.so", f"-Wl,-rpath,{self.folder}")
         return self._build(name, [source], where)
 
     def entry(self, kernel: Kernel) -> ctypes._CFuncPtr:

@@ -75,6 +75,13 @@ static void probe(const Probe& p) {
     case 14:  // every second float: twice the sectors
       if (threadIdx.x < 32) host::global_store(out, host::global_load<float>(p.x + threadIdx.x * 2));
       return;
+    case 15: {  // past the end of an array of the thread's own: for AddressSanitizer
+      volatile float own[4] = {};
+      volatile unsigned at = 4 + threadIdx.x % 4;
+      own[at] = 1.0f;
+      host::global_store(out, own[0] + own[at]);
+      return;
+    }
   }
 }
 

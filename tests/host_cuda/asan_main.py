@@ -1,0 +1,45 @@
+"""Run a few shapes of some kernels in a build with AddressSanitizer: `python asan_main.py KERNEL...`,
+or the probe that must be reported: `python asan_main.py probe`.
+
+A process of its own, because the sanitizer's library must be loaded before everything else; the caller preloads it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from host_cuda.host import HostCuda, Order
+from host_cuda.shapes import ARCH, shapes
+
+from fused_resnet.reference import reference
+from fused_resnet.testing import assert_bitexact, make_tail
+
+FLAGS = ("-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    host = HostCuda(flags=FLAGS)
+    if sys.argv[1:] == ["probe"]:
+        host.probe(15)
+        return
+    count = 0
+    for symbol in sys.argv[1:]:
+        for shape in shapes(symbol):
+            tail = make_tail(shape.problem, "integers")
+            launch = host.planner.plan(
+                shape.problem, f"sm_{ARCH}", tile=shape.tile, splitk=shape.splits, alignment=shape.alignment,
+                eps=tail.conv.eps, proj_eps=tail.proj.eps if tail.proj else 1e-5,
+            )  # fmt: skip
+            y, _ = host.run(launch, tail, Order.RANDOM, shape.seed)
+            assert_bitexact(y, reference(tail.to(torch.float64)), str(shape))
+            count += 1
+    print(f"{count} shapes, no report")
+
+
+if __name__ == "__main__":
+    main()

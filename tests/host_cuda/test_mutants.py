@@ -1,0 +1,111 @@
+"""Plant each bug of mutants.py in a copy of the CUDA sources: the test it names must fail.
+
+CI plants five; `make mutants` (pytest -m mutant) plants all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from toolchain import why_not
+
+if reason := why_not("g++"):
+    pytest.skip(reason, allow_module_level=True)
+
+import test_host_cuda
+from host_cuda.host import HostCuda, HostCudaError
+from host_cuda.mutants import CI, MUTANTS, Mutant
+from launch_harness import interpreter
+
+from fused_resnet.aot.planner import source_directory
+
+pytestmark = pytest.mark.mutant
+
+
+def plant(mutant: Mutant, folder: Path) -> Path:
+    """A copy of csrc with the bug in it."""
+    csrc = folder / "csrc"
+    shutil.copytree(source_directory(), csrc, ignore=shutil.ignore_patterns("cpu", "__pycache__"))
+    path = csrc / "cuda" / mutant.file
+    text = path.read_text()
+    assert text.count(mutant.find) == 1, f"{mutant.name}: found {text.count(mutant.find)} times: {mutant.find}"
+    path.write_text(text.replace(mutant.find, mutant.put))
+    return csrc
+
+
+def run_host(test: str, csrc: Path, patch: pytest.MonkeyPatch) -> None:
+    mutated = HostCuda(csrc)
+    patch.setattr(test_host_cuda, "host", lambda: mutated)
+    patch.setattr(test_host_cuda, "planner", lambda: mutated.planner)
+    kind, _, symbol = test.partition(":")
+    if kind == "kernel":
+        test_host_cuda.test_kernel(symbol)
+    elif kind == "banks":
+        test_host_cuda.test_no_bank_conflict_in_the_main_loop(symbol)
+    elif kind == "nan":
+        test_host_cuda.test_nan_passes_through("float16")
+    else:
+        test_host_cuda.test_split_k_gives_the_same_bits_in_any_order("float16")
+
+
+def run_ptx(test: str, csrc: Path, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    import test_ptx_cuda
+
+    from fused_resnet.aot import cuda
+
+    real = cuda.compile_kernel
+    patch.setattr(test_ptx_cuda, "compile_kernel", lambda kernel, arch: real(kernel, arch, csrc))
+    patch.setattr(cuda, "compile_kernel", lambda kernel, arch: real(kernel, arch, csrc))
+    kind, _, symbol = test.partition(":")
+    if kind == "kernel":
+        test_ptx_cuda.test_kernel(symbol, "sm_80", folder)
+    else:
+        test_ptx_cuda.test_split_k_leaves_the_workspace_ready_for_the_next_launch(folder)
+
+
+def run_static(symbol: str, csrc: Path, patch: pytest.MonkeyPatch) -> None:
+    import test_static_cuda
+
+    from benchmarks.static import gate
+
+    real = gate.compile_kernel
+    patch.setattr(gate, "compile_kernel", lambda kernel, arch: real(kernel, arch, csrc))
+    test_static_cuda._check(symbol, "sm_80")
+
+
+def run(leg: str, test: str, csrc: Path, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    if leg == "host":
+        run_host(test, csrc, patch)
+    elif leg == "ptx":
+        run_ptx(test, csrc, patch, folder)
+    else:
+        run_static(test, csrc, patch)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutant_is_caught(
+    mutant: Mutant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    chosen = (request.config.getoption("-m") or "").split()
+    if mutant.name not in CI and "mutant" not in chosen:
+        pytest.skip("planted by `make mutants`")
+    leg, _, test = mutant.test.partition(":")
+    needed = {"host": (), "ptx": ("nvcc",), "static": ("nvcc", "cuobjdump")}[leg]
+    if missing := why_not(*needed):
+        pytest.skip(missing)
+    if leg == "ptx" and not os.environ.get("PTXI_HOME"):
+        pytest.skip("needs PTXI_HOME, the folder of the PTX interpreter")
+    csrc = plant(mutant, tmp_path)
+    reports: tuple[type[Exception], ...] = (AssertionError, HostCudaError)
+    if leg == "ptx":
+        reports = (*reports, interpreter().PtxError)
+    with pytest.raises(reports) as caught:
+        run(leg, test, csrc, monkeypatch, tmp_path)
+    print(f"{mutant.name}: {str(caught.value).splitlines()[0][:200]}")
