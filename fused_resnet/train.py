@@ -7,7 +7,7 @@ result it would have had.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,74 +20,21 @@ from torch import Tensor, nn
 from . import checkpoint
 from .data import Batches, Data, DataError, evaluation_batches, load_data
 from .distributed import Group, process_group
+from .recipes import (
+    ConfigError,
+    FinetuneConfig,
+    ModelFactory,
+    TrainConfig,
+    build_model,
+    frozen_modules,
+    load_pretrained,
+    make_average,
+    make_optimizer,
+    make_schedule,
+)
 from .run_log import Epoch, Progress, draw_curves, write_csv
 
-#: Builds a model from the number of classes and of input channels.
-ModelFactory = Callable[[int, int], nn.Module]
-
-
-class ConfigError(ValueError):
-    """The configuration does not fit; the message is one sentence."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything a run depends on. ``batch_size`` is per process; ``lr=None`` is 0.1 for SGD and 0.001 for Adam."""
-
-    data: str = "digits"
-    data_root: Path = Path("data")
-    image_size: int | None = None
-    model: str | ModelFactory = "resnet18"
-    stem: str = "cifar"
-    fused: bool = True
-    epochs: int = 30
-    batch_size: int = 64
-    optimizer: str = "sgd"
-    lr: float | None = None
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    schedule: str = "cosine"
-    label_smoothing: float = 0.0
-    ema: float | None = None
-    amp: str = "off"
-    channels_last: bool = True
-    dtype: torch.dtype = torch.float32
-    device: str = "auto"
-    seed: int = 0
-    workers: int = 4
-    output: Path = Path("runs/train")
-    resume: bool = False
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for name, choices in (
-            ("optimizer", ("sgd", "adam")),
-            ("schedule", ("cosine", "step", "constant")),
-            ("amp", ("off", "bf16", "fp16")),
-            ("stem", ("cifar", "imagenet")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ConfigError(f"ema: expected a decay between 0 and 1, got {self.ema}")
-
-
-@dataclass(frozen=True)
-class FinetuneConfig(TrainConfig):
-    """Training that starts from ``weights`` with a new classifier.
-
-    ``freeze_until="layer3"`` keeps everything before ``layer3`` as it is, its BN statistics included.
-    ``num_classes`` is checked against the data.
-    """
-
-    weights: Path = Path()
-    num_classes: int | None = None
-    freeze_until: str | None = None
-    lr: float | None = 0.01
-    output: Path = Path("runs/finetune")
+__all__ = ["ConfigError", "FinetuneConfig", "ModelFactory", "Result", "TrainConfig", "finetune", "train"]
 
 
 @dataclass(frozen=True)
@@ -116,75 +63,6 @@ def finetune(config: FinetuneConfig) -> Result:
     return train(config)
 
 
-# ---- the model -------------------------------------------------------------------------------------------
-
-
-def build_model(config: TrainConfig, data: Data) -> nn.Module:
-    """The model of ``config`` with as many classes and input channels as the data has."""
-    if not isinstance(config.model, str):
-        return config.model(len(data.classes), data.channels)
-    from . import models
-
-    factory = getattr(models, config.model, None) if config.model.startswith("resnet") else None
-    if factory is None:
-        names = ", ".join(name for name in dir(models) if name.startswith("resnet"))
-        raise ConfigError(f"model: expected one of {names}, got {config.model!r}")
-    model: nn.Module = factory(num_classes=len(data.classes), in_channels=data.channels, stem=config.stem)
-    if not config.fused:
-        from .surgery import unfuse
-
-        model = unfuse(model)
-    return model
-
-
-def _load_pretrained(model: nn.Module, config: FinetuneConfig, data: Data) -> None:
-    """Everything but the classifier from ``config.weights``."""
-    if config.num_classes is not None and config.num_classes != len(data.classes):
-        raise ConfigError(
-            f"num_classes: expected {len(data.classes)}, the classes of {config.data}, got {config.num_classes}"
-        )
-    state, _ = checkpoint.read_weights(config.weights)
-    own = model.state_dict()
-    classifier = [name for name in own if name.startswith(("fc.", "classifier.", "head."))]
-    for name, tensor in own.items():
-        if name in classifier:
-            state[name] = tensor
-        elif name not in state:
-            raise ConfigError(f"weights: {config.weights} has no {name}, which {config.model} needs")
-        elif state[name].shape != tensor.shape:
-            raise ConfigError(
-                f"weights: {config.weights} has {name} of shape {list(state[name].shape)}, "
-                f"{config.model} needs {list(tensor.shape)}"
-            )
-    model.load_state_dict({name: state[name] for name in own})
-
-
-def frozen_modules(model: nn.Module, until: str) -> list[nn.Module]:
-    """The children of ``model`` before the one called ``until``, in the order they were defined."""
-    names = [name for name, _ in model.named_children()]
-    if until not in names:
-        raise ConfigError(f"freeze_until: expected one of {', '.join(names)}, got {until!r}")
-    return [module for name, module in model.named_children()][: names.index(until)]
-
-
-def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum, or Adam, over the parameters that are not frozen."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if config.optimizer == "adam":
-        lr = 1e-3 if config.lr is None else config.lr
-        return torch.optim.Adam(parameters, lr, weight_decay=config.weight_decay)
-    lr = 0.1 if config.lr is None else config.lr
-    return torch.optim.SGD(parameters, lr, momentum=config.momentum, weight_decay=config.weight_decay)
-
-
-def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """Stepped once an epoch: cosine to zero, or a tenth at one half and again at three quarters."""
-    if config.schedule == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
-    milestones = [config.epochs // 2, config.epochs * 3 // 4] if config.schedule == "step" else []
-    return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
-
-
 # ---- the run ---------------------------------------------------------------------------------------------
 
 
@@ -200,14 +78,14 @@ class _Run:
         model = build_model(config, data)
         self.frozen: list[nn.Module] = []
         if isinstance(config, FinetuneConfig):
-            _load_pretrained(model, config, data)
+            load_pretrained(model, config, data)
             self.frozen = [] if config.freeze_until is None else frozen_modules(model, config.freeze_until)
         for module in self.frozen:
             module.requires_grad_(False)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         model = model.to(device=group.device, dtype=config.dtype, memory_format=memory_format)  # type: ignore[call-overload]
         self.model, self.parallel = group.wrap(model)
-        self.ema = _averaged(self.model, config.ema)
+        self.ema = make_average(self.model, config.ema)
         self.optimizer = make_optimizer(config, self.model)
         self.schedule = make_schedule(config, self.optimizer)
         self.scaler = torch.amp.GradScaler(group.device.type, enabled=config.amp == "fp16")
@@ -343,7 +221,7 @@ class _Run:
         content = {
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "ema_updates": 0 if self.ema is None else int(self.ema.n_averaged),
+            "ema_updates": 0 if self.ema is None else int(self.ema.nmake_average),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -377,7 +255,7 @@ class _Run:
         self.model.load_state_dict(content["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(content["ema"])
-            self.ema.n_averaged.fill_(content["ema_updates"])
+            self.ema.nmake_average.fill_(content["ema_updates"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["schedule"])
         self.scaler.load_state_dict(content["scaler"])
@@ -385,12 +263,3 @@ class _Run:
         self.history = [Epoch(**line) for line in content["history"]]
         self.best_accuracy, self.per_class = content["best_accuracy"], content["per_class"]
         self.progress.say(f"going on after epoch {len(self.history)} of {self.last}")
-
-
-def _averaged(model: nn.Module, decay: float | None) -> Any:
-    """The exponential moving average of weights and buffers, or None."""
-    if decay is None:
-        return None
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

@@ -20,14 +20,13 @@ from training_models import SmallResNet, small_resnet
 
 from fused_resnet import checkpoint
 from fused_resnet.data import DataError, load_data
+from fused_resnet.recipes import make_optimizer, make_schedule  # noqa: E402
 from fused_resnet.run_log import Epoch, draw_curves, read_csv
 from fused_resnet.train import (
     ConfigError,
     FinetuneConfig,
     TrainConfig,
     finetune,
-    make_optimizer,
-    make_schedule,
     train,
 )
 
@@ -90,6 +89,23 @@ def test_per_class_accuracy_is_that_of_the_exported_model(tmp_path: Path) -> Non
     assert result.accuracy == pytest.approx(100 * float(right.float().mean()))
     for label, name in enumerate(data.classes):
         assert result.per_class[name] == pytest.approx(100 * float(right[data.test.labels == label].float().mean()))
+
+
+def test_fused_and_plain_training_go_the_same_way(tmp_path: Path) -> None:
+    """The same seed gives the same start and the same batches: the first epoch's losses agree to rounding."""
+    pytest.importorskip("torchvision")
+    runs = [
+        train(
+            config(
+                tmp_path, model="resnet18", fused=fused, epochs=1, batch_size=256, lr=0.02, output=tmp_path / str(fused)
+            )
+        )
+        for fused in (True, False)
+    ]
+    kinds = [type(run.model).__module__ for run in runs]
+    assert kinds[0].startswith("fused_resnet")
+    assert kinds[1].startswith("torchvision")
+    assert runs[0].history[0].train_loss == pytest.approx(runs[1].history[0].train_loss, rel=1e-3)
 
 
 def test_a_run_is_a_function_of_its_configuration(tmp_path: Path) -> None:

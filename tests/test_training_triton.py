@@ -163,3 +163,23 @@ def test_activation_traffic_is_ten_tensors_and_three_masks(monkeypatch: pytest.M
     assert backward == 4 * tensor
     total += backward
     assert total == 10 * tensor
+
+
+def test_many_parts_are_merged() -> None:
+    """More programs than the last one reads at once, the last of them smaller than the others."""
+    from fused_resnet.kernels import bn_launch
+
+    g = torch.Generator().manual_seed(0)
+    y = (torch.randn(3, 8, 61, 40, generator=g) + 50).contiguous(memory_format=torch.channels_last)
+    assert bn_launch._Reduction(y, 2).grid[1] > 2 * 64
+    mean, var = OPS.bn_stats(y, "triton")
+    exact_var, exact_mean = torch.var_mean(y.double(), dim=(0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=2e-7, atol=0)
+    torch.testing.assert_close(var.double(), exact_var, rtol=4e-6, atol=0)
+    grad = integers(tuple(y.shape), FLOAT, 1)
+    none = torch.empty(0, dtype=torch.int32)
+    args = (grad, none, y.round(), torch.full((8,), 50.0), torch.ones(8), None, None, None)
+    for got, expected in zip(
+        OPS.bn_backward_reduce(*args, "triton"), OPS.bn_backward_reduce(*args, "eager"), strict=True
+    ):
+        assert torch.equal(got, expected)

@@ -16,7 +16,7 @@ from .bn_reduce import bn_backward_reduce_kernel, bn_stats_kernel
 WORDS = 128
 #: Programs of a reduction, over all columns; enough to fill the largest GPU several times over. A constant, so that
 #: the order of the sums is a function of the shape alone.
-PROGRAMS = 1024
+PROGRAMS = 512
 BLOCK_C = 64
 BLOCK_M = 32
 

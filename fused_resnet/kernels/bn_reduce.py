@@ -9,6 +9,9 @@ not depend on who comes last.
 import triton
 import triton.language as tl
 
+#: Partial results the last program reads at once: one by one, it would wait for memory each time.
+PARTS = tl.constexpr(64)
+
 
 @triton.jit
 def is_last(counter_ptr, parts):
@@ -27,6 +30,13 @@ def row_offsets(rows, C: tl.constexpr, WIDE: tl.constexpr):
         return rows.to(tl.int64)[:, None] * C
     else:
         return rows[:, None] * C
+
+
+@triton.jit
+def partial_tile(column, i, parts, SUMS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where the first sums of the parts `i` of a column lie, as [parts, channels], and which of them exist."""
+    at = ((column * parts + i) * (SUMS * BLOCK_C))[:, None] + tl.arange(0, BLOCK_C)[None, :]
+    return at, (i < parts)[:, None]
 
 
 @triton.jit
@@ -60,13 +70,19 @@ def bn_stats_kernel(
     if is_last(counter_ptr + column, parts):
         mean = tl.zeros((BLOCK_C,), tl.float32)
         m2 = tl.zeros((BLOCK_C,), tl.float32)
-        for i in range(parts):
-            at = (column * parts + i) * 2 * BLOCK_C + tl.arange(0, BLOCK_C)
-            part_mean = tl.load(partial_ptr + at, cache_modifier=".cg")
-            part_m2 = tl.load(partial_ptr + at + BLOCK_C, cache_modifier=".cg")
-            done = i * rows_per_part
-            n = tl.minimum(num_rows - done, rows_per_part)
-            mean, m2 = merge(mean, m2, done.to(tl.float32), part_mean, part_m2, n.to(tl.float32))
+        for first in range(0, parts, PARTS):
+            i = first + tl.arange(0, PARTS)
+            n = tl.maximum(tl.minimum(num_rows - i * rows_per_part, rows_per_part), 0).to(tl.float32)
+            at, valid = partial_tile(column, i, parts, 2, BLOCK_C)
+            part_mean = tl.load(partial_ptr + at, mask=valid, other=0.0, cache_modifier=".cg")
+            part_m2 = tl.load(partial_ptr + at + BLOCK_C, mask=valid, other=0.0, cache_modifier=".cg")
+            # The parts of a tile together: their mean, then M2 around it.
+            tile_n = tl.sum(n, 0)
+            tile_mean = tl.sum(part_mean * n[:, None], 0) / tile_n
+            spread = part_mean - tile_mean[None, :]
+            tile_m2 = tl.sum(part_m2 + spread * spread * n[:, None], 0)
+            done = (first * rows_per_part).to(tl.float32)
+            mean, m2 = merge(mean, m2, done, tile_mean, tile_m2, tile_n)
         tl.store(mean_ptr + c, pivot + mean, mask=in_channels)
         tl.store(var_ptr + c, m2 / num_rows, mask=in_channels)
 
@@ -132,12 +148,14 @@ def bn_backward_reduce_kernel(
         sum_dz = tl.zeros((BLOCK_C,), tl.float32)
         sum_xhat = tl.zeros((BLOCK_C,), tl.float32)
         sum_proj = tl.zeros((BLOCK_C,), tl.float32)
-        for i in range(parts):
-            at = (column * parts + i) * SUMS * BLOCK_C + tl.arange(0, BLOCK_C)
-            sum_dz += tl.load(partial_ptr + at, cache_modifier=".cg")
-            sum_xhat += tl.load(partial_ptr + at + BLOCK_C, cache_modifier=".cg")
+        for first in range(0, parts, PARTS):
+            at, valid = partial_tile(column, first + tl.arange(0, PARTS), parts, SUMS, BLOCK_C)
+            sum_dz += tl.sum(tl.load(partial_ptr + at, mask=valid, other=0.0, cache_modifier=".cg"), 0)
+            at += BLOCK_C
+            sum_xhat += tl.sum(tl.load(partial_ptr + at, mask=valid, other=0.0, cache_modifier=".cg"), 0)
             if PROJ:
-                sum_proj += tl.load(partial_ptr + at + 2 * BLOCK_C, cache_modifier=".cg")
+                at += BLOCK_C
+                sum_proj += tl.sum(tl.load(partial_ptr + at, mask=valid, other=0.0, cache_modifier=".cg"), 0)
         tl.store(dz_ptr + c, sum_dz, mask=in_channels)
         tl.store(dz_xhat_ptr + c, sum_xhat * invstd, mask=in_channels)
         if PROJ:
