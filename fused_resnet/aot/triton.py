@@ -1,0 +1,178 @@
+"""Ahead-of-time compilation of the Triton tail, for any architecture and without a GPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..backends.triton import why_not_problem, why_not_triton
+from ..kernels.arguments import BatchNorm, ProjectionTensors
+from ..kernels.config import TailConfig, candidates
+from ..kernels.plan import TailPlan, plan
+from ..problem import Problem
+from .launch_json import Launch, TensorSpec, pointer, scalar, tensor_specs, workspace_spec, write
+
+#: SMs of the usual device of an architecture: the planner fills them.
+SM_COUNT = {80: 108, 86: 84, 87: 16, 89: 128, 90: 132, 100: 148, 103: 160, 120: 170, 121: 48}
+#: All pointers must be multiples of this, as the compiled kernel's 16-byte accesses need.
+ALIGNMENT = 16
+
+_TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
+_BN_NAMES = ("bias", "bn_weight", "bn_bias", "running_mean", "running_var")
+
+
+def choose_config(problem: Problem, arch: int, tile: str | None = None, splitk: int | None = None) -> TailConfig:
+    """The heuristic's configuration, or its best one with the tile `"128x64"` or the whole name `"128x64x32_w4_s3"`."""
+    found = candidates(problem, arch, SM_COUNT.get(arch, 108), deterministic=True)
+    if tile is not None:
+        found = [c for c in found if tile in (str(c), str(c).split("_")[0], f"{c.m}x{c.n}")]
+        if not found:
+            known = sorted({str(c) for c in candidates(problem, arch, SM_COUNT.get(arch, 108), deterministic=True)})
+            raise ValueError(f"tile: expected one of {', '.join(known)} or its MxN, got {tile!r}")
+    config = found[0]
+    if splitk is not None:
+        config = replace(config, split_k=splitk, persistent=False)
+    return config
+
+
+class _Signature:
+    """The kernel's arguments as Triton's compiler takes them: types, compile-time constants, alignment, by argument path."""
+
+    def __init__(self, problem: Problem, tail_plan: TailPlan, tensors: dict[str, TensorSpec], arg_names: list[str]):
+        self.tensors = tensors
+        self.arg_names = arg_names
+        self.types: dict[str, Any] = {}
+        self.constants: dict[tuple[int, ...], Any] = {}
+        self.attributes: dict[tuple[int, ...], Any] = {}
+        self.leaves: list[tuple[str, str | int | float]] = []  # type, and a tensor's name or a value; in the kernel's order
+        self._eps: dict[str, float] = {"": 0.0, "proj_": 0.0}
+        for name, value in zip(
+            ("x_ptr", "w_ptr", "y_ptr", "residual_ptr"), ("x", "weight", "y", "residual"), strict=True
+        ):
+            self.types[name] = self._tensor((self._index(name),), value)
+        self.types["bn"] = self._batch_norm((self._index("bn"),), "")
+        at = self._index("proj")
+        if problem.projection is None:
+            self.types["proj"] = self._constant((at,), None)
+        else:
+            self.types["proj"] = ProjectionTensors(
+                self._tensor((at, 0), "proj_x"), self._tensor((at, 1), "proj_weight"), self._batch_norm((at, 2), "proj_")
+            )
+        self.types["workspace_ptr"] = self._tensor((self._index("workspace_ptr"),), "workspace")
+        for name, size in zip(("M", "H", "W", "P", "Q", "PROJ_H", "PROJ_W"), tail_plan.sizes, strict=True):
+            self.types[name] = "i32"
+            self.leaves.append(("i32", size))
+        for name, value in (("conv", tail_plan.conv), ("proj_conv", tail_plan.proj_conv), ("tile", tail_plan.tile)):
+            self.types[name] = self._constant((self._index(name),), value)
+
+    def _index(self, name: str) -> int:
+        return self.arg_names.index(name)
+
+    def _constant(self, path: tuple[int, ...], value: Any) -> str:
+        self.constants[path] = value
+        return "constexpr"
+
+    def _tensor(self, path: tuple[int, ...], name: str) -> str:
+        if name not in self.tensors:
+            return self._constant(path, None)
+        self.attributes[path] = [["tt.divisibility", ALIGNMENT]]
+        kind = "*i32" if name == "workspace" else _TYPES[self.tensors[name].dtype]
+        self.leaves.append((kind, name))
+        return kind
+
+    def _batch_norm(self, path: tuple[int, ...], prefix: str) -> BatchNorm:
+        vectors = [self._tensor((*path, i), prefix + name) for i, name in enumerate(_BN_NAMES)]
+        self.leaves.append(("fp32", prefix + "eps"))
+        return BatchNorm(*vectors, "fp32")  # type: ignore[arg-type]
+
+
+def compile_kernel(problem: Problem, config: TailConfig, arch: int, bn_dtype: torch.dtype | None = None) -> Any:
+    """(Triton's CompiledKernel, TailPlan, signature) of `problem` with `config` for sm_`arch`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ..kernels.conv_bn_add_relu import conv_bn_add_relu_kernel
+
+    tail_plan = plan(problem, config, programs=2 * SM_COUNT.get(arch, 108))
+    tensors = tensor_specs(problem, ALIGNMENT, bn_dtype)
+    if tail_plan.workspace_bytes:
+        tensors["workspace"] = workspace_spec(tail_plan.workspace_bytes)
+    signature = _Signature(problem, tail_plan, tensors, conv_bn_add_relu_kernel.arg_names)
+    source = ASTSource(conv_bn_add_relu_kernel, signature.types, signature.constants, signature.attributes)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), tail_plan, signature
+
+
+def compile(
+    problem: Problem,
+    arch: str,
+    out_dir: Path,
+    *,
+    splitk: int | None = None,
+    tile: str | None = None,
+    eps: float = 1e-5,
+    proj_eps: float = 1e-5,
+) -> Launch:
+    """Compile `problem` for `arch` and write kernel.ptx, kernel.cubin and launch.json; see `fused_resnet.aot.compile`."""
+    if (reason := why_not_triton() or why_not_problem(problem)) is not None:
+        raise ValueError(reason)
+    capability = int(re.sub(r"\D", "", arch))
+    if capability < 80:
+        raise ValueError(f"triton: needs compute capability 8.0 or newer, got {arch}")
+    if problem.n * problem.p * problem.q == 0:
+        raise ValueError(f"triton: an empty batch launches nothing, got n={problem.n}")
+    config = choose_config(problem, capability, tile, splitk)
+    kernel, tail_plan, signature = compile_kernel(problem, config, capability)
+    values = {"eps": eps, "proj_eps": proj_eps}
+    arguments = [_argument(kind, values.get(str(value), value)) for kind, value in signature.leaves]
+    # Triton appends parameters of its own (scratch memory, profiler): unused here, so null, however many there are.
+    hidden = _parameter_count(kernel.asm["ptx"], kernel.metadata.name) - len(arguments)
+    if hidden < 0 or kernel.metadata.global_scratch_size:
+        raise RuntimeError(f"triton: expected {len(arguments)} kernel parameters or more, got {len(arguments) + hidden}")
+    arguments += [pointer(None)] * hidden
+    launch = Launch(
+        kernel=kernel.metadata.name,
+        arch=arch,
+        grid=(*tail_plan.grid, 1),
+        block=(32 * kernel.metadata.num_warps, 1, 1),
+        dynamic_shared_bytes=kernel.metadata.shared,
+        workspace_bytes=tail_plan.workspace_bytes,
+        arguments=arguments,
+        tensors=signature.tensors,
+        problem=str(problem),
+        eps=eps,
+        proj_eps=proj_eps,
+        workspace_initial="zeros" if tail_plan.workspace_bytes else None,
+        extra={"config": str(config)},
+    )
+    write(out_dir, launch, kernel.asm["ptx"], kernel.asm["cubin"])
+    return launch
+
+
+def _argument(kind: str, value: str | int | float) -> dict[str, Any]:
+    if kind.startswith("*"):
+        return pointer(str(value))
+    return scalar("float32", float(value)) if kind == "fp32" else scalar("int32", int(value))
+
+
+def _parameter_count(ptx: str, kernel: str) -> int:
+    entry = ptx[re.search(rf"\.entry\s+{re.escape(kernel)}\s*\(", ptx).end() :]  # type: ignore[union-attr]
+    return entry[: entry.index(")")].count(".param")
+
+
+def shipped(arch: int) -> Iterator[tuple[Problem, TailConfig]]:
+    """Every shipped configuration that `arch` has the shared memory for, each with a problem that fills its tile."""
+    from ..kernels.config import FP32, HALF, TF32, fits
+
+    half = "dtype=float16"
+    for family, dtype in ((HALF, half), (TF32, "dtype=float32,tf32=1"), (FP32, "dtype=float32")):
+        problem = Problem.parse(f"n=32,h=14,w=14,c=256,k=256,padding=1,residual=1,{dtype}")
+        for config in family:
+            if fits(config, problem, arch):
+                yield problem, config
