@@ -12,15 +12,17 @@ import torch
 
 from ..backends.triton import why_not_problem, why_not_triton
 from ..kernels.arguments import BatchNorm, ProjectionTensors
-from ..kernels.config import TailConfig, candidates
-from ..kernels.plan import TailPlan, plan
+from ..kernels.config import TailConfig, base_configs, candidates
+from ..kernels.plan import Descriptor, TailPlan, plan
 from ..problem import Problem
-from .launch_json import Launch, TensorSpec, pointer, scalar, tensor_specs, workspace_spec, write
+from .launch_json import Launch, TensorSpec, pointer, scalar, tensor_specs, tensormap, workspace_spec, write
 
 #: SMs of the usual device of an architecture: the planner fills them.
 SM_COUNT = {80: 108, 86: 84, 87: 16, 89: 128, 90: 132, 100: 148, 103: 160, 120: 170, 121: 48}
 #: All pointers must be multiples of this, as the compiled kernel's 16-byte accesses need.
 ALIGNMENT = 16
+
+L2_PROMOTION_128B = 2
 
 _TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
 _BN_NAMES = ("bias", "bn_weight", "bn_bias", "running_mean", "running_var")
@@ -49,33 +51,45 @@ class _Signature:
         self.types: dict[str, Any] = {}
         self.constants: dict[tuple[int, ...], Any] = {}
         self.attributes: dict[tuple[int, ...], Any] = {}
-        self.leaves: list[tuple[str, str | int | float]] = []  # type, and a tensor's name or a value; in the kernel's order
-        self._eps: dict[str, float] = {"": 0.0, "proj_": 0.0}
-        for name, value in zip(
-            ("x_ptr", "w_ptr", "y_ptr", "residual_ptr"), ("x", "weight", "y", "residual"), strict=True
-        ):
-            self.types[name] = self._tensor((self._index(name),), value)
-        self.types["bn"] = self._batch_norm((self._index("bn"),), "")
-        at = self._index("proj")
-        if problem.projection is None:
-            self.types["proj"] = self._constant((at,), None)
-        else:
-            self.types["proj"] = ProjectionTensors(
-                self._tensor((at, 0), "proj_x"), self._tensor((at, 1), "proj_weight"), self._batch_norm((at, 2), "proj_")
-            )
-        self.types["workspace_ptr"] = self._tensor((self._index("workspace_ptr"),), "workspace")
-        for name, size in zip(("M", "H", "W", "P", "Q", "PROJ_H", "PROJ_W"), tail_plan.sizes, strict=True):
+        self.leaves: list[tuple[str, str | int | Descriptor]] = []  # type, and tensor or value; in the kernel's order
+        self.described: list[tuple[str, Descriptor]] = []
+        self._descriptors = iter(tail_plan.descriptors)
+        fields = ("x", "weight", "y", "residual", "bn", "proj", "workspace")
+        for at, (name, field) in enumerate(zip(arg_names, fields, strict=False)):
+            if field == "bn":
+                self.types[name] = self._batch_norm((at,), "")
+            elif field == "proj" and problem.projection is not None:
+                self.types[name] = ProjectionTensors(
+                    self._operand((at, 0), "proj_x"),
+                    self._operand((at, 1), "proj_weight"),
+                    self._batch_norm((at, 2), "proj_"),
+                )
+            elif field in ("x", "weight"):
+                self.types[name] = self._operand((at,), field)
+            else:
+                self.types[name] = self._tensor((at,), field)
+        numbers = arg_names[len(fields) : -3]
+        for name, size in zip(numbers, tail_plan.sizes, strict=True):
             self.types[name] = "i32"
             self.leaves.append(("i32", size))
-        for name, value in (("conv", tail_plan.conv), ("proj_conv", tail_plan.proj_conv), ("tile", tail_plan.tile)):
-            self.types[name] = self._constant((self._index(name),), value)
-
-    def _index(self, name: str) -> int:
-        return self.arg_names.index(name)
+        static = (tail_plan.conv, tail_plan.proj_conv, tail_plan.tile)
+        for at, value in enumerate(static, len(arg_names) - 3):
+            self.types[arg_names[at]] = self._constant((at,), value)
 
     def _constant(self, path: tuple[int, ...], value: Any) -> str:
         self.constants[path] = value
         return "constexpr"
+
+    def _operand(self, path: tuple[int, ...], name: str) -> str:
+        """A pointer, or a tensor descriptor followed by its sizes and strides, as Triton passes one."""
+        descriptor = next(self._descriptors, None)
+        if descriptor is None:
+            return self._tensor(path, name)
+        self.described.append((name, descriptor))
+        self.leaves.append(("tensormap", name))
+        self.leaves += [("i32", size) for size in descriptor.shape]
+        self.leaves += [("i64", stride) for stride in descriptor.strides]
+        return f"tensordesc<{_TYPES[self.tensors[name].dtype][1:]}{list(descriptor.box)}>"
 
     def _tensor(self, path: tuple[int, ...], name: str) -> str:
         if name not in self.tensors:
@@ -98,13 +112,15 @@ def compile_kernel(problem: Problem, config: TailConfig, arch: int, bn_dtype: to
     from triton.compiler import ASTSource
 
     from ..kernels.conv_bn_add_relu import conv_bn_add_relu_kernel
+    from ..kernels.conv_bn_add_relu_tma import conv_bn_add_relu_tma_kernel
 
+    kernel = conv_bn_add_relu_tma_kernel if config.tma else conv_bn_add_relu_kernel
     tail_plan = plan(problem, config, programs=2 * SM_COUNT.get(arch, 108))
     tensors = tensor_specs(problem, ALIGNMENT, bn_dtype)
     if tail_plan.workspace_bytes:
         tensors["workspace"] = workspace_spec(tail_plan.workspace_bytes)
-    signature = _Signature(problem, tail_plan, tensors, conv_bn_add_relu_kernel.arg_names)
-    source = ASTSource(conv_bn_add_relu_kernel, signature.types, signature.constants, signature.attributes)
+    signature = _Signature(problem, tail_plan, tensors, kernel.arg_names)
+    source = ASTSource(kernel, signature.types, signature.constants, signature.attributes)
     options = {"num_warps": config.warps, "num_stages": config.stages}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), tail_plan, signature
 
@@ -130,7 +146,18 @@ def compile(
     config = choose_config(problem, capability, tile, splitk)
     kernel, tail_plan, signature = compile_kernel(problem, config, capability)
     values = {"eps": eps, "proj_eps": proj_eps}
-    arguments = [_argument(kind, values.get(str(value), value)) for kind, value in signature.leaves]
+    maps = iter(zip(signature.described, kernel.metadata.tensordesc_meta or (), strict=True))
+    arguments: list[dict[str, Any]] = []
+    for kind, value in signature.leaves:
+        if kind == "tensormap":
+            (name, descriptor), meta = next(maps)
+            arguments.append(_tensormap(name, descriptor, meta, signature.tensors[name].dtype))
+        elif kind.startswith("*"):
+            arguments.append(pointer(str(value)))
+        elif kind == "fp32":
+            arguments.append(scalar("float32", float(values[str(value)])))
+        else:
+            arguments.append(scalar("int32" if kind == "i32" else "int64", int(value)))
     # Triton appends parameters of its own (scratch memory, profiler): unused here, so null, however many there are.
     hidden = _parameter_count(kernel.asm["ptx"], kernel.metadata.name) - len(arguments)
     if hidden < 0 or kernel.metadata.global_scratch_size:
@@ -155,10 +182,21 @@ def compile(
     return launch
 
 
-def _argument(kind: str, value: str | int | float) -> dict[str, Any]:
-    if kind.startswith("*"):
-        return pointer(str(value))
-    return scalar("float32", float(value)) if kind == "fp32" else scalar("int32", int(value))
+def _tensormap(name: str, descriptor: Descriptor, meta: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The parameters of cuTensorMapEncodeTiled (enumerations by value, innermost dimension first), as Triton sets them."""
+    item = meta["elem_size"]
+    return tensormap(
+        name,
+        data_type={"float16": 6, "bfloat16": 9, "float32": 7}[dtype],
+        dims=list(descriptor.shape)[::-1],
+        strides_bytes=[stride * item for stride in descriptor.strides[:-1]][::-1],
+        box=list(meta["block_size"])[::-1],
+        element_strides=[1] * len(descriptor.shape),
+        interleave=0,
+        swizzle=meta["swizzle"],
+        l2_promotion=L2_PROMOTION_128B,
+        oob_fill=0,
+    )
 
 
 def _parameter_count(ptx: str, kernel: str) -> int:
@@ -168,11 +206,7 @@ def _parameter_count(ptx: str, kernel: str) -> int:
 
 def shipped(arch: int) -> Iterator[tuple[Problem, TailConfig]]:
     """Every shipped configuration that `arch` has the shared memory for, each with a problem that fills its tile."""
-    from ..kernels.config import FP32, HALF, TF32, fits
-
-    half = "dtype=float16"
-    for family, dtype in ((HALF, half), (TF32, "dtype=float32,tf32=1"), (FP32, "dtype=float32")):
+    for dtype in ("dtype=float16", "dtype=float32,tf32=1", "dtype=float32"):
         problem = Problem.parse(f"n=32,h=14,w=14,c=256,k=256,padding=1,residual=1,{dtype}")
-        for config in family:
-            if fits(config, problem, arch):
-                yield problem, config
+        for config in base_configs(problem, arch):
+            yield problem, config

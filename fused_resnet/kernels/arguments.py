@@ -52,12 +52,13 @@ class Tile:
     k: int
     warps: int
     stages: int
-    precision: str  # of the dot: "tensor" (fp16, bf16), "tf32", "tf32_rna", "ieee", or "upcast" (interpreter)
+    precision: str  # of the dot: "tensor" (fp16, bf16), "tf32_rna", "ieee", or "upcast" (interpreter)
     activation: str = "relu"
     group_m: int = 8
     split_k: int = 1
     ordered: bool = True
     persistent: bool = False
+    box: tuple[int, int, int] = (1, 1, 1)  # TMA: images, rows and columns of a tile's pixels, m in all
 
     @property
     def counters(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..problem import Problem
+from ..problem import Problem, dtype_name
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,13 @@ class TailConfig:
     split_k: int = 1
     ordered: bool = True  # split-K adds partial sums in a fixed order; False: atomically, the order is the hardware's
     persistent: bool = False  # as many programs as fit on the device, each taking tile after tile
+    tma: bool = False  # operands through tensor descriptors, where `why_not_tma` has nothing against it
 
     def __str__(self) -> str:
         text = f"{self.m}x{self.n}x{self.k}_w{self.warps}_s{self.stages}"
         if self.split_k > 1:
             text += f"_split{self.split_k}" + ("" if self.ordered else "a")
-        return text + ("_persistent" if self.persistent else "")
+        return text + ("_persistent" if self.persistent else "") + ("_tma" if self.tma else "")
 
     def shared_bytes(self, item: int) -> int:
         """Shared memory of the stages (an upper bound: on sm_80 the compiler keeps one less)."""
@@ -63,20 +64,49 @@ FP32: tuple[TailConfig, ...] = (
 )
 #: Bytes of shared memory that one program may use, per compute capability; a newer one counts as 99 KiB.
 SHARED_LIMIT = {80: 163 << 10, 87: 163 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10, 110: 227 << 10}
+#: Capabilities whose tensor cores read their operands from shared memory (wgmma, tcgen05), and those with tensor memory.
+MEMORY_OPERANDS = (90, 100, 103, 110)
+TENSOR_MEMORY = (100, 103, 110)
+TMA_CHANNELS = 64  # whole steps of the K-loop, since nothing masks the weights of the next tap
 SPLITS = (2, 4, 8)
 
 
-def base_configs(problem: Problem) -> tuple[TailConfig, ...]:
+def base_configs(problem: Problem, capability: int) -> list[TailConfig]:
+    """The tiles for `problem` on a device, each by pointers and, where they run, by tensor descriptors."""
+    family = HALF
     if problem.dtype is torch.float32:
-        return TF32 if problem.tf32 else FP32
-    return HALF
+        family = TF32 if problem.tf32 else FP32
+    found = [config for config in family if fits(config, problem, capability)]
+    if why_not_tma(problem, capability) is None:
+        found += [replace(config, tma=True) for config in found if config.n >= 64]  # filters are wgmma's 64 rows
+    return found
+
+
+def why_not_tma(problem: Problem, capability: int) -> str | None:
+    """None where tensor descriptors can load a problem's operands on a device, else the sentence."""
+    if capability < 90:
+        return f"triton: tensor descriptors need compute capability 9.0 or newer, got {capability / 10}"
+    if problem.dtype.itemsize != 2:  # tf32 must be rounded on the way, and a descriptor's own rounding is unproven here
+        return f"triton: tensor descriptors load float16 and bfloat16, got {dtype_name(problem.dtype)}"
+    widths = {"c": problem.c} | ({"proj c": problem.projection.c} if problem.projection else {})
+    for name, c in widths.items():
+        if c % TMA_CHANNELS:
+            return f"triton: tensor descriptors need a multiple of {TMA_CHANNELS} channels, got {name}={c}"
+    pointwise = (problem.r, problem.s) == (1, 1) and problem.padding == (0, 0)
+    if problem.stride != (1, 1) and not pointwise:
+        return f"triton: tensor descriptors need stride 1 for a filter of more than one tap, got {problem.stride}"
+    return None
 
 
 def fits(config: TailConfig, problem: Problem, capability: int) -> bool:
     """Whether the device has the shared memory, and the program the registers (a projection needs two accumulators)."""
     accumulators = config.m * config.n // (32 * config.warps)
-    if problem.projection is not None and accumulators > 64:
+    if accumulators > 64 and problem.projection is not None:
         return False
+    if capability in MEMORY_OPERANDS and config.k * problem.dtype.itemsize < 128:
+        return False  # steps too short for tensor cores that read shared memory
+    if capability in TENSOR_MEMORY and accumulators > 64:
+        return False  # they come back from tensor memory all at once, and would spill
     return config.shared_bytes(problem.dtype.itemsize) <= SHARED_LIMIT.get(capability, 99 << 10)
 
 
@@ -106,8 +136,7 @@ def candidates(problem: Problem, capability: int, sms: int, deterministic: bool)
     """
     found = [
         variant
-        for config in base_configs(problem)
-        if fits(config, problem, capability)
+        for config in base_configs(problem, capability)
         for variant in variants(config, problem, sms, deterministic)
     ]
     depth = problem.r * problem.s * problem.c + (problem.projection.c if problem.projection else 0)
@@ -119,6 +148,6 @@ def candidates(problem: Problem, capability: int, sms: int, deterministic: bool)
         fixed = config.m * config.n * 32 * (1 + 3 * (config.split_k > 1) + config.split_k / 2 * (config.split_k > 1))
         rounds = -(-tile_count(config, problem) * config.split_k // sms)
         # variants that only a measurement can justify come right after their plain form
-        return rounds * (loop + fixed) * (1.001 if config.persistent or not config.ordered else 1.0)
+        return rounds * (loop + fixed) * (1.001 if config.persistent or config.tma or not config.ordered else 1.0)
 
     return sorted(found, key=cost)

@@ -217,7 +217,7 @@ def tail_tile(
             shift += proj_shift
         else:
             scale, shift = bn_scale_shift(tile_n * tile.n, bn, K, tile)
-        finish_tile(z, scale, shift, y_ptr, residual_ptr, first, rows, M, tile_n * tile.n, K, tile)
+        finish_tile(z, scale, shift, y_ptr, residual_ptr, first, rows, rows < M - first, tile_n * tile.n, K, tile)
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "PROJ_H", "PROJ_W"])

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..layout import empty_output, output_memory_format
 from ..problem import Problem
@@ -18,6 +19,7 @@ from ..reference import ConvBN, Tail
 from .arguments import BatchNorm, ProjectionTensors
 from .config import SHARED_LIMIT, TailConfig, candidates
 from .conv_bn_add_relu import conv_bn_add_relu_kernel
+from .conv_bn_add_relu_tma import conv_bn_add_relu_tma_kernel
 from .plan import TailPlan, plan
 
 #: TRITON_INTERPRET=1 was set when Triton was imported: kernels run in its interpreter, on tensors of any device.
@@ -101,6 +103,7 @@ class BoundTail:
         dense = self.memory_format is torch.channels_last or problem.k == 1 or problem.p * problem.q == 1
         self.writes_output = dense  # the kernel's NHWC order is the output's own
         self.launch_options = {"num_warps": config.warps, "num_stages": config.stages}
+        self.kernel = conv_bn_add_relu_tma_kernel if config.tma else conv_bn_add_relu_kernel
         self.compiled: Any = None
         self.constants = (*self.plan.sizes, self.plan.conv, self.plan.proj_conv, self.plan.tile)
         self.get_stream: Callable[[int], int] = lambda index: 0
@@ -115,6 +118,15 @@ class BoundTail:
             with torch.cuda.device(self.device):
                 return self._launch(tail, y)
         return self._launch(tail, y)
+
+    def _described(self, index: int, t: Tensor) -> Any:
+        """`t`, or its tensor descriptor where this configuration loads through one."""
+        if not self.config.tma:
+            return t
+        if t.data_ptr() % 16:
+            t = t.clone(memory_format=torch.preserve_format)
+        d = self.plan.descriptors[index]
+        return TensorDescriptor(t, list(d.shape), list(d.strides), list(d.box))
 
     def _launch(self, tail: Tail, y: Tensor) -> Tensor:
         x, weight = channels_last(tail.x), channels_last(tail.conv.weight)
@@ -134,6 +146,9 @@ class BoundTail:
             for v in proj.bn[:5]:
                 if v is not None:
                     pointers |= v.data_ptr()
+        x, weight = self._described(0, x), self._described(1, weight)
+        if proj is not None:
+            proj = ProjectionTensors(self._described(2, proj.x), self._described(3, proj.weight), proj.bn)
         stream = self.get_stream(self.device.index or 0)
         scratch = None
         if self.plan.workspace_bytes:
@@ -146,7 +161,7 @@ class BoundTail:
                 grid[0], grid[1], 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
             )
         else:
-            kernel = conv_bn_add_relu_kernel[grid](*arguments, **self.launch_options)
+            compiled = self.kernel[grid](*arguments, **self.launch_options)
             if not INTERPRETING and not pointers & 15:
-                self.compiled = kernel
+                self.compiled = compiled
         return y if self.writes_output else y.copy_(out)

@@ -1,0 +1,104 @@
+# mypy: allow-untyped-defs
+"""The tail with its operands loaded through tensor descriptors (TMA; sm_90 and newer).
+
+A tile of M is a box of output pixels, tile.box = (images, rows, columns). What a tap reads of it is then a box of the input,
+shifted by the tap: one instruction of one thread copies it, and fills the halo with zeros, for nothing is read outside the
+image. See plan.py for the shapes where this holds.
+"""
+
+import triton
+import triton.language as tl
+
+from fused_resnet.kernels.conv_bn_add_relu import dot, split_range
+from fused_resnet.kernels.epilogue import bn_scale_shift, finish_tile, reduce_split, tile_coordinates
+
+
+@triton.jit
+def boxed_gemm(x_desc, w_desc, n, h0, w0, first_k, begin, end, conv: tl.constexpr, tile: tl.constexpr):
+    """Sum of K-loop steps [begin, end) of the tile whose first pixel reads image n from row h0 and column w0 on.
+
+    Computed transposed, filters by pixels: the box of pixels has to be reshaped, and Triton keeps a reshaped operand in
+    shared memory as it was copied only when it is the transposed right one; as the left one it would take it through
+    registers. Scale and shift then also are a few rows' values to a thread, not many columns'.
+    """
+    S: tl.constexpr = conv.s
+    DIL_H: tl.constexpr = conv.dil_h
+    DIL_W: tl.constexpr = conv.dil_w
+    BLOCKS: tl.constexpr = conv.c // tile.k
+    block = begin % BLOCKS
+    h = h0 + begin // BLOCKS // S * DIL_H
+    w = w0 + begin // BLOCKS % S * DIL_W
+    acc = tl.zeros((tile.n, tile.m), tl.float32)
+    for step in tl.range(begin, end, num_stages=tile.stages):
+        pixels = x_desc.load([n, h, w, block * tile.k]).reshape(tile.m, tile.k)
+        filters = w_desc.load([first_k, step * tile.k])
+        acc = dot(filters, pixels.T, acc, tile.precision)
+        block += 1
+        tap_done = block == BLOCKS
+        row_done = tap_done & (w == w0 + (S - 1) * DIL_W)
+        h = tl.where(row_done, h + DIL_H, h)
+        w = tl.where(row_done, w0, tl.where(tap_done, w + DIL_W, w))
+        block = tl.where(tap_done, 0, block)
+    return acc.T
+
+
+@triton.jit
+def boxed_tile(index, split, x_desc, w_desc, y_ptr, residual_ptr, bn, proj, workspace_ptr, N, P, Q,
+               conv: tl.constexpr, proj_conv: tl.constexpr, tile: tl.constexpr):  # fmt: skip
+    """One box of output pixels by tile.n filters, or one split of its K-loop."""
+    K: tl.constexpr = conv.k
+    SPLIT_K: tl.constexpr = tile.split_k
+    BOX_H: tl.constexpr = tile.box[1]
+    BOX_W: tl.constexpr = tile.box[2]
+    NUM_N: tl.constexpr = (K + tile.n - 1) // tile.n
+    boxes_w = tl.cdiv(Q, BOX_W)
+    boxes_h = tl.cdiv(P, BOX_H)
+    index = tl.cast(index, tl.int32)  # the interpreter counts a loop in plain Python integers
+    box, tile_n = tile_coordinates(index, tl.cdiv(N, tile.box[0]) * boxes_h * boxes_w, NUM_N, tile.group_m)
+    n0 = box // (boxes_h * boxes_w) * tile.box[0]
+    p0 = box // boxes_w % boxes_h * BOX_H
+    q0 = box % boxes_w * BOX_W
+    first_k = tile_n * tile.n
+
+    STEPS: tl.constexpr = conv.steps(tile.k)
+    begin, end = split_range(STEPS, split, SPLIT_K)
+    z = boxed_gemm(x_desc, w_desc, n0, p0 - conv.pad_h, q0 - conv.pad_w, first_k, begin, end, conv, tile)
+    if proj is not None:  # its stride is in the descriptor: proj_x is seen as the pixels that the projection reads
+        PROJ_STEPS: tl.constexpr = proj_conv.steps(tile.k)
+        begin, end = split_range(PROJ_STEPS, split, SPLIT_K)
+        proj_z = boxed_gemm(proj.x, proj.weight, n0, p0, q0, first_k, begin, end, proj_conv, tile)
+        scale, shift = bn_scale_shift(first_k, bn, K, tile)
+        proj_scale, proj_shift = bn_scale_shift(first_k, proj.bn, K, tile)
+        z = z * scale[None, :] + proj_z * proj_scale[None, :]
+
+    last = True
+    if SPLIT_K > 1:
+        z, last = reduce_split(z, workspace_ptr, index, split, tile)
+    if last:
+        if proj is not None:
+            scale = tl.full((tile.n,), 1.0, tl.float32)
+            shift += proj_shift
+        else:
+            scale, shift = bn_scale_shift(first_k, bn, K, tile)
+        i = tl.arange(0, tile.m)
+        n = i // (BOX_H * BOX_W)
+        p = i // BOX_W % BOX_H
+        q = i % BOX_W
+        inside = (n < N - n0) & (p < P - p0) & (q < Q - q0)
+        finish_tile(z, scale, shift, y_ptr, residual_ptr, (n0 * P + p0).to(tl.int64) * Q + q0, (n * P + p) * Q + q, inside,
+                    first_k, K, tile)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "P", "Q"])
+def conv_bn_add_relu_tma_kernel(x_desc, w_desc, y_ptr, residual_ptr, bn, proj, workspace_ptr, N, P, Q,
+                                conv: tl.constexpr, proj_conv: tl.constexpr, tile: tl.constexpr):  # fmt: skip
+    """Grid (tiles, split_k); `persistent`: (any number, split_k), whose programs take every num_programs-th tile."""
+    if tile.persistent:
+        boxes = tl.cdiv(N, tile.box[0]) * tl.cdiv(P, tile.box[1]) * tl.cdiv(Q, tile.box[2])
+        num_tiles = boxes * ((conv.k + tile.n - 1) // tile.n)
+        for index in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=1):
+            boxed_tile(index, tl.program_id(1), x_desc, w_desc, y_ptr, residual_ptr, bn, proj, workspace_ptr, N, P, Q,
+                       conv, proj_conv, tile)  # fmt: skip
+    else:
+        boxed_tile(tl.program_id(0), tl.program_id(1), x_desc, w_desc, y_ptr, residual_ptr, bn, proj, workspace_ptr,
+                   N, P, Q, conv, proj_conv, tile)  # fmt: skip

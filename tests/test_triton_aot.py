@@ -1,0 +1,127 @@
+"""Ahead-of-time artifacts of the Triton tail: launched from launch.json alone, and their machine code read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.static.sass import read_cubin
+from benchmarks.static.table import KernelReport, report
+from fused_resnet import aot
+from fused_resnet.aot.launch_json import Launch
+from fused_resnet.problem import Problem
+from fused_resnet.reference import reference
+from fused_resnet.testing import assert_bitexact, assert_within_bar, eager_error, make_tail
+from tests.launch_harness import Memory, run_ptx
+
+pytest.importorskip("triton")
+
+from fused_resnet.aot.triton import compile_kernel, shipped
+
+pytestmark = [pytest.mark.aot]
+
+HALF = "dtype=float16,residual=1"
+ARTIFACTS = {
+    "resnet18": "n=1,h=14,w=14,c=64,k=64,padding=1," + HALF,
+    "resnet50": "n=2,h=7,w=7,c=128,k=512,r=1,residual=1,dtype=bfloat16",
+    "odd": "n=2,h=9,w=7,c=33,k=37,padding=1,bias=1,relu=0," + HALF,
+    "mixed": "n=1,h=6,w=6,c=24,k=20,padding=1,dtype=float16,residual=float32",
+    "projection": "n=2,h=7,w=7,c=32,k=40,padding=1,proj=24x14x14x2,proj_bias=1,dtype=float16",
+    "dilation": "n=1,h=12,w=11,c=16,k=24,padding=2,dilation=2," + HALF,
+    "stem": "n=1,h=21,w=19,c=3,k=16,r=7,stride=2,padding=3,dtype=float16",
+    "splitk": "n=1,h=7,w=7,c=64,k=40,padding=1,splitk=3," + HALF,
+    "tile": "n=1,h=7,w=7,c=64,k=40,padding=1,tile=128x64," + HALF,
+    "tf32": "n=1,h=8,w=7,c=24,k=40,padding=1,residual=1,dtype=tf32",
+    "fp32": "n=1,h=8,w=7,c=24,k=40,padding=1,residual=1,bn=0",
+}
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", ARTIFACTS)
+def test_artifacts_run_from_the_json_alone(name: str, arch: str, tmp_path: Path) -> None:
+    aot.compile("triton", arch, ARTIFACTS[name], tmp_path)
+    launch = Launch.from_json((tmp_path / "launch.json").read_text())
+    ptx = (tmp_path / "kernel.ptx").read_text()
+    assert (tmp_path / "kernel.cubin").read_bytes()[:4] == b"\x7fELF"
+    problem = Problem.parse(launch.problem)
+    # eps is a kernel argument, so part of the artifact: small integers stay exact with the eps it was compiled for only
+    tail = make_tail(problem, "random")
+    exact = reference(tail.to(torch.float64))
+    memory = Memory(launch, tail)
+    for seed in range(2 if launch.workspace_bytes else 1):  # a workspace is left as the next launch needs it
+        assert_within_bar(
+            run_ptx(launch, ptx, tail, seed=seed, memory=memory), eager_error(problem), exact, f"{name} {arch}"
+        )
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_eps_is_in_the_artifact(arch: str, tmp_path: Path) -> None:
+    text = ARTIFACTS["projection"]
+    launch = aot.compile("triton", arch, text, tmp_path, eps=1.0, proj_eps=1.0)
+    tail = make_tail(Problem.parse(text), "integers")
+    got = run_ptx(launch, (tmp_path / "kernel.ptx").read_text(), tail)
+    assert_bitexact(got, reference(tail.to(torch.float64)), arch)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("n=1,h=8,w=8,c=8,k=8,groups=2,dtype=float16", "groups must be 1, got 2"),
+        ("n=1,h=8,w=8,c=8,k=8,dtype=float64", "got float64"),
+        ("n=1,h=8,w=8,c=8,k=8,dtype=float16,tile=96x96", "tile: expected one of"),
+        ("n=0,h=8,w=8,c=8,k=8,dtype=float16", "empty batch"),
+    ],
+)
+def test_refusals_are_sentences(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        aot.compile("triton", "sm_80", text, tmp_path)
+
+
+# ---- the gate: what ptxas made of every shipped configuration ----------------------------------------------------------
+
+TENSOR_OPCODE = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+GATE = [(arch, problem, config) for arch in (80, 90) for problem, config in shipped(arch)]
+#: The other architectures in CI by a sample; `make static` takes all.
+SAMPLE = [
+    (arch, problem, config)
+    for arch in (86, 89, 100, 120)
+    for problem, config in shipped(arch)
+    if str(config) in ("64x64x32_w4_s4", "128x128x32_w4_s4", "64x64x32_w4_s3")
+]
+
+
+def static_report(problem: Problem, config, arch: int) -> KernelReport:
+    kernel, _, _ = compile_kernel(problem, config, arch)
+    (code,) = read_cubin(kernel.asm["cubin"])
+    return report(code, threads=32 * config.warps, dynamic_shared=kernel.metadata.shared, name=f"triton {config}")
+
+
+def name_of(value: object) -> str:
+    return str(value) if not isinstance(value, Problem) else str(value.dtype)[6:] + ("_tf32" if value.tf32 else "")
+
+
+@pytest.mark.parametrize(("arch", "problem", "config"), GATE + SAMPLE, ids=name_of)
+def test_machine_code(arch: int, problem: Problem, config) -> None:
+    row = static_report(problem, config, arch)
+    assert row.stack == row.local == row.spill_instructions == 0
+    asynchronous = sum(n for key, n in row.loads.items() if key.startswith("LDGSTS.16B"))
+    assert asynchronous >= config.stages - 1, f"no asynchronous 16-byte copies: {row.loads}"
+    assert any(key.startswith("STG.16B") for key in row.loads), f"narrow stores: {row.loads}"
+    if problem.dtype is torch.float32 and not problem.tf32:
+        assert not row.mma_opcodes
+        return
+    assert all(opcode.startswith(TENSOR_OPCODE[arch]) for opcode in row.mma_opcodes)
+    assert row.mma_opcodes
+    if problem.dtype is not torch.float16 or row.loop is None:
+        return
+    if arch in (80, 86, 89, 120):
+        if (config.m, config.n) == (64, 64):
+            assert row.loop.instructions_per_mma <= 6
+        elif config.m * config.n >= 128 * 128:
+            assert row.loop.instructions_per_mma <= 3.5
+    if arch == 90 and config.m * config.n >= 128 * 128 * config.warps // 4:
+        assert 1 / row.loop.math_ratio <= 0.35, f"{100 / row.loop.math_ratio:.0f} % of the tensor cycles spent on issue"
