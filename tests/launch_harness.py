@@ -111,8 +111,10 @@ def _tensormap(argument: dict[str, Any], address: int) -> bytes:
     ptxi = interpreter()
     assert set(argument["element_strides"]) == {1}, "beyond the interpreter"
     assert argument["interleave"] == 0, "beyond the interpreter"
+    # launch.json has CUtensorMapDataType's numbers, the interpreter those of tensormap.replace
+    data_type = {8: 9, 9: 10, 10: 8}.get(argument["data_type"], argument["data_type"])
     return ptxi.encode_tiled(
-        address, argument["data_type"], argument["dims"], argument["strides_bytes"], argument["box"],
+        address, data_type, argument["dims"], argument["strides_bytes"], argument["box"],
         argument["swizzle"], argument["oob_fill"],
     )  # fmt: skip
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 
 import pytest
 import torch
 
 from fused_resnet.backends.triton import BACKEND
-from fused_resnet.kernels.config import FP32, HALF, TF32, TailConfig
+from fused_resnet.kernels.config import FP32, HALF, TF32, TailConfig, candidates, why_not_tma
 from fused_resnet.problem import Problem
 from fused_resnet.reference import reference
 from fused_resnet.testing import PROBLEMS, check_tail, in_dtype, make_tail
@@ -68,6 +69,40 @@ def test_split_k_workspace_is_shared_between_problems() -> None:
     for _ in range(2):
         check(DEEP, large, kinds=("integers",))
         check(many, small, kinds=("integers",))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "n=3,h=9,w=7,c=64,k=37,padding=1,residual=1",
+        "n=3,h=9,w=7,c=128,k=70,r=1,residual=1",
+        "n=2,h=9,w=7,c=64,k=40,r=1,stride=2:1,residual=1",
+        "n=2,h=9,w=11,c=64,k=40,r=3,s=5,padding=2:1,dilation=2:1",
+        "n=2,h=9,w=7,c=64,k=40,padding=1,proj=64x17x13x2",
+        "n=2,h=5,w=7,c=64,k=40,r=1,proj=128x5x7x1",
+    ],
+)
+@pytest.mark.parametrize("split", [1, 3])
+def test_tensor_descriptors(text: str, split: int) -> None:
+    check(Problem.parse(text + ",relu=0,dtype=float16"), TailConfig(64, 64, 64, 4, 3, split_k=split, tma=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "capability", "sentence"),
+    [
+        ("h=8,w=8,c=64,k=64,padding=1,dtype=float16", 80, "compute capability 9.0 or newer, got 8.0"),
+        ("h=8,w=8,c=64,k=64,padding=1,dtype=tf32", 90, "float16 and bfloat16, got float32"),
+        ("h=8,w=8,c=40,k=64,padding=1,dtype=float16", 90, "multiple of 64 channels, got c=40"),
+        ("h=8,w=8,c=64,k=64,padding=1,proj=24,dtype=float16", 90, "got proj c=24"),
+        ("h=8,w=8,c=64,k=64,padding=1,stride=2,dtype=float16", 90, r"stride 1 .* got \(2, 2\)"),
+    ],
+)
+def test_refusals_of_tensor_descriptors_are_sentences(text: str, capability: int, sentence: str) -> None:
+    problem = Problem.parse(text)
+    reason = why_not_tma(problem, capability)
+    assert reason is not None
+    assert re.search(sentence, reason)
+    assert not any(config.tma for config in candidates(problem, capability, 132, deterministic=False))
 
 
 def test_persistent_programs_take_several_tiles() -> None:

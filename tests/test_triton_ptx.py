@@ -1,7 +1,8 @@
 """The Triton tail as compiled for sm_80 and sm_90, executed by the PTX interpreter through ordinary launches.
 
-Triton specialises, compiles and launches exactly as on a GPU; PTXI_HOME's triton_device stands in for the driver. It reports
-races, uninitialised data, accesses out of bounds and copies read too early, none of which Triton's own interpreter can see.
+Triton specialises, compiles and launches exactly as on a GPU; PTXI_HOME's triton_device stands in for the driver. It
+reports races, uninitialised data, accesses out of bounds and copies read too early, none of which Triton's own
+interpreter can see.
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from fused_resnet.backends.triton import TritonBackend, why_not_problem
+from fused_resnet.kernels.config import FP32, HALF, TF32, TailConfig, fits
 from fused_resnet.problem import Problem
 from fused_resnet.reference import reference
 from fused_resnet.testing import PROBLEMS, check_tail, in_dtype, make_tail
 
 pytest.importorskip("triton")
-
-from fused_resnet.backends.triton import TritonBackend, why_not_problem  # noqa: E402
-from fused_resnet.kernels.config import FP32, HALF, TF32, TailConfig, fits  # noqa: E402
 
 pytestmark = [pytest.mark.ptx]
 
@@ -68,7 +69,7 @@ def test_every_configuration(
 ) -> None:
     problem = typed(ODD, family)
     if not fits(config, problem, device.capability):
-        pytest.skip(f"{config} needs more shared memory than sm_{device.capability} has")
+        pytest.skip(f"{config} is not for sm_{device.capability}")
     check(problem, config)
     # no masks at all: whole steps of channels, whole tiles of filters, a 1x1 filter
     aligned = Problem.parse(f"n=2,h=5,w=7,c={2 * config.k},k={config.n},r=1,residual=1")
@@ -105,6 +106,43 @@ def test_persistent(check: Callable[..., None], split: int, monkeypatch: pytest.
 
     monkeypatch.setattr(launch, "sm_count", lambda device: 2)
     check(dataclasses.replace(ODD, h=23), TailConfig(64, 32, 32, 4, 3, split_k=split, persistent=True))
+
+
+#: Boxes of pixels that do not fill the image, tails of filters, every way to build a descriptor.
+DESCRIBED = {
+    "3x3": "n=3,h=9,w=7,c=64,k=37,padding=1,residual=1",
+    "1x1": "n=3,h=9,w=7,c=128,k=70,r=1,residual=1",
+    "1x1_stride2": "n=2,h=9,w=7,c=64,k=40,r=1,stride=2:1,residual=1",
+    "dilation": "n=2,h=9,w=11,c=64,k=40,r=3,s=5,padding=2:1,dilation=2:1",
+    "projection": "n=2,h=9,w=7,c=64,k=40,padding=1,proj=64x17x13x2",
+    "projection_1x1": "n=2,h=5,w=7,c=64,k=40,r=1,proj=128x5x7x1",
+}
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+@pytest.mark.parametrize("device", [90], indirect=True, ids=["sm_90"])
+def test_tensor_descriptors(check: Callable[..., None], name: str) -> None:
+    problem = Problem.parse(DESCRIBED[name] + ",relu=0,dtype=bfloat16")
+    check(problem, TailConfig(64, 64, 64, 4, 3, tma=True))
+
+
+@pytest.mark.parametrize("device", [90], indirect=True, ids=["sm_90"])
+@pytest.mark.parametrize(
+    "config", [replace(c, tma=True) for c in HALF if c.k == 64] + [
+        TailConfig(64, 64, 64, 4, 3, split_k=3, tma=True),
+        TailConfig(64, 64, 64, 4, 3, split_k=3, ordered=False, tma=True),
+        TailConfig(32, 64, 64, 4, 3, persistent=True, tma=True),
+    ], ids=str,
+)  # fmt: skip
+def test_every_configuration_with_tensor_descriptors(
+    check: Callable[..., None], config: TailConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fused_resnet.kernels import launch
+
+    monkeypatch.setattr(launch, "sm_count", lambda device: 2)
+    problem = Problem.parse(DESCRIBED["3x3"] + ",relu=0,dtype=float16")
+    for _ in range(2 if config.split_k > 1 else 1):
+        check(problem, config)
 
 
 @pytest.mark.parametrize(

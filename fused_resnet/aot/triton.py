@@ -43,7 +43,9 @@ def choose_config(problem: Problem, arch: int, tile: str | None = None, splitk: 
 
 
 class _Signature:
-    """The kernel's arguments as Triton's compiler takes them: types, compile-time constants, alignment, by argument path."""
+    """The kernel's arguments as Triton's compiler takes them: types, compile-time constants, alignment, by argument
+    path.
+    """
 
     def __init__(self, problem: Problem, tail_plan: TailPlan, tensors: dict[str, TensorSpec], arg_names: list[str]):
         self.tensors = tensors
@@ -100,9 +102,12 @@ class _Signature:
         return kind
 
     def _batch_norm(self, path: tuple[int, ...], prefix: str) -> BatchNorm:
-        vectors = [self._tensor((*path, i), prefix + name) for i, name in enumerate(_BN_NAMES)]
+        vectors = {
+            field: self._tensor((*path, i), prefix + name)
+            for i, (field, name) in enumerate(zip(BatchNorm._fields, _BN_NAMES, strict=False))
+        }
         self.leaves.append(("fp32", prefix + "eps"))
-        return BatchNorm(*vectors, "fp32")  # type: ignore[arg-type]
+        return BatchNorm(**vectors, eps="fp32")  # type: ignore[arg-type]
 
 
 def compile_kernel(problem: Problem, config: TailConfig, arch: int, bn_dtype: torch.dtype | None = None) -> Any:
@@ -135,7 +140,9 @@ def compile(
     eps: float = 1e-5,
     proj_eps: float = 1e-5,
 ) -> Launch:
-    """Compile `problem` for `arch` and write kernel.ptx, kernel.cubin and launch.json; see `fused_resnet.aot.compile`."""
+    """Compile `problem` for `arch` and write kernel.ptx, kernel.cubin and launch.json; see
+    `fused_resnet.aot.compile`.
+    """
     if (reason := why_not_triton() or why_not_problem(problem)) is not None:
         raise ValueError(reason)
     capability = int(re.sub(r"\D", "", arch))
@@ -161,7 +168,9 @@ def compile(
     # Triton appends parameters of its own (scratch memory, profiler): unused here, so null, however many there are.
     hidden = _parameter_count(kernel.asm["ptx"], kernel.metadata.name) - len(arguments)
     if hidden < 0 or kernel.metadata.global_scratch_size:
-        raise RuntimeError(f"triton: expected {len(arguments)} kernel parameters or more, got {len(arguments) + hidden}")
+        raise RuntimeError(
+            f"triton: expected {len(arguments)} kernel parameters or more, got {len(arguments) + hidden}"
+        )
     arguments += [pointer(None)] * hidden
     launch = Launch(
         kernel=kernel.metadata.name,
@@ -183,7 +192,9 @@ def compile(
 
 
 def _tensormap(name: str, descriptor: Descriptor, meta: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The parameters of cuTensorMapEncodeTiled (enumerations by value, innermost dimension first), as Triton sets them."""
+    """The parameters of cuTensorMapEncodeTiled (enumerations by value, innermost dimension first), as Triton sets
+    them.
+    """
     item = meta["elem_size"]
     return tensormap(
         name,

@@ -46,7 +46,7 @@ HALF: tuple[TailConfig, ...] = (
     TailConfig(64, 128, 64, 4, 3),
     TailConfig(64, 64, 64, 4, 4),
     TailConfig(64, 64, 32, 4, 4),
-    TailConfig(64, 32, 64, 4, 4),
+    TailConfig(32, 64, 64, 4, 4),
 )
 #: fp32 products rounded to tf32.
 TF32: tuple[TailConfig, ...] = (
@@ -54,7 +54,7 @@ TF32: tuple[TailConfig, ...] = (
     TailConfig(128, 64, 32, 4, 3),
     TailConfig(64, 128, 32, 4, 3),
     TailConfig(64, 64, 32, 4, 3),
-    TailConfig(64, 32, 32, 4, 4),
+    TailConfig(32, 64, 32, 4, 4),
 )
 #: Exact fp32, on the FMA units.
 FP32: tuple[TailConfig, ...] = (
@@ -64,7 +64,7 @@ FP32: tuple[TailConfig, ...] = (
 )
 #: Bytes of shared memory that one program may use, per compute capability; a newer one counts as 99 KiB.
 SHARED_LIMIT = {80: 163 << 10, 87: 163 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10, 110: 227 << 10}
-#: Capabilities whose tensor cores read their operands from shared memory (wgmma, tcgen05), and those with tensor memory.
+#: Capabilities whose tensor cores read operands from shared memory (wgmma, tcgen05), and those with tensor memory.
 MEMORY_OPERANDS = (90, 100, 103, 110)
 TENSOR_MEMORY = (100, 103, 110)
 TMA_CHANNELS = 64  # whole steps of the K-loop, since nothing masks the weights of the next tap
@@ -103,9 +103,10 @@ def fits(config: TailConfig, problem: Problem, capability: int) -> bool:
     accumulators = config.m * config.n // (32 * config.warps)
     if accumulators > 64 and problem.projection is not None:
         return False
-    if capability in MEMORY_OPERANDS and config.k * problem.dtype.itemsize < 128:
+    on_tensor_cores = problem.tf32 or problem.dtype is not torch.float32
+    if on_tensor_cores and capability in MEMORY_OPERANDS and config.k * problem.dtype.itemsize < 128:
         return False  # steps too short for tensor cores that read shared memory
-    if capability in TENSOR_MEMORY and accumulators > 64:
+    if on_tensor_cores and capability in TENSOR_MEMORY and accumulators > 64:
         return False  # they come back from tensor memory all at once, and would spill
     return config.shared_bytes(problem.dtype.itemsize) <= SHARED_LIMIT.get(capability, 99 << 10)
 

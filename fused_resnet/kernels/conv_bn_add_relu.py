@@ -49,7 +49,9 @@ def halo_bits(h0, w0, H, W, R: tl.constexpr, S: tl.constexpr, DIL_H: tl.constexp
 def implicit_gemm(x_ptr, w_ptr, n, h0, w0, k, H, W, begin, end, conv: tl.constexpr, tile: tl.constexpr):
     """Sum of K-loop steps [begin, end) of a tile; a step is tile.k channels of one tap.
 
-    Pixel i of the tile reads image n[i], counted from x_ptr's, from row h0[i] and column w0[i] on.
+    Pixel i of the tile reads image n[i], counted from x_ptr's, from row h0[i] and column w0[i] on. The product is
+    computed transposed, filters by pixels: a thread's accumulators then belong to few filters, so their scale and
+    shift take few registers (and no tile spills in the epilogue).
     """
     R: tl.constexpr = conv.r
     C: tl.constexpr = conv.c
@@ -65,7 +67,7 @@ def implicit_gemm(x_ptr, w_ptr, n, h0, w0, k, H, W, begin, end, conv: tl.constex
         W = W.to(tl.int64)
     c = tl.arange(0, BLOCK_K)
     x_offsets = (((n * H + h0) * W + w0) * C)[:, None] + c[None, :]
-    w_offsets = k[None, :] * (R * TAPS * RUN) + c[:, None]
+    w_offsets = k[:, None] * (R * TAPS * RUN) + c[None, :]
     if conv.fuse_s:
         column = (w0 * C)[:, None] + c[None, :]  # position in the image row
         if BITS:
@@ -79,7 +81,7 @@ def implicit_gemm(x_ptr, w_ptr, n, h0, w0, k, H, W, begin, end, conv: tl.constex
     tap_bit = 1 << (r * TAPS + s)
     x_ptr += (r * DIL_H * W + s * DIL_W) * C + block * BLOCK_K
     w_ptr += (r * TAPS + s) * RUN + block * BLOCK_K
-    acc = tl.zeros((tile.m, tile.n), tl.float32)
+    acc = tl.zeros((tile.n, tile.m), tl.float32)
     for _ in tl.range(begin, end, num_stages=tile.stages):
         in_c = c < RUN - block * BLOCK_K  # only looked at where RUN is no multiple of BLOCK_K
         if BITS:
@@ -90,24 +92,24 @@ def implicit_gemm(x_ptr, w_ptr, n, h0, w0, k, H, W, begin, end, conv: tl.constex
             in_image = (h >= 0) & (h < H) & (conv.fuse_s | ((w >= 0) & (w < W)))
         if conv.fuse_s:
             position = column + block * BLOCK_K
-            a = tl.load(
+            pixels = tl.load(
                 x_ptr + x_offsets,
                 other=0.0,
                 mask=in_image[:, None] & in_c[None, :] & (position >= 0) & (position < W * C),
             )
         elif RUN % BLOCK_K != 0 and conv.halo != "none":
-            a = tl.load(x_ptr + x_offsets, mask=in_image[:, None] & in_c[None, :], other=0.0)
+            pixels = tl.load(x_ptr + x_offsets, mask=in_image[:, None] & in_c[None, :], other=0.0)
         elif RUN % BLOCK_K != 0:
-            a = tl.load(x_ptr + x_offsets, mask=in_c[None, :], other=0.0)
+            pixels = tl.load(x_ptr + x_offsets, mask=in_c[None, :], other=0.0)
         elif conv.halo != "none":
-            a = tl.load(x_ptr + x_offsets, mask=in_image[:, None], other=0.0)
+            pixels = tl.load(x_ptr + x_offsets, mask=in_image[:, None], other=0.0)
         else:
-            a = tl.load(x_ptr + x_offsets)
+            pixels = tl.load(x_ptr + x_offsets)
         if RUN % BLOCK_K != 0:
-            b = tl.load(w_ptr + w_offsets, mask=in_c[:, None], other=0.0)
+            filters = tl.load(w_ptr + w_offsets, mask=in_c[None, :], other=0.0)
         else:
-            b = tl.load(w_ptr + w_offsets)
-        acc = dot(a, b, acc, tile.precision)
+            filters = tl.load(w_ptr + w_offsets)
+        acc = dot(filters, pixels.T, acc, tile.precision)
 
         block += 1
         if R * TAPS == 1:
@@ -126,7 +128,7 @@ def implicit_gemm(x_ptr, w_ptr, n, h0, w0, k, H, W, begin, end, conv: tl.constex
             block = tl.where(tap_done, 0, block)
             s = tl.where(row_done, 0, tl.where(tap_done, s + 1, s))
             r = tl.where(row_done, r + 1, r)
-    return acc
+    return acc.T
 
 
 @triton.jit

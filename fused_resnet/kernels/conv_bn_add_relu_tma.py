@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs
 """The tail with its operands loaded through tensor descriptors (TMA; sm_90 and newer).
 
-A tile of M is a box of output pixels, tile.box = (images, rows, columns). What a tap reads of it is then a box of the input,
-shifted by the tap: one instruction of one thread copies it, and fills the halo with zeros, for nothing is read outside the
-image. See plan.py for the shapes where this holds.
+A tile of M is a box of output pixels, tile.box = (images, rows, columns). What a tap reads of it is then a box of the
+input, shifted by the tap: one instruction of one thread copies it, and fills the halo with zeros, for nothing is read
+outside the image. See plan.py for the shapes where this holds.
 """
 
 import triton
@@ -17,9 +17,9 @@ from fused_resnet.kernels.epilogue import bn_scale_shift, finish_tile, reduce_sp
 def boxed_gemm(x_desc, w_desc, n, h0, w0, first_k, begin, end, conv: tl.constexpr, tile: tl.constexpr):
     """Sum of K-loop steps [begin, end) of the tile whose first pixel reads image n from row h0 and column w0 on.
 
-    Computed transposed, filters by pixels: the box of pixels has to be reshaped, and Triton keeps a reshaped operand in
-    shared memory as it was copied only when it is the transposed right one; as the left one it would take it through
-    registers. Scale and shift then also are a few rows' values to a thread, not many columns'.
+    Computed transposed, filters by pixels, as in implicit_gemm, and for one more reason: the box of pixels has to be
+    reshaped, and Triton uses a reshaped operand where it was copied to, in shared memory, only when it is the
+    transposed right one; as the left one it would go through registers.
     """
     S: tl.constexpr = conv.s
     DIL_H: tl.constexpr = conv.dil_h
@@ -85,8 +85,8 @@ def boxed_tile(index, split, x_desc, w_desc, y_ptr, residual_ptr, bn, proj, work
         p = i // BOX_W % BOX_H
         q = i % BOX_W
         inside = (n < N - n0) & (p < P - p0) & (q < Q - q0)
-        finish_tile(z, scale, shift, y_ptr, residual_ptr, (n0 * P + p0).to(tl.int64) * Q + q0, (n * P + p) * Q + q, inside,
-                    first_k, K, tile)  # fmt: skip
+        first = (n0 * P + p0).to(tl.int64) * Q + q0
+        finish_tile(z, scale, shift, y_ptr, residual_ptr, first, (n * P + p) * Q + q, inside, first_k, K, tile)
 
 
 @triton.jit(do_not_specialize=["N", "P", "Q"])

@@ -78,7 +78,9 @@ def finish_columns(z, scale, shift, y_ptr, residual_ptr, rows, in_m, first_k, K:
 
 
 @triton.jit
-def finish_tile(z, scale, shift, y_ptr, residual_ptr, first_pixel, rows, in_m, first_k, K: tl.constexpr, tile: tl.constexpr):
+def finish_tile(
+    z, scale, shift, y_ptr, residual_ptr, first_pixel, rows, in_m, first_k, K: tl.constexpr, tile: tl.constexpr
+):
     """The epilogue of a tile, a large one in two halves: registers then hold one half's residual, scale and shift."""
     start = first_pixel.to(tl.int64) * K  # 64-bit once: offsets inside the tile are small
     y_ptr += start

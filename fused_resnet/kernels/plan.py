@@ -13,7 +13,9 @@ from .config import TailConfig
 
 @dataclass(frozen=True)
 class Descriptor:
-    """A tensor as TMA sees it: sizes, strides in elements, and the box that one copy takes; outermost dimension first."""
+    """A tensor as TMA sees it: sizes, strides in elements, and the box that one copy takes; outermost dimension
+    first.
+    """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
