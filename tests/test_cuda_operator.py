@@ -93,7 +93,9 @@ def _compile(folder: Path, csrc: Path) -> Path:
 def module() -> Path:
     csrc = source_directory()
     key = hashlib.sha256(torch.__version__.encode())
-    for path in sorted([*csrc.glob("*.*"), *csrc.glob("cuda/*"), HERE / "cuda_operator" / "torch_device.h", Path(__file__)]):
+    for path in sorted(
+        [*csrc.glob("*.*"), *csrc.glob("cuda/*"), HERE / "cuda_operator" / "torch_device.h", Path(__file__)]
+    ):
         key.update(path.read_bytes())
     out = cache_directory() / f"operator-{key.hexdigest()[:16]}.so"
     with locked(out):

@@ -1,5 +1,5 @@
-// One block's tile of y = act(BN(conv(x, w)) + residual), or of y = act(BN(conv(x, w)) + BN(conv1x1(proj_x,
-// proj_w))).
+// One block's tile of y = act(BN(conv(x, w)) + residual), or, with a projection instead of the residual, of
+// y = act(BN(conv(x, w)) + BN(conv1x1(proj_x, proj_w))).
 //
 // The convolution as a matrix product that never builds its matrix: rows are output pixels, columns output
 // channels, the depth is R*S*C. Phases:
@@ -30,7 +30,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[Warp::kFragments][4], co
                                            Loader& loader, int steps, uint32_t pipeline, Overlap overlap) {
   constexpr int kAhead = Tile::kStages - 1;
   const uint32_t pipeline_end = pipeline + Tile::kPipelineBytes;
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kAhead; ++i) {
     if (i < steps) loader.issue(pipeline + i * Tile::kStageBytes);
     cp_async_commit();
@@ -40,8 +40,8 @@ __device__ __forceinline__ void accumulate(float (&acc)[Warp::kFragments][4], co
   uint32_t stage = pipeline, free_stage = pipeline + kAhead * Tile::kStageBytes;
 #pragma unroll 1
   for (int remaining = steps; remaining > 0; --remaining) {
-    // One group per step, whether or not it holds a copy: the oldest kAhead - 1 still fly, this step's has
-    // landed.
+    // One group per step, whether or not it holds a copy: at most the latest kAhead - 1 still fly, so this
+    // step's has landed.
     cp_async_wait<kAhead - 1>();
     // Every thread sees this step's data; and all have read the previous step's, so its stage is free.
     __syncthreads();
@@ -83,12 +83,10 @@ __device__ __forceinline__ void conv_tile(const ConvParams& params) {
     const ConvSource& source = params.source[i];
     const int available = source.steps - first;
     const int steps = available < 0 ? 0 : count < available ? count : available;
-    {
-      Loader loader(params, source, pixel0, channel0, first, shared + Tile::kRowsOffset);
-      accumulate<Tile, Warp>(acc, warp, loader, steps, shared, [&] {
-        if (i == 0) load_norm<Tile>(params, channel0, norm);
-      });
-    }
+    Loader loader(params, source, pixel0, channel0, first, shared + Tile::kRowsOffset);
+    accumulate<Tile, Warp>(acc, warp, loader, steps, shared, [&] {
+      if (i == 0) load_norm<Tile>(params, channel0, norm);
+    });
     count -= steps;
     first = available < 0 ? -available : 0;
     if (params.sources == 2) {

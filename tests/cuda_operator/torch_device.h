@@ -1,4 +1,5 @@
-// Stands in for csrc/cuda/torch_device.h: CPU tensors are "on the device", and the CUDA runtime is a stand-in too.
+// Stands in for csrc/cuda/torch_device.h: CPU tensors are "on the device", and the CUDA runtime is a stand-in
+// too.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -11,14 +12,20 @@ namespace fused_resnet {
 
 constexpr auto kDeviceType = torch::headeronly::DeviceType::CPU;
 
-inline bool on_device(const torch::stable::Tensor& t) { return t.is_cpu(); }
-inline int32_t device_index(const torch::stable::Tensor&) { return 0; }
+inline bool on_device(const torch::stable::Tensor& t) {
+  return t.is_cpu();
+}
+inline int32_t device_index(const torch::stable::Tensor&) {
+  return 0;
+}
 
 class DeviceGuard {
  public:
   explicit DeviceGuard(int32_t index) { use_device(index); }
 };
 
-inline void* current_stream(int32_t) { return nullptr; }
+inline void* current_stream(int32_t) {
+  return nullptr;
+}
 
 }  // namespace fused_resnet
