@@ -237,6 +237,18 @@ def test_number_of_classes_comes_from_the_weights(tmp_path: Path) -> None:
     assert torch.equal(target.model.conv1.weight, model.conv1.weight)
 
 
+def test_cifar_stem_and_grey_input_come_from_the_weights(tmp_path: Path) -> None:
+    """What `train --model resnet18 --stem cifar` leaves is loaded by its plain name."""
+    from fused_resnet.cli.target import load_target
+
+    model = fused_resnet.models.resnet18(num_classes=10, stem="cifar", in_channels=1)
+    torch.save(model.state_dict(), tmp_path / "grey.pth")
+    target = load_target("resnet18", str(tmp_path / "grey.pth"))
+    assert target.in_channels == 1
+    assert target.model.conv1.stride == (1, 1)
+    assert target.example(2, 8).shape == (2, 1, 8, 8)
+
+
 class Payload:
     """What a hostile checkpoint would run."""
 

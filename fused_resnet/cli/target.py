@@ -202,12 +202,8 @@ def _own_model(name: str, options: dict[str, Any], wanted: bool) -> nn.Module | 
         if wanted:
             raise UserError(f"MODEL: fused_resnet.models has no {name!r}")
         return None
-    accepted = inspect.signature(factory).parameters
-    known = {key: value for key, value in options.items() if key in accepted}
-    if known != options:
-        lacking = ", ".join(f"{key}={options[key]}" for key in options.keys() - known.keys())
-        raise UserError(f"MODEL: the weights need {name} with {lacking}; give the model as file.py:object")
-    return factory(**known)
+    built: nn.Module = factory(**options)
+    return built
 
 
 def _torchvision_model(name: str, weights_name: str | None, options: dict[str, Any]) -> nn.Module | None:
