@@ -7,7 +7,7 @@ Tests, benchmarks, the tuner and ``assert_equivalent`` all compare against :func
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,8 @@ class ConvBN(NamedTuple):
     eps: float = 1e-5
 
     def to(self, dtype: torch.dtype) -> ConvBN:
-        return self._replace(**{name: t.to(dtype) for name, t in self._asdict().items() if isinstance(t, Tensor)})
+        converted: dict[str, Any] = {name: t.to(dtype) for name, t in self._asdict().items() if isinstance(t, Tensor)}
+        return self._replace(**converted)
 
 
 class Tail(NamedTuple):
