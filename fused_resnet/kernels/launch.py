@@ -81,6 +81,12 @@ def workspace(size: int, device: torch.device, stream: int, ordered: bool) -> Te
     return kept
 
 
+def _hooked() -> bool:
+    """Whether a profiler wants to see launches. Before Triton 3.7 the hook is None or a function, then a chain."""
+    hook = knobs.runtime.launch_enter_hook
+    return bool(getattr(hook, "calls", hook))
+
+
 class BoundTail:
     """The tail for tensors of one signature: planned once, then only pointers change.
 
@@ -156,7 +162,7 @@ class BoundTail:
         arguments = (x, weight, out, residual, bn, proj, scratch, *self.constants)
         grid = self.plan.grid
         compiled = self.compiled
-        if compiled is not None and not pointers & 15 and knobs.runtime.launch_enter_hook is None:
+        if compiled is not None and not pointers & 15 and not _hooked():
             compiled.run(
                 grid[0], grid[1], 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
             )
