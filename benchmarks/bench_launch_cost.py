@@ -116,17 +116,13 @@ def _cuda() -> Iterator[None]:
     from fused_resnet.backends import cuda
 
     module = _stub_module()
-    launcher = SimpleNamespace(
-        ACTIVATIONS=module.ACTIVATIONS, DTYPES=module.DTYPES, plan=module.plan,
-        Launcher=lambda plan, index: module.Launcher(plan, 0),
-    )  # fmt: skip
     with (
-        mock.patch.object(cuda, "_loaded", return_value=launcher),
+        mock.patch.object(cuda, "_loaded", return_value=module),
         mock.patch.object(cuda, "_properties", return_value=module.device_properties(0)),
         mock.patch.object(cuda, "_General"),
         mock.patch.object(cuda.CudaBackend, "can_run", return_value=None),
-        # what torch answers in C, so no slow mock; a CPU tensor's device has the index None
-        mock.patch.object(torch._C, "_cuda_getDevice", lambda: None, create=True),  # noqa: PT008
+        # what torch answers in C, so no slow mock
+        mock.patch.object(torch._C, "_cuda_getDevice", lambda: 0, create=True),  # noqa: PT008
         mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True),  # noqa: PT008
     ):
         yield

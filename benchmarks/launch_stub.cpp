@@ -1,10 +1,10 @@
-// Stands for the CUDA runtime under the module _C_cuda (csrc/bindings_cuda.cpp and the planner, as they are): an H100
-// whose launches end here. See bench_launch_cost.py.
+// Stands for the CUDA runtime under the module _C_cuda (csrc/bindings_cuda.cpp and the planner, as they are):
+// an H100 whose launches end here. See bench_launch_cost.py.
+#include <torch/csrc/stable/ops.h>
+
 #include "../csrc/cuda/launch.h"
 #include "../csrc/cuda/plan.h"
 #include "../csrc/cuda/workspace.h"
-
-#include <torch/csrc/stable/ops.h>
 
 namespace fused_resnet {
 
@@ -16,14 +16,18 @@ int query_device(DeviceProperties& device, char*, int) {
   return 0;
 }
 
-int use_device(int) { return 0; }
+int use_device(int) {
+  return 0;
+}
 
 int launch_plan(const Plan&, const ConvParams& params, void*, char*, int) {
   asm volatile("" : : "r"(&params) : "memory");  // the launch that is left out reads the parameters
   return 0;
 }
 
-int check_addresses(const Plan&, const void* const*, char*, int) { return 0; }
+int check_addresses(const Plan&, const void* const*, char*, int) {
+  return 0;
+}
 
 torch::stable::Tensor workspace_for(const Plan& plan, int32_t, void*) {
   static const auto kept =

@@ -235,3 +235,14 @@ def test_compiled_graph_holds_the_operator() -> None:
         compiled = torch.compile(functional.conv_bn_add_relu, backend=backend, fullgraph=True)
         torch.testing.assert_close(compiled(**arguments), reference(tail))
     assert torch.ops.fused_resnet.conv_bn_add_relu.default in targets
+
+
+def test_a_repeated_triton_call_goes_straight_to_the_launcher() -> None:
+    """Past Triton's own ``kernel[grid](…)``, which would look for a driver here and fail."""
+    pytest.importorskip("triton")
+    launch_cost = pytest.importorskip("benchmarks.bench_launch_cost")
+    with launch_cost._triton(), torch.inference_mode():
+        call = launch_cost._call(launch_cost.PROBLEMS["projection"], "triton")
+        for _ in range(4):
+            assert call().shape == (1, 64, 14, 14)
+    plans.clear()

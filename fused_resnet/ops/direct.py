@@ -61,10 +61,11 @@ def quiet() -> bool:
 
 
 def _tensors(tail: Tail) -> tuple[Tensor, ...]:
-    weight, bias, gamma, beta, mean, var, _ = tail.conv
-    residual, absent = tail.residual, _ABSENT
+    # written out: a loop over the fields takes three times as long
+    x, (weight, bias, gamma, beta, mean, var, _), residual, _, _, _, _, _, proj_x, proj, _, _, _ = tail
+    absent = _ABSENT
     found = (
-        tail.x,
+        x,
         weight,
         absent[2] if bias is None else bias,
         absent[3] if gamma is None else gamma,
@@ -73,10 +74,19 @@ def _tensors(tail: Tail) -> tuple[Tensor, ...]:
         absent[6] if var is None else var,
         absent[7] if residual is None else residual,
     )
-    if tail.proj is None:
+    if proj is None:
         return found
-    projection = zip((tail.proj_x, *tail.proj[:6]), absent[8:], strict=True)
-    return (*found, *(stand_in if t is None else t for t, stand_in in projection))
+    weight, bias, gamma, beta, mean, var, _ = proj
+    return (
+        *found,
+        absent[8] if proj_x is None else proj_x,
+        weight,
+        absent[10] if bias is None else bias,
+        absent[11] if gamma is None else gamma,
+        absent[12] if beta is None else beta,
+        absent[13] if mean is None else mean,
+        absent[14] if var is None else var,
+    )
 
 
 def _options(tail: Tail, backend: str) -> tuple[Any, ...]:
