@@ -6,7 +6,6 @@ import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
@@ -152,8 +151,8 @@ def _time_block(
 
 def print_table(title: str, rows: list[dict[str, Any]], absent: dict[str, str], console: Console = console) -> None:
     """The table of one comparison of whole models."""
-    table = Table(title=title, header_style="bold", box=SIMPLE, padding=(0, 1, 0, 0))
-    for name in ("", "median ms", "images/s", "speed-up [95 %]", "error", "prepared"):
+    table = Table(title=title, header_style="bold", box=None, padding=(0, 2, 0, 0))
+    for name in ("", "ms", "img/s", "speed-up [95 %]", "error", "ready in"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for row in rows:
         speedup = f"{row['speedup']:.2f}x [{row['low']:.2f}, {row['high']:.2f}]" if row["speedup"] else "-"
@@ -162,14 +161,14 @@ def print_table(title: str, rows: list[dict[str, Any]], absent: dict[str, str], 
             f"{row['error']:.1e}", f"{row['preparation_s']:.2f} s", style="bold" if row["name"] == "fused" else "",
         )  # fmt: skip
     console.print(table)
-    console.print("speed-up: over the faster eager layout, median of the ratios of each round", style="dim")
+    console.print("medians; speed-up over the faster eager layout: median of each round's ratio", style="dim")
     for name, reason in absent.items():
         console.print(f"{name} was not timed: {reason}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_blocks(rows: list[dict[str, Any]]) -> None:
     """The per-block table."""
-    table = Table(title="each fused block by itself", header_style="bold", box=SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(title="each fused block by itself", header_style="bold", box=None, padding=(0, 2, 0, 0))
     for name in ("block", "input", "eager ms", "layout", "fused ms", "speed-up [95 %]"):
         table.add_column(name, justify="left" if name in ("block", "input", "layout") else "right", no_wrap=True)
     for row in rows:
