@@ -20,7 +20,7 @@ from training_models import SmallResNet, small_resnet
 
 from fused_resnet import checkpoint
 from fused_resnet.data import DataError, load_data
-from fused_resnet.recipes import make_optimizer, make_schedule  # noqa: E402
+from fused_resnet.recipes import make_optimizer, make_schedule
 from fused_resnet.run_log import Epoch, draw_curves, read_csv
 from fused_resnet.train import (
     ConfigError,
