@@ -223,6 +223,10 @@ def batch_statistics_tail(y: Tensor, bn: Any, residual: Tensor | tuple[Tensor, A
 
     ``residual`` is a tensor, a pair (projection's convolution output, its BN), or None.
     """
+    if isinstance(residual, Tensor) and residual.dtype != y.dtype and torch.is_autocast_enabled(y.device.type):
+        # A block that starts in float32 under autocast: eager's `out += identity` keeps the convolution's dtype, as
+        # does the operator of the eval path.
+        residual = residual.to(y.dtype)
     return functional.bn_add_relu(y, bn, residual=residual, activation=activation)
 
 

@@ -144,7 +144,8 @@ def explain_block(name: str, module: Any) -> Entry:
     if reason is not None:
         return Entry(name, kind, "blocked", f"runs unfused now: {reason}", 0, (), (), reason)
     launches = getattr(module, "_convs", 1)
-    return Entry(name, kind, "fused", f"built fused, {launches} launches", launches, (), (), None)
+    plural = "launch" if launches == 1 else "launches"
+    return Entry(name, kind, "fused", f"built fused, {launches} {plural}", launches, (), (), None)
 
 
 def build(model: nn.Module, discovery: Discovery) -> Explanation:

@@ -1,0 +1,122 @@
+"""What the tests of blocks and of model surgery share: random weights, one step on both sides, launches counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fused_resnet import functional
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def randomise(model: M, dtype: torch.dtype = torch.float64, seed: int = 0) -> M:
+    """Weights and statistics under which nothing is hidden: gammas of both signs, means and variances at work."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, t in [*model.named_parameters(), *model.named_buffers()]:
+            if not t.is_floating_point():
+                continue
+            uniform = torch.rand(t.shape, generator=generator)
+            if name.endswith("running_var"):
+                t.copy_(0.5 + uniform)
+            elif name.endswith("running_mean"):
+                t.copy_(uniform - 0.5)
+            elif t.dim() <= 1:
+                t.copy_(torch.where(uniform < 0.5, -0.5 - uniform, uniform))
+            else:
+                t.copy_((uniform - 0.5) * (12 / t[0].numel()) ** 0.5)
+    return model.to(dtype)
+
+
+def outputs(value: Any) -> Iterator[Tensor]:
+    """The tensors of a nested output, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from outputs(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from outputs(item)
+
+
+def assert_same_step(
+    original: nn.Module, fused: nn.Module, x: Tensor, training: bool | None, *, seed: int = 0, tolerance: float = 1e-10
+) -> None:
+    """One forward and backward on both: outputs, gradients of input and parameters, and buffers agree.
+
+    The two must hold different Parameters. ``training=None`` leaves the modes as they are. Errors are relative to
+    each tensor's largest value; in float64 the same mathematics in another order stays under 1e-12.
+    """
+    seen: list[dict[str, Tensor | None]] = []
+    for model in (original, fused):
+        if training is not None:
+            model.train(training)
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(seed)
+        out = list(outputs(model(leaf * 1.0)))
+        generator = torch.Generator().manual_seed(seed)
+        sum((o * torch.randn(o.shape, generator=generator).to(o)).sum() for o in out).backward()  # type: ignore[union-attr]
+        record: dict[str, Tensor | None] = {f"output {i}": o.detach() for i, o in enumerate(out)}
+        record["gradient of the input"] = leaf.grad
+        record |= {f"gradient of {n}": p.grad for n, p in model.named_parameters()}
+        record |= {f"buffer {n}": b.clone() for n, b in model.named_buffers()}
+        seen.append(record)
+    assert list(seen[0]) == list(seen[1])
+    for name, expected in seen[0].items():
+        got = seen[1][name]
+        assert (expected is None) == (got is None), name
+        if expected is None or got is None:
+            continue
+        assert got.shape == expected.shape, name
+        if expected.is_floating_point():
+            scale = 1 + float(expected.abs().max())
+            error = float((got - expected).abs().max())
+            assert error <= tolerance * scale, f"{name}: error {error:.3g} of {scale:.3g}"
+        else:
+            assert torch.equal(got, expected), name
+
+
+@dataclass
+class Launches:
+    fused: int = 0
+    others: list[str] = field(default_factory=list)
+    """Convolutions, batch norms, additions and ReLUs that ran outside a fused operator."""
+
+
+@contextmanager
+def count_launches() -> Iterator[Launches]:
+    """Count calls of the fused operators, and name the tail's parts that run by themselves."""
+    count = Launches()
+    watched = ("conv2d", "batch_norm", "relu", "relu_", "add", "add_", "__iadd__", "__add__")
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = getattr(func, "__name__", "")
+            if name in watched:
+                count.others.append(name)
+            return func(*args, **(kwargs or {}))
+
+    patch = pytest.MonkeyPatch()
+    for name in ("conv_bn_add_relu", "conv_bn_proj_add_relu"):
+        operator = getattr(functional, name)
+
+        def counted(*args: Any, _operator: Any = operator, **kwargs: Any) -> Any:
+            count.fused += 1
+            with torch._C.DisableTorchFunction():
+                return _operator(*args, **kwargs)
+
+        patch.setattr(functional, name, counted)
+    try:
+        with Watch():
+            yield count
+    finally:
+        patch.undo()
