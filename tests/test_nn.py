@@ -70,7 +70,7 @@ def test_blocks_equal_torchvisions(case: str, training: bool) -> None:
     [("basic", 1, 2), ("basic", 2, 2), ("bottleneck", 1, 3), ("bottleneck", 2, 3)],
 )
 def test_launches_of_a_block(kind: str, stride: int, launches: int) -> None:
-    block, fused, cin = pair(kind, stride)
+    _, fused, cin = pair(kind, stride)
     x = torch.randn(2, cin, 8, 8, dtype=torch.float64)
     with torch.no_grad(), count_launches() as count:
         fused.eval()(x)

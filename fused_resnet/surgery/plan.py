@@ -100,7 +100,8 @@ class Plan:
     def choose(self, root: nn.Module) -> tuple[Program | None, str | None]:
         """The program that may run for ``root`` now, or None and the reason of the first that fits the mode."""
         reason = None
-        for program in self.programs:
+        # The training program is right in eval mode too where it read no mode, but the other one may fuse more.
+        for program in self.programs if root.training else self.programs[::-1]:
             why_not = program.why_not(root)
             if why_not is None:
                 return program, None

@@ -77,7 +77,8 @@ def is_leaf(module: nn.Module, opaque: dict[int, Any]) -> bool:
         return True
     parts = list(inside(module, opaque))
     if is_container(module):
-        return len(parts) > 1 and not any(is_batch_norm(m) or isinstance(m, nn.Conv2d) for m in parts)
+        empty = len(module._modules) == 0  # `shortcut = nn.Sequential()`
+        return not empty and not any(is_batch_norm(m) or isinstance(m, nn.Conv2d) for m in parts)
     if type(module).__module__.startswith(("torch.nn.modules", "torch.ao.nn")):
         return True
     return not any(is_batch_norm(m) for m in parts)
