@@ -40,6 +40,12 @@ def partial_tile(column, i, parts, SUMS: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def sum_parts(ptrs, valid):
+    """The sum over the parts of a tile; written by other programs of this launch, so read from L2."""
+    return tl.sum(tl.load(ptrs, mask=valid, other=0.0, cache_modifier=".cg"), 0)
+
+
+@triton.jit
 def bn_stats_kernel(
     y_ptr, mean_ptr, var_ptr, counter_ptr, partial_ptr, num_rows, rows_per_part,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
@@ -72,10 +78,10 @@ def bn_stats_kernel(
         m2 = tl.zeros((BLOCK_C,), tl.float32)
         for first in range(0, parts, PARTS):
             i = first + tl.arange(0, PARTS)
-            n = tl.maximum(tl.minimum(num_rows - i * rows_per_part, rows_per_part), 0).to(tl.float32)
-            at, valid = partial_tile(column, i, parts, 2, BLOCK_C)
-            part_mean = tl.load(partial_ptr + at, mask=valid, other=0.0, cache_modifier=".cg")
-            part_m2 = tl.load(partial_ptr + at + BLOCK_C, mask=valid, other=0.0, cache_modifier=".cg")
+            n = tl.where(i < parts, tl.minimum(num_rows - i * rows_per_part, rows_per_part), 0).to(tl.float32)
+            tile, valid = partial_tile(column, i, parts, 2, BLOCK_C)
+            part_mean = tl.load(partial_ptr + tile, mask=valid, other=0.0, cache_modifier=".cg")
+            part_m2 = tl.load(partial_ptr + tile + BLOCK_C, mask=valid, other=0.0, cache_modifier=".cg")
             # The parts of a tile together: their mean, then M2 around it.
             tile_n = tl.sum(n, 0)
             tile_mean = tl.sum(part_mean * n[:, None], 0) / tile_n
@@ -149,13 +155,11 @@ def bn_backward_reduce_kernel(
         sum_xhat = tl.zeros((BLOCK_C,), tl.float32)
         sum_proj = tl.zeros((BLOCK_C,), tl.float32)
         for first in range(0, parts, PARTS):
-            at, valid = partial_tile(column, first + tl.arange(0, PARTS), parts, SUMS, BLOCK_C)
-            sum_dz += tl.sum(tl.load(partial_ptr + at, mask=valid, other=0.0, cache_modifier=".cg"), 0)
-            at += BLOCK_C
-            sum_xhat += tl.sum(tl.load(partial_ptr + at, mask=valid, other=0.0, cache_modifier=".cg"), 0)
+            tile, valid = partial_tile(column, first + tl.arange(0, PARTS), parts, SUMS, BLOCK_C)
+            sum_dz += sum_parts(partial_ptr + tile, valid)
+            sum_xhat += sum_parts(partial_ptr + tile + BLOCK_C, valid)
             if PROJ:
-                at += BLOCK_C
-                sum_proj += tl.sum(tl.load(partial_ptr + at, mask=valid, other=0.0, cache_modifier=".cg"), 0)
+                sum_proj += sum_parts(partial_ptr + tile + 2 * BLOCK_C, valid)
         tl.store(dz_ptr + c, sum_dz, mask=in_channels)
         tl.store(dz_xhat_ptr + c, sum_xhat * invstd, mask=in_channels)
         if PROJ:
