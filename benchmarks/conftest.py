@@ -34,7 +34,7 @@ _PAUSE = 3e-3
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fused_resnet")
-    group.addoption("--full", action="store_true", help="all networks, batches and rivals (an hour on two cores)")
+    group.addoption("--full", action="store_true", help="all networks, batches and rivals (90 minutes on two cores)")
     group.addoption("--threads", default="", help="CPU threads, such as 1,2; default: torch's own number")
     group.addoption("--rounds", type=int, default=30, help="alternating rounds of each comparison")
     group.addoption("--strict-device", action="store_true", help="fail instead of skipping where a GPU is missing")
