@@ -177,7 +177,7 @@ def test_split_k_leaves_the_workspace_ready_for_the_next_launch(tmp_path: Path) 
 def launcher_library() -> Path:
     """Planner, launcher and the kernels of the smallest tile (as PTX) in one shared object against libcudart.so."""
     csrc = source_directory()
-    out = cache_directory() / f"launcher-{sources_key(csrc)}.so"
+    out = cache_directory() / f"launcher-{sources_key(csrc, '.cuh')}-{sources_key(csrc, '.cpp')}.so"
     with locked(out), tempfile.TemporaryDirectory() as folder:
         if not out.exists():
             copy = Path(folder) / "csrc"

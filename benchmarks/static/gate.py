@@ -9,7 +9,7 @@ then hides behind the products).
 from __future__ import annotations
 
 from benchmarks.static import sass, table
-from fused_resnet.aot.cuda import compile_kernel
+from fused_resnet.aot.cuda import assemble_kernel
 from fused_resnet.aot.planner import DEVICES, Kernel
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -22,8 +22,8 @@ _MATH = {"float16": "f16", "bfloat16": "bf16", "tf32": "tf32", "float32": "f32"}
 
 
 def read(kernel: Kernel, arch: str) -> table.KernelReport:
-    """Compile one kernel (or take it from the cache) and read its cubin."""
-    (found,) = sass.read_cubin(compile_kernel(kernel, arch)[1])
+    """One kernel's machine code for ``arch``, as the extension holds it."""
+    (found,) = sass.read_cubin(assemble_kernel(kernel, arch))
     name = f"{_MATH[kernel.math]} {kernel.tile} {kernel.load}"
     return table.report(found, threads=kernel.threads, dynamic_shared=kernel.shared_bytes, name=name)
 

@@ -17,6 +17,7 @@ from .planner import Kernel, cache_directory, planner, source_directory, sources
 
 #: As csrc/cuda_build.py compiles the extension.
 NVCC_FLAGS = ("-std=c++17", "-O3")
+OLDEST = "sm_80"
 
 
 def compile(
@@ -40,19 +41,36 @@ def compile(
 
 def compile_kernel(kernel: Kernel, arch: str, csrc: Path | None = None) -> tuple[str, bytes]:
     """PTX and cubin of one kernel for ``arch``, by nvcc or from the cache."""
+    return _ptx(kernel, arch, csrc).read_text(), _cubin(kernel, arch, arch, csrc).read_bytes()
+
+
+def assemble_kernel(kernel: Kernel, arch: str, csrc: Path | None = None) -> bytes:
+    """The cubin as the extension holds it: assembled for ``arch`` from the PTX of the oldest architecture."""
+    return _cubin(kernel, OLDEST, arch, csrc).read_bytes()
+
+
+def _ptx(kernel: Kernel, arch: str, csrc: Path | None) -> Path:
     csrc = csrc or source_directory()
-    out = cache_directory() / f"{kernel.symbol}-{arch}-{sources_key(csrc)}-{toolkit().version}"
-    ptx, cubin = out.with_suffix(".ptx"), out.with_suffix(".cubin")
-    if not cubin.exists():
+    out = cache_directory() / f"{kernel.symbol}-{arch}-{sources_key(csrc, '.cuh')}-{toolkit().version}.ptx"
+    if not out.exists():
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-            source, made_ptx, made_cubin = (Path(folder) / f"kernel{s}" for s in (".cu", ".ptx", ".cubin"))
+            source, made = Path(folder) / "kernel.cu", Path(folder) / "kernel.ptx"
             source.write_text(f'#include "kernel_entry.cuh"\n{kernel.definition}\n')
-            # From this one PTX: what the driver would compile and what ptxas made of it are then the same program.
-            _nvcc(*NVCC_FLAGS, f"-arch={arch}", f"-I{csrc / 'cuda'}", "-ptx", "-o", str(made_ptx), str(source))
-            _nvcc(f"-arch={arch}", "-cubin", "-o", str(made_cubin), str(made_ptx))
-            os.replace(made_ptx, ptx)
-            os.replace(made_cubin, cubin)
-    return ptx.read_text(), cubin.read_bytes()
+            _nvcc(*NVCC_FLAGS, f"-arch={arch}", f"-I{csrc / 'cuda'}", "-ptx", "-o", str(made), str(source))
+            os.replace(made, out)
+    return out
+
+
+def _cubin(kernel: Kernel, ptx_arch: str, arch: str, csrc: Path | None) -> Path:
+    # From the very PTX that is handed out: what a driver would compile and what ptxas made of it are one program.
+    ptx = _ptx(kernel, ptx_arch, csrc)
+    out = ptx.with_name(f"{ptx.stem}-{arch}.cubin")
+    if not out.exists():
+        with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+            made = Path(folder) / "kernel.cubin"
+            _nvcc(f"-arch={arch}", "-cubin", "-o", str(made), str(ptx))
+            os.replace(made, out)
+    return out
 
 
 def build_module(csrc: Path) -> Any:

@@ -169,10 +169,11 @@ def _run(command: list[str], what: str, given: str | None = None) -> str:
     return done.stdout
 
 
-def sources_key(csrc: Path) -> str:
-    """Hash of every source that a plan or a kernel is made of."""
+def sources_key(csrc: Path, suffix: str) -> str:
+    """Hash of the headers, and of the sources with this suffix: all that a kernel (.cuh) or the planner (.cpp) is."""
+    paths = [*csrc.glob("*.h"), *csrc.glob("cuda/*.h"), *csrc.glob(f"cuda/*{suffix}")]
     key = hashlib.sha256()
-    for path in sorted([*csrc.glob("*.h"), *(p for p in csrc.glob("cuda/*") if p.suffix in (".h", ".cuh", ".cpp"))]):
+    for path in sorted(paths):
         key.update(path.name.encode() + b"\0" + path.read_bytes())
     return key.hexdigest()[:16]
 
@@ -198,7 +199,7 @@ class Planner:
         self.kernels = self._catalogue()
 
     def _build(self) -> Path:
-        out = cache_directory() / f"planner-{sources_key(self.csrc)}.so"
+        out = cache_directory() / f"planner-{sources_key(self.csrc, '.cpp')}.so"
         if not out.exists():
             with tempfile.TemporaryDirectory(dir=out.parent) as folder:
                 stub, made = Path(folder) / "no_launcher.cpp", Path(folder) / "planner.so"

@@ -75,8 +75,8 @@ def run_static(symbol: str, csrc: Path, patch: pytest.MonkeyPatch) -> None:
 
     from benchmarks.static import gate
 
-    real = gate.compile_kernel
-    patch.setattr(gate, "compile_kernel", lambda kernel, arch: real(kernel, arch, csrc))
+    real = gate.assemble_kernel
+    patch.setattr(gate, "assemble_kernel", lambda kernel, arch: real(kernel, arch, csrc))
     test_static_cuda._check(symbol, "sm_80")
 
 
