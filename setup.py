@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
@@ -22,6 +22,13 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 import cuda_build  # noqa: E402
+
+
+class CudaBuild(NamedTuple):
+    toolkit: cuda_build.Toolkit
+    archs: list[str]
+    cudart: str
+    link_arguments: list[str]
 
 
 def say(line: str) -> None:
@@ -32,8 +39,8 @@ def have_compiler() -> bool:
     return shutil.which(os.environ.get("CXX", "c++")) is not None
 
 
-def cuda_toolkit() -> cuda_build.Toolkit | None:
-    """The CUDA toolkit to build with, or None for a build without `_C_cuda`."""
+def cuda_build_plan() -> CudaBuild | None:
+    """What to build `_C_cuda` with, or None for a build without it."""
     wanted = os.environ.get("FUSED_RESNET_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"FUSED_RESNET_CUDA: expected auto, 0 or 1, got {wanted!r}")
@@ -41,7 +48,11 @@ def cuda_toolkit() -> cuda_build.Toolkit | None:
         return None
     remedy = "install the CUDA toolkit and set CUDA_HOME, or pip install nvidia-cuda-nvcc nvidia-cuda-runtime"
     try:
-        return cuda_build.find_toolkit()
+        toolkit = cuda_build.find_toolkit()
+        cudart = os.environ.get("FUSED_RESNET_CUDART", "static")
+        return CudaBuild(toolkit, cuda_build.architectures(toolkit), cudart, toolkit.cudart(cudart))
+    except ValueError as wrong:
+        raise SystemExit(str(wrong)) from None
     except cuda_build.NoToolkit as reason:
         if wanted == "1":
             raise SystemExit(f"FUSED_RESNET_CUDA=1, but {reason}: {remedy}") from None
@@ -72,9 +83,8 @@ def extension(name: str, files: list[str], **arguments: Any) -> Any:
     return built
 
 
-def cuda_extension(toolkit: cuda_build.Toolkit) -> Any:
-    cudart = os.environ.get("FUSED_RESNET_CUDART", "static")
-    archs = cuda_build.architectures(toolkit)
+def cuda_extension(build: CudaBuild) -> Any:
+    toolkit, archs, cudart, runtime = build
     say(
         f"building _C_cuda with nvcc {toolkit.version} ({toolkit.nvcc}) for {', '.join('sm_' + a for a in archs)} and "
         f"PTX of compute_{archs[0]}, CUDA runtime {cudart}, {os.environ.get('MAX_JOBS', 'all')} jobs"
@@ -91,10 +101,9 @@ def cuda_extension(toolkit: cuda_build.Toolkit) -> Any:
             f'-DFUSED_RESNET_NVCC="{toolkit.version}"',
         ],
         # libtorch itself needs libtorch_cuda, where it was built with CUDA: the only way to it that any torch accepts
-        extra_link_args=[*toolkit.cudart(cudart), "-Wl,--no-as-needed", "-ltorch"],
+        extra_link_args=[*runtime, "-Wl,--no-as-needed", "-ltorch"],
     )
-    built.toolkit = toolkit
-    built.archs = archs
+    built.cuda = build
     return built
 
 
@@ -124,9 +133,9 @@ def setup_arguments() -> dict[str, Any]:
 
         def build_extensions(self) -> None:
             for ext in self.extensions:
-                if hasattr(ext, "toolkit"):
+                if hasattr(ext, "cuda"):
                     out_dir = Path(self.build_temp) / "cuda_kernels"
-                    ext.extra_objects = cuda_build.compile_objects(ext.toolkit, ext.archs, out_dir)
+                    ext.extra_objects = cuda_build.compile_objects(ext.cuda.toolkit, ext.cuda.archs, out_dir)
                     ext.depends = [*ext.extra_objects, *sources("csrc/*.h", "csrc/cuda/*.h")]
             super().build_extensions()
 
@@ -135,9 +144,9 @@ def setup_arguments() -> dict[str, Any]:
     if "csrc/bindings.cpp" in files:
         say(f"building _C from {len(files)} files")
         extensions.append(extension("fused_resnet._C", files, depends=sources("csrc/*.h", "csrc/cpu/*.h")))
-    toolkit = cuda_toolkit()
-    if toolkit is not None:
-        extensions.append(cuda_extension(toolkit))
+    cuda = cuda_build_plan()
+    if cuda is not None:
+        extensions.append(cuda_extension(cuda))
     if not extensions:
         return pure
     return {

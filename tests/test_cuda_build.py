@@ -127,7 +127,8 @@ def test_every_cubin_comes_from_the_embedded_ptx() -> None:
 
 
 def setup_py(**environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA_", "FUSED_RESNET_"))}
+    ours = ("CUDA_", "FUSED_RESNET_", "TORCH_CUDA_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return subprocess.run(
         [sys.executable, "setup.py", "--name"], cwd=ROOT, env=clean | environment, capture_output=True, text=True
     )
@@ -144,5 +145,14 @@ def test_setup_says_what_it_will_build(tmp_path: Path) -> None:
     done = setup_py(FUSED_RESNET_CUDA="auto", CUDA_HOME=str(tmp_path))
     assert done.returncode == 0
     assert done.stdout.count("fused_resnet: building for the CPU only: found no nvcc") == 1
+    home = str(fake_toolkit(tmp_path / "toolkit").parents[1])
+    done = setup_py(CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="7.5")
+    assert done.returncode == 0
+    assert "fused_resnet: building for the CPU only: nvcc 13.0 compiles for none of ['75']" in done.stdout
+    done = setup_py(CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="9.0")
+    assert "fused_resnet: building _C_cuda with nvcc 13.0" in done.stdout
+    assert "for sm_90 and PTX of compute_90, CUDA runtime static" in done.stdout
+    done = setup_py(CUDA_HOME=home, FUSED_RESNET_CUDART="dynamic")
+    assert "FUSED_RESNET_CUDART: expected static or shared, got 'dynamic'" in done.stderr
     done = setup_py(FUSED_RESNET_CUDA="yes")
     assert "FUSED_RESNET_CUDA: expected auto, 0 or 1, got 'yes'" in done.stderr
