@@ -112,18 +112,22 @@ class Roofline:
 
     def table(self) -> Table:
         """A table for the terminal; bounds in microseconds."""
+        from rich import box
         from rich.table import Table
 
         device = self.device
         rates = f"{device.flops(self.dtype) / 1e12:.0f} TFLOP/s, {device.bandwidth / 1e12:.2f} TB/s"
         title = f"Least time on {device.name}: {rates}"
-        table = Table(title=title, caption=f"device figures: {device.source}")
-        table.add_column("block")
-        names = ["GFLOP", "eager MB", "fused MB", "launches", "eager us", "fused us", "bound"]
+        # narrow enough for 80 columns
+        table = Table(
+            title=title, caption=f"device figures: {device.source}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
+        table.add_column("block", no_wrap=True)
+        names = ["GFLOP", "eager MB", "fused MB", "launches", "eager us", "fused us", "gain"]
         if self.measured:
-            names += ["eager reached", "fused reached"]
+            names += ["eager at", "fused at"]
         for name in names:
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(*self._cells(row.block, row.eager, row.fused, row.measured))
         every = [Work(tuple(k for row in self.rows for k in getattr(row, side).kernels)) for side in ("eager", "fused")]

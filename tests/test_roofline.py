@@ -187,7 +187,7 @@ def test_measured_fractions() -> None:
     assert result.rows[0].measured == {"eager": 4e-3, "fused": 4e-3}
     assert set(result.measured) == {"eager", "fused"}
     columns = {str(column.header): list(column.cells) for column in result.table().columns}
-    assert columns["eager reached"][0] == "25%"
+    assert columns["eager at"][0] == "25%"
 
 
 @pytest.mark.gpu

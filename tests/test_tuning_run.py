@@ -74,7 +74,7 @@ def test_tune_keeps_a_winner_for_each_call(model: nn.Module, monkeypatch: pytest
     assert [result.winner for result in tuning.results] == ["fake fast"] * 4
     assert not tuning.interrupted
     assert {total for _, total, _ in seen} == {4}
-    assert any("verifying 2/3 fake slow" in text for _, _, text in seen)
+    assert any("verifying 1/3 fake slow" in text for _, _, text in seen)
     assert "20.00x" in _text(tuning.table())  # eager takes ten of the clock's seconds
 
     backend.ran.clear()
@@ -198,7 +198,7 @@ def test_a_child_does_the_search() -> None:
     )
     assert given_up == {}
     assert [result.winner for result in results] == ["fake b", "fake b"]
-    assert "1 verifying 3/3 fake b" in said
+    assert "1 verifying 2/3 fake b" in said
 
 
 def test_candidates_that_end_the_process_or_break_the_gpu_do_not_end_the_tuning() -> None:

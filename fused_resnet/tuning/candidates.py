@@ -42,9 +42,9 @@ def of_backend(name: str, problem: Problem, device: torch.device) -> list[Candid
 
 
 def every(problem: Problem, device: torch.device, limit: int | None = None) -> list[Candidate]:
-    """All candidates for ``problem``; of each backend at most the ``limit`` that it prefers."""
+    """All candidates for ``problem``, eager last; of each backend at most the ``limit`` that it prefers."""
     found: list[Candidate] = []
-    for name in backends.names():
+    for name in sorted(backends.names(), key=lambda name: name == "eager"):
         try:
             found += of_backend(name, problem, device)[:limit]
         except Exception as error:  # a broken installation of one backend is no reason to tune none

@@ -27,8 +27,8 @@ logger = logging.getLogger("fused_resnet")
 SCREENING_ROUNDS, SCREENING_FACTOR, FINALISTS = 5, 1.5, 8
 ROUNDS = 30
 
-#: Medians closer than this are a tie, and the candidate that its backend prefers wins: it costs nothing and keeps
-#: the choice the same from run to run.
+#: Closer than this is a tie, and the candidate that stands first wins (its backend's preference, fused before eager):
+#: it costs nothing and keeps the choice the same from run to run, however noisy the machine.
 TIE = 0.01
 
 Timer = Callable[[Callable[..., Any], tuple[Any, ...]], tuple[float, Any]]
@@ -167,11 +167,19 @@ def _rounds(
 
 
 def _ordered(candidates: Sequence[Candidate], times: dict[str, list[float]]) -> dict[str, float]:
-    """Medians, best first; of those that tie with the best, the one that stands first among ``candidates`` leads."""
+    """Medians, best first; but in front the first of ``candidates`` that is not slower than the best beyond doubt.
+
+    In doubt: the 95 % interval of the ratio of their times, round by round, reaches down to a tie.
+    """
     medians = {c.name: statistics.median(times[c.name]) for c in candidates if times.get(c.name)}
     if not medians:
         return {}
-    best = min(medians.values())
-    winner = next(name for name in medians if medians[name] <= best * (1 + TIE))
+    best = min(medians, key=medians.__getitem__)
+
+    def ties(name: str) -> bool:
+        ratios = [mine / its for mine, its in zip(times[name], times[best], strict=True)]
+        return timing.median_interval(ratios).low <= 1 + TIE
+
+    winner = next(name for name in medians if ties(name))
     rest = sorted((name for name in medians if name != winner), key=medians.__getitem__)
     return {name: medians[name] for name in [winner, *rest]}
