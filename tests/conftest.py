@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 import pytest
 import torch
@@ -14,6 +16,13 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tuning results of this machine's user must not choose what the tests run; xdist's workers share one folder."""
+    if "FUSED_RESNET_CACHE_DIR" not in os.environ:
+        folder = os.environ["FUSED_RESNET_CACHE_DIR"] = tempfile.mkdtemp(prefix="fused_resnet_cache_")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
