@@ -24,6 +24,23 @@ def _conv(inplanes: int, planes: int, kernel: int, stride: int = 1, groups: int 
     return nn.Conv2d(inplanes, planes, kernel, stride, padding=padding, dilation=dilation, groups=groups, bias=False)
 
 
+_UNDERSTOOD = frozenset((nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Sequential))
+
+
+def _why_not_understood(module: nn.Module) -> str | None:
+    """None, or why the tail's operator does not compute what ``module`` does."""
+    cls = type(module)
+    if cls is nn.Conv2d or tails.is_plain_conv(module):
+        return tails.why_not_fusable(module)  # type: ignore[arg-type]
+    if cls in _UNDERSTOOD or tails.is_plain_batch_norm(module) or tails.is_frozen_batch_norm(module):
+        return None
+    if isinstance(module, nn.Conv2d):
+        return f"is a {cls.__name__}, which does not compute what nn.Conv2d does"
+    if isinstance(module, (nn.ReLU, nn.Sequential)):
+        return f"is a {cls.__name__} with a forward of its own"
+    return f"is a {cls.__name__}, not a batch norm"
+
+
 class _Fused(nn.Module):
     """What the fused modules share: the backend to use, and when their own submodules must be called instead."""
 
@@ -41,23 +58,10 @@ class _Fused(nn.Module):
         and go after construction.
         """
         for name, module in self._bypassed():
-            if module is None:
-                continue
-            why_not = tails.why_not_bypassed(module)
-            if why_not is None:
-                if isinstance(module, nn.Conv2d):
-                    if not tails.is_plain_conv(module):
-                        why_not = f"is a {type(module).__name__}, which does not compute what nn.Conv2d does"
-                    else:
-                        why_not = tails.why_not_fusable(module)
-                elif not (
-                    isinstance(module, (nn.ReLU, nn.Sequential, nn.Identity))
-                    or tails.is_plain_batch_norm(module)
-                    or tails.is_frozen_batch_norm(module)
-                ):
-                    why_not = f"is a {type(module).__name__}, not a batch norm"
-            if why_not is not None:
-                return f"{name} {why_not}"
+            if module is not None:
+                why_not = tails.why_not_bypassed(module) or _why_not_understood(module)
+                if why_not is not None:
+                    return f"{name} {why_not}"
         return None
 
     def train(self, mode: bool = True) -> Any:
@@ -74,6 +78,7 @@ class _FusedBlock(_Fused):
     relu: nn.Module
     downsample: nn.Module | None
     _convs: int
+    _names: tuple[str, ...]
 
     @classmethod
     def from_block(cls, block: nn.Module) -> Any:
@@ -81,7 +86,7 @@ class _FusedBlock(_Fused):
 
         Raises TypeError when ``block`` does not have exactly the attributes of torchvision's block.
         """
-        expected = [f"{kind}{i}" for i in range(1, cls._convs + 1) for kind in ("conv", "bn")] + ["relu"]
+        expected = list(cls._names)
         children = dict(block.named_children())
         missing = [name for name in expected if name not in children]
         extra = sorted(set(children) - {*expected, "downsample"})
@@ -118,10 +123,9 @@ class _FusedBlock(_Fused):
         return conv, bn
 
     def _bypassed(self) -> Iterator[tuple[str, nn.Module | None]]:
-        for i in range(1, self._convs + 1):
-            yield f"conv{i}", getattr(self, f"conv{i}")
-            yield f"bn{i}", getattr(self, f"bn{i}")
-        yield "relu", self.relu
+        children = self._modules
+        for name in self._names:
+            yield name, children[name]
         projection = self._projection()
         if projection is not None:
             yield "downsample", self.downsample
@@ -147,6 +151,7 @@ class FusedBasicBlock(_FusedBlock):
 
     expansion = 1
     _convs = 2
+    _names = ("conv1", "bn1", "conv2", "bn2", "relu")
 
     def __init__(
         self,
@@ -196,6 +201,7 @@ class FusedBottleneck(_FusedBlock):
 
     expansion = 4
     _convs = 3
+    _names = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "relu")
 
     def __init__(
         self,

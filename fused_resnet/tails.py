@@ -120,7 +120,7 @@ def why_not_fusable(conv: nn.Conv2d) -> str | None:
     """None, or the sentence fragment why this convolution is not one the operator computes."""
     if conv.padding_mode != "zeros":
         return f"pads with {conv.padding_mode!r}, only zeros can be fused"
-    if not _same_padding(conv)[1]:
+    if isinstance(conv.padding, str) and not _same_padding(conv)[1]:
         return f"has padding 'same' for an even kernel {tuple(conv.kernel_size)}, which pads unevenly"
     return None
 
