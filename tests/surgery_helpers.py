@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 
 from fused_resnet import functional
 
@@ -120,3 +121,34 @@ def count_launches() -> Iterator[Launches]:
             yield count
     finally:
         patch.undo()
+
+
+class SmallResNet(nn.Module):
+    """A stem, an identity block and a projection block, as small as they get."""
+
+    def __init__(self, norm: Any = nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = norm(8)
+        self.relu = nn.ReLU(inplace=True)
+        down = nn.Sequential(nn.Conv2d(8, 12, 1, 2, bias=False), norm(12))
+        self.layer1 = nn.Sequential(BasicBlock(8, 8, norm_layer=norm), BasicBlock(8, 12, 2, down, norm_layer=norm))
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer1(self.relu(self.bn1(self.conv1(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+LAUNCHES = 5  # stem 1, identity block 2, projection block 2
+
+
+def launches(model: nn.Module, x: Tensor) -> int:
+    with torch.no_grad(), count_launches() as count:
+        model(x)
+    return count.fused
+
+
+def assert_same(fused: nn.Module, original: nn.Module, x: Tensor, tolerance: float = 1e-10) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), original(x), rtol=tolerance, atol=tolerance)
