@@ -31,27 +31,53 @@ struct Ahead {
   int64_t step;
 };
 
+// Chunks that are summed in one accumulator; longer sums are made of such partial sums. The rounding error of
+// one long sum grows with its length n, that of sums of b with about sqrt(n b): 3 to 5 times less at 1,000 to
+// 4,600 products, which oneDNN's kernels for small images reach as well.
+constexpr int64_t kSegment = 6;
+
 // sum[row][j] = the products of kRows rows with one panel.
 template <class Block, int kRows>
 FR_INLINE void multiply(const float* v, int64_t v_chunk_stride, int64_t chunks, const float* u, Ahead ahead,
                         Vec<Block::kLanes> (&sum)[kRows][Block::kCols]) {
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    for (int c = 0; c < kChunk; ++c) {
-      __builtin_prefetch(ahead.next);
-      __builtin_prefetch(ahead.next + ahead.step / 2);
-      ahead.next += ahead.step;
-      Vec<Block::kLanes> weight[Block::kCols];
-      unroll<Block::kCols>([&](auto j) FR_LAMBDA {
-        weight[j] = load<Block::kLanes>(u + c * Block::kPanel + j * Block::kLanes);
-      });
-      unroll<kRows>([&](auto row) FR_LAMBDA {
-        const float value = v[row * kChunk + c];
-        unroll<Block::kCols>([&](auto j) FR_LAMBDA { sum[row][j] += value * weight[j]; });
-      });
+  using V = Vec<Block::kLanes>;
+  const auto sum_segment = [&](int64_t begin) FR_LAMBDA {
+    unroll<kRows>([&](auto row)
+                      FR_LAMBDA { unroll<Block::kCols>([&](auto j) FR_LAMBDA { sum[row][j] = V{}; }); });
+    const int64_t end = begin + kSegment < chunks ? begin + kSegment : chunks;
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      for (int c = 0; c < kChunk; ++c) {
+        __builtin_prefetch(ahead.next);
+        __builtin_prefetch(ahead.next + ahead.step / 2);
+        ahead.next += ahead.step;
+        V weight[Block::kCols];
+        unroll<Block::kCols>([&](auto j) FR_LAMBDA {
+          weight[j] = load<Block::kLanes>(u + c * Block::kPanel + j * Block::kLanes);
+        });
+        unroll<kRows>([&](auto row) FR_LAMBDA {
+          const float value = v[row * kChunk + c];
+          unroll<Block::kCols>([&](auto j) FR_LAMBDA { sum[row][j] += value * weight[j]; });
+        });
+      }
+      v += v_chunk_stride;
+      u += kChunk * Block::kPanel;
     }
-    v += v_chunk_stride;
-    u += kChunk * Block::kPanel;
+  };
+  sum_segment(0);
+  if (chunks <= kSegment) return;
+  V total[kRows][Block::kCols];  // in memory: the registers are taken
+  unroll<kRows>([&](auto row) FR_LAMBDA {
+    unroll<Block::kCols>([&](auto j) FR_LAMBDA { total[row][j] = sum[row][j]; });
+  });
+  for (int64_t begin = kSegment; begin < chunks; begin += kSegment) {
+    sum_segment(begin);
+    unroll<kRows>([&](auto row) FR_LAMBDA {
+      unroll<Block::kCols>([&](auto j) FR_LAMBDA { total[row][j] += sum[row][j]; });
+    });
   }
+  unroll<kRows>([&](auto row) FR_LAMBDA {
+    unroll<Block::kCols>([&](auto j) FR_LAMBDA { sum[row][j] = total[row][j]; });
+  });
 }
 
 // Functions by their number of rows, 1 to kRows: Kernel<Block, n>::run.

@@ -66,6 +66,13 @@ def winograd_size(problem: Problem) -> int:
     return min(cost, key=lambda m: cost[m])
 
 
+def _onednn_has(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes in ``dtype`` here (bfloat16: AVX-512 on x86; float16: AVX-512 FP16)."""
+    if dtype is torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype is not torch.float16 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
 class CpuBackend(Backend):
     name = "cpu"
 
@@ -77,10 +84,8 @@ class CpuBackend(Backend):
                 return f"cpu: dtype must be float32, bfloat16 or float16, got {dtype_name(dtype)}"
         if not torch.backends.mkldnn.is_available():
             return "cpu: torch must be built with oneDNN, got a build without"
-        if problem.output_dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return "cpu: bfloat16 needs a CPU for which oneDNN has it (AVX-512 on x86), this one is not"
-        if problem.output_dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-            return "cpu: float16 needs a CPU for which oneDNN has it (AVX-512 FP16 on x86), this one is not"
+        if not _onednn_has(problem.output_dtype):
+            return f"cpu: dtype must be one that oneDNN has on this CPU, got {dtype_name(problem.output_dtype)}"
         return None
 
     def run(self, problem: Problem, tail: Tail) -> Tensor:
@@ -173,21 +178,24 @@ def fold(conv: ConvBN) -> tuple[Tensor, Tensor | None]:
 
 
 def _run_folded(memory_format: torch.memory_format, tail: Tail) -> Tensor:
-    residual = _residual(tail, memory_format)
-    y = _folded_conv(
-        memory_format, tail, tail.x, tail.conv, tail.stride, tail.padding, tail.dilation, tail.groups, residual
-    )
+    residual = _residual(tail, torch.channels_last)
+    y = _folded_conv(tail, tail.x, tail.conv, tail.stride, tail.padding, tail.dilation, tail.groups, residual)
     if tail.activation == "relu":
-        return y.relu_()
-    return y.clamp_(0, 6) if tail.activation == "relu6" else y
+        y = y.relu_()
+    elif tail.activation == "relu6":
+        y = y.clamp_(0, 6)
+    return y.contiguous(memory_format=memory_format)
 
 
 def _folded_conv(
-    memory_format: torch.memory_format, tail: Tail, x: Tensor, conv: ConvBN, stride: Any, padding: Any, dilation: Any,
-    groups: int, residual: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """``BN(conv2d(x)) + residual`` by one oneDNN primitive, in ``memory_format``."""
-    x = x.contiguous(memory_format=memory_format)
+    tail: Tail, x: Tensor, conv: ConvBN, stride: Any, padding: Any, dilation: Any, groups: int, residual: Tensor | None
+) -> Tensor:
+    """``BN(conv2d(x)) + residual`` by one oneDNN primitive, channels_last, rounded once.
+
+    Always in channels_last, and grouped convolutions with oneDNN's in-place sum on a copy of the residual: its other
+    combinations round bfloat16 before they add (seen in oneDNN 3.12 with plain NCHW, and with groups of 16 channels).
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
     geometry = (stride, padding, dilation, groups)
     if tail.cache_weights:
         weight, bias = packing.get(
@@ -195,14 +203,15 @@ def _folded_conv(
         )
     else:
         weight, bias = fold(conv)
-        weight = weight.contiguous(memory_format=memory_format)
-    if residual is not None:
-        y = torch.ops.mkldnn._convolution_pointwise.binary(
-            x, residual, weight, bias, padding, stride, dilation, groups, "add", 1.0, None, [], None
-        )
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    arguments = (weight, bias, padding, stride, dilation, groups)
+    if residual is None:
+        y = torch.ops.mkldnn._convolution_pointwise.default(x, *arguments, "none", [], None)
+    elif groups == 1:
+        y = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *arguments, "add", 1.0, None, [], None)
     else:
-        y = _convolution(x, weight, bias, stride, padding, dilation, groups)
-    return y.contiguous(memory_format=memory_format)
+        y = torch.ops.mkldnn._convolution_pointwise_.binary(residual.clone(), x, *arguments, "add", 1.0, None, [], None)
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def _fold_and_reorder(conv: ConvBN, geometry: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -212,21 +221,14 @@ def _fold_and_reorder(conv: ConvBN, geometry: Any, x: Tensor) -> tuple[Tensor, T
     return weight, bias
 
 
-def _convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
-) -> Tensor:
-    return torch.ops.mkldnn._convolution_pointwise.default(
-        x, weight, bias, padding, stride, dilation, groups, "none", [], None
-    )
-
-
 # ---- what is added -----------------------------------------------------------------------------------------
 
 
 def _residual(tail: Tail, memory_format: torch.memory_format) -> Tensor | None:
     """What is added, dense in ``memory_format`` and of x's dtype: the residual or the projection's output."""
     if tail.proj is not None and tail.proj_x is not None:
-        return _folded_conv(memory_format, tail, tail.proj_x, tail.proj, tail.proj_stride, (0, 0), (1, 1), 1, None)
+        y = _folded_conv(tail, tail.proj_x, tail.proj, tail.proj_stride, (0, 0), (1, 1), 1, None)
+        return y.contiguous(memory_format=memory_format)
     if tail.residual is None:
         return None
     return tail.residual.to(tail.x.dtype).contiguous(memory_format=memory_format)

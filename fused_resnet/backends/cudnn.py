@@ -1,0 +1,87 @@
+"""Backend ``cudnn``: ``aten::cudnn_convolution_add_relu`` with folded weights, the rival we keep.
+
+cuDNN takes no per-channel scale, so BN is folded into the weights under the rule of :mod:`.packing`. Its traps, each
+guarded here: a ``z`` that shares memory with ``x`` goes wrong (pytorch#62926), the shape of ``z`` is not checked,
+and a ``z`` in another layout than the output is copied without a word. Its ReLU is part of the operator, so other
+activations are refused.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..layout import output_memory_format
+from ..problem import Problem, dtype_name
+from ..reference import ConvBN, Tail
+from . import Backend, packing
+from .cpu import fold
+
+
+class CudnnBackend(Backend):
+    name = "cudnn"
+
+    def can_run(self, problem: Problem) -> str | None:
+        if problem.device_type != "cuda":
+            return f"cudnn: device must be cuda, got {problem.device_type}"
+        if not torch.backends.cudnn.is_available():
+            return "cudnn: torch must be built with cuDNN, got a build without"
+        if not torch.backends.cudnn.enabled:
+            return "cudnn: torch.backends.cudnn.enabled must be True, got False"
+        if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"cudnn: dtype must be float32, float16 or bfloat16, got {dtype_name(problem.dtype)}"
+        if problem.output_dtype is not problem.dtype:
+            wanted, got = dtype_name(problem.dtype), dtype_name(problem.output_dtype)
+            return f"cudnn: residual must have the dtype of x, {wanted}, got {got}"
+        if problem.activation != "relu":
+            return f"cudnn: activation must be relu, got {problem.activation}"
+        return None
+
+    def run(self, problem: Problem, tail: Tail) -> Tensor:
+        memory_format = output_memory_format(tail.x, tail.conv.weight)
+        x = tail.x.contiguous(memory_format=memory_format)
+        weight, bias = _folded(tail, tail.conv, memory_format)
+        geometry = (tail.stride, tail.padding, tail.dilation, tail.groups)
+        z = _added(tail, memory_format)
+        if z is None:
+            y = torch.ops.aten.cudnn_convolution_relu.default(x, weight, bias, *geometry)
+        else:
+            if tuple(z.shape) != problem.output_shape:
+                raise ValueError(f"residual: expected shape {list(problem.output_shape)}, got {list(z.shape)}")
+            if _share_memory(z, x):
+                z = z.clone(memory_format=torch.preserve_format)
+            y = torch.ops.aten.cudnn_convolution_add_relu.default(x, weight, z, 1.0, bias, *geometry)
+        return y.contiguous(memory_format=memory_format)
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _folded(tail: Tail, conv: ConvBN, memory_format: torch.memory_format) -> tuple[Tensor, Tensor | None]:
+    make = partial(_fold_dense, conv, memory_format)
+    if not tail.cache_weights:
+        return make()
+    return packing.get(conv.weight, ("cudnn", conv.eps, memory_format), conv[1:6], make)
+
+
+def _fold_dense(conv: ConvBN, memory_format: torch.memory_format) -> tuple[Tensor, Tensor | None]:
+    weight, bias = fold(conv)
+    return weight.contiguous(memory_format=memory_format), bias
+
+
+def _added(tail: Tail, memory_format: torch.memory_format) -> Tensor | None:
+    """The residual or the projection's output, dense in ``memory_format``."""
+    if tail.proj is not None and tail.proj_x is not None:
+        weight, bias = _folded(tail, tail.proj, memory_format)
+        proj_x = tail.proj_x.contiguous(memory_format=memory_format)
+        y = torch.ops.aten.convolution.default(
+            proj_x, weight, bias, tail.proj_stride, (0, 0), (1, 1), False, (0, 0), 1
+        )  # fmt: skip
+        return y.contiguous(memory_format=memory_format)
+    return None if tail.residual is None else tail.residual.contiguous(memory_format=memory_format)
+
+
+BACKEND = CudnnBackend()

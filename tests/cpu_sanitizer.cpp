@@ -1,0 +1,133 @@
+// The CPU convolution kernels without Torch, for AddressSanitizer and UndefinedBehaviorSanitizer.
+//
+// Small register blocks keep the compilation short; lanes, tails, padding, blocks and tiles go through the
+// same code as the real ones. Every array is allocated to its exact size, so that one float too far is found,
+// and every result is compared with a plain loop on small integers, exactly for direct and F(2x2).
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "cpu/direct_kernel.h"
+#include "cpu/winograd_kernel.h"
+
+using namespace fused_resnet::cpu;
+
+namespace {
+
+// malloc rather than a vector: nothing behind the last element.
+struct Floats {
+  explicit Floats(int64_t count)
+      : size(count), data(static_cast<float*>(std::malloc(count * sizeof(float)))) {}
+  ~Floats() { std::free(data); }
+  Floats(const Floats&) = delete;
+  int64_t size;
+  float* data;
+};
+
+uint32_t state = 1;
+float small_integer() {
+  state = state * 1664525u + 1013904223u;
+  return static_cast<float>(static_cast<int>(state >> 16) % 7 - 3);
+}
+
+void fill(Floats& a) {
+  for (int64_t i = 0; i < a.size; ++i) a.data[i] = small_integer();
+}
+
+float expected(const ConvProblem& problem, const float* weight, int64_t n, int64_t p, int64_t q, int64_t k) {
+  const ConvShape& s = problem.shape;
+  float sum = 0;
+  for (int64_t r = 0; r < s.r; ++r) {
+    for (int64_t t = 0; t < s.s; ++t) {
+      const int64_t h = p * s.stride_h + r * s.dilation_h - s.pad_h,
+                    w = q * s.stride_w + t * s.dilation_w - s.pad_w;
+      if (h < 0 || h >= s.h || w < 0 || w >= s.w) continue;
+      for (int64_t c = 0; c < s.c; ++c) {
+        sum += problem.x[((n * s.h + h) * s.w + w) * s.c + c] * weight[((k * s.c + c) * s.r + r) * s.s + t];
+      }
+    }
+  }
+  sum = sum * problem.scale[k] + problem.shift[k];
+  if (problem.residual) sum += problem.residual[((n * s.p + p) * s.q + q) * s.k + k];
+  return problem.activation == Activation::kRelu && sum < 0 ? 0 : sum;
+}
+
+int failures = 0;
+
+void run(const char* name, const ConvKernel& kernel, ConvShape s, bool residual, int threads,
+         float tolerance) {
+  s.p = (s.h + 2 * s.pad_h - s.dilation_h * (s.r - 1) - 1) / s.stride_h + 1;
+  s.q = (s.w + 2 * s.pad_w - s.dilation_w * (s.s - 1) - 1) / s.stride_w + 1;
+  Floats x(s.n * s.h * s.w * s.c), weight(s.k * s.c * s.r * s.s), packed(kernel.weight_floats(s));
+  Floats y(s.n * s.p * s.q * s.k), other(y.size), scale(ceil_div(s.k, 32) * 32), shift(scale.size);
+  for (Floats* a : {&x, &weight, &other, &scale, &shift}) fill(*a);
+  for (int64_t i = 0; i < y.size; ++i) y.data[i] = NAN;
+  const int64_t stride[4] = {s.c * s.r * s.s, s.r * s.s, s.s, 1};
+  kernel.pack_weights(s, weight.data, stride, 0, ceil_div(s.k, kernel.panel), packed.data);
+
+  ConvProblem problem;
+  problem.shape = s;
+  problem.x = x.data, problem.weights = packed.data, problem.scale = scale.data, problem.shift = shift.data;
+  problem.residual = residual ? other.data : nullptr;
+  problem.y = y.data;
+  problem.activation = residual ? Activation::kRelu : Activation::kNone;
+  const int64_t in[3] = {s.h * s.w * s.c, s.w * s.c, s.c}, out[3] = {s.p * s.q * s.k, s.q * s.k, s.k};
+  std::memcpy(problem.x_stride, in, sizeof(in));
+  std::memcpy(problem.y_stride, out, sizeof(out));
+  std::memcpy(problem.residual_stride, out, sizeof(out));
+
+  const ConvPlan plan = kernel.plan(s, threads);
+  const std::unique_ptr<Floats> scratch(new Floats(plan.scratch_floats));
+  for (int64_t i = 0; i < plan.scratch_floats; ++i) scratch->data[i] = NAN;
+  for (int64_t piece = 0; piece < plan.row_blocks * plan.k_blocks; ++piece) {
+    kernel.run_piece(problem, plan, piece, scratch->data);
+  }
+  for (int64_t i = 0; i < y.size; ++i) {
+    const int64_t k = i % s.k, q = i / s.k % s.q, p = i / s.k / s.q % s.p, n = i / s.k / s.q / s.p;
+    const float want = expected(problem, weight.data, n, p, q, k);
+    if (!(std::fabs(y.data[i] - want) <= tolerance * (1 + std::fabs(want)))) {
+      std::printf("%s: [%ld %ld %ld %ld] got %g, expected %g\n", name, long(n), long(p), long(q), long(k),
+                  y.data[i], want);
+      ++failures;
+      return;
+    }
+  }
+}
+
+template <class Block>
+void run_all(const char* name) {
+  const ConvKernel direct = DirectImpl<Block>::kernel();
+  const ConvKernel f2 = WinogradImpl<Block, Winograd<2>>::kernel(),
+                   f4 = WinogradImpl<Block, Winograd<4>>::kernel();
+  const int64_t shapes[][7] = {// n, h, w, c, k, pad_h, pad_w
+                               {1, 1, 1, 1, 1, 1, 1},    {2, 5, 6, 3, 5, 1, 1},   {1, 7, 7, 17, 33, 1, 1},
+                               {3, 9, 4, 20, 12, 0, 0},  {1, 3, 8, 15, 31, 2, 2}, {1, 6, 5, 8, 16, 3, 0},
+                               {1, 13, 9, 32, 48, 1, 1}, {2, 8, 8, 16, 7, 1, 1}};
+  for (const auto& a : shapes) {
+    for (const int threads : {1, 3}) {
+      for (const bool residual : {false, true}) {
+        const ConvShape s{a[0], a[1], a[2], a[3], a[4], 3, 3, 0, 0, 1, 1, a[5], a[6], 1, 1};
+        run(name, direct, s, residual, threads, 0);
+        run(name, f2, s, residual, threads, 0);
+        run(name, f4, s, residual, threads, 1e-3f);
+      }
+    }
+  }
+  const ConvShape others[] = {
+      {2, 9, 7, 19, 37, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1},  {2, 9, 7, 32, 64, 1, 1, 0, 0, 2, 2, 0, 0, 1, 1},
+      {1, 21, 19, 3, 16, 7, 7, 0, 0, 2, 2, 3, 3, 1, 1}, {1, 13, 11, 16, 24, 3, 3, 0, 0, 2, 1, 2, 1, 1, 2},
+      {1, 9, 10, 12, 20, 5, 2, 0, 0, 3, 3, 4, 4, 1, 1},
+  };
+  for (const ConvShape& s : others) run(name, direct, s, true, 2, 0);
+}
+
+}  // namespace
+
+int main() {
+  run_all<RegisterBlock<8, 2, 2>>("8 lanes");
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}
