@@ -200,6 +200,13 @@ def test_a_model_that_is_wrapped() -> None:
     assert explain(wrapped)["module.layer2.1"].launches == 2
 
 
+def test_a_very_deep_model_is_compared_without_magnifying_rounding() -> None:
+    torch.manual_seed(0)
+    fused = fuse(Narrow(BasicBlock, [3, 60, 40, 3]))
+    assert explain(fused).unfused == ()
+    assert explain(fused)[""].tails == ("conv1+bn1+relu",)
+
+
 def test_unfuse_restores_every_class() -> None:
     model = torchvision.models.segmentation.DeepLabV3(
         backbone(nn.BatchNorm2d), torchvision.models.segmentation.fcn.FCNHead(256, 4)
