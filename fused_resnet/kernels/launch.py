@@ -26,9 +26,14 @@ from .plan import TailPlan, plan
 INTERPRETING = not isinstance(conv_bn_add_relu_kernel, triton.JITFunction)
 
 
-def capability() -> int:
-    """Compute capability of the current device as one number; in the interpreter one with all features."""
-    return 90 if INTERPRETING else int(triton.runtime.driver.active.get_current_target().arch)
+def capability(device: torch.device) -> int:
+    """Compute capability of a device as one number; in the interpreter one with all features."""
+    if INTERPRETING:
+        return 90
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    return int(triton.runtime.driver.active.get_current_target().arch)
 
 
 def sm_count(device: torch.device) -> int:
@@ -42,7 +47,7 @@ def sm_count(device: torch.device) -> int:
 def preferred(problem: Problem, device: torch.device) -> list[TailConfig]:
     """The configurations for `problem` on `device`, the expected best first."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return candidates(problem, capability(), sm_count(device), deterministic)
+    return candidates(problem, capability(device), sm_count(device), deterministic)
 
 
 def channels_last(t: Tensor) -> Tensor:
@@ -99,7 +104,7 @@ class BoundTail:
         if config is None:
             config = preferred(problem, self.device)[0]
         shared = config.shared_bytes(problem.dtype.itemsize)
-        resident = max(1, min(2, SHARED_LIMIT.get(capability(), 99 << 10) // shared))
+        resident = max(1, min(2, SHARED_LIMIT.get(capability(self.device), 99 << 10) // shared))
         self.problem = problem
         self.config = config
         self.plan: TailPlan = plan(problem, config, sm_count(self.device) * resident, INTERPRETING)
