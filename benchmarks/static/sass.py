@@ -104,8 +104,8 @@ class Loop:
 
     @property
     def divisions(self) -> int:
-        """Instructions that only a division by a number unknown to the compiler needs."""
-        return sum(i.base in ("MUFU", "I2F", "F2I", "CALL") for i in self.instructions)
+        """Instructions that only a division by a number unknown to the compiler needs (CALL is a far jump, too)."""
+        return sum(i.base in ("MUFU", "I2F", "F2I") for i in self.instructions)
 
     @property
     def instructions_per_mma(self) -> float:
