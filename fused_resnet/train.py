@@ -221,7 +221,7 @@ class _Run:
         content = {
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "ema_updates": 0 if self.ema is None else int(self.ema.nmake_average),
+            "ema_updates": 0 if self.ema is None else int(self.ema.n_averaged),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -255,7 +255,7 @@ class _Run:
         self.model.load_state_dict(content["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(content["ema"])
-            self.ema.nmake_average.fill_(content["ema_updates"])
+            self.ema.n_averaged.fill_(content["ema_updates"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["schedule"])
         self.scaler.load_state_dict(content["scaler"])
