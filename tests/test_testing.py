@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet import functional
 from fused_resnet.reference import Tail, conv_bn, reference
-from fused_resnet.testing import PROBLEMS, Case, Kind, check_tail, in_dtype, make_tail, round_to_tf32
+from fused_resnet.testing import PROBLEMS, Case, Kind, assert_gradients, check_tail, in_dtype, make_tail, round_to_tf32
 
 BY_NAME = {case.name: case.problem for case in PROBLEMS}
 
@@ -81,6 +83,25 @@ def test_each_mistake_is_caught(mistake: Callable[[Tail], Tensor], kind: Kind) -
 def test_the_exact_answer_rounded_once_passes(case: Case) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         check_tail(lambda tail: reference(tail.to(torch.float64)).to(tail.x.dtype), in_dtype(case.problem, dtype))
+
+
+def _mask_forgotten(**arguments: Any) -> Tensor:
+    """Right forward; the gradient passes as if there were no ReLU."""
+    z = functional.conv_bn_add_relu(**(arguments | {"activation": "none"}), backend="eager")
+    return z + (z.relu() - z).detach()
+
+
+def _residual_gradient_doubled(**arguments: Any) -> Tensor:
+    residual = arguments["residual"]
+    return functional.conv_bn_add_relu(**(arguments | {"residual": 2 * residual - residual.detach()}), backend="eager")
+
+
+@pytest.mark.parametrize("mistake", [_mask_forgotten, _residual_gradient_doubled])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mistakes_of_the_gradient_are_caught(mistake: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    """Leaving out the outputs at the activation's corner leaves out nothing else."""
+    with pytest.raises(AssertionError, match="gradient of"):
+        assert_gradients(mistake, in_dtype(BY_NAME["odd"], dtype))
 
 
 def test_nan_is_an_error_not_a_pass() -> None:
