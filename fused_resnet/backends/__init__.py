@@ -7,7 +7,6 @@ sentence serves ``explain``, logs and errors. The choice is the plain ladder of 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -21,11 +20,7 @@ from ..problem import Problem
 from ..reference import Tail
 
 #: Every backend by name; each lives in the module of the same name, as ``BACKEND``.
-NAMES: tuple[str, ...] = tuple(
-    name
-    for name in ("eager", "cpu", "triton", "cuda", "cudnn", "two_pass")
-    if importlib.util.find_spec(f"{__name__}.{name}")
-)  # while backends are still landing
+NAMES: tuple[str, ...] = ("eager", "cpu", "triton", "cuda", "cudnn", "two_pass")
 
 #: The order in which ``auto`` asks, per device type. The reason of each order stands in :func:`choose`.
 _LADDER: dict[str, tuple[str, ...]] = {
@@ -118,8 +113,6 @@ def choose(problem: Problem, name: str = "auto") -> Backend:
 
         ladder = rule.ladder(problem, torch.device("cuda", torch.cuda.current_device()))
     for candidate in ladder:
-        if candidate not in NAMES:
-            continue
         backend = get(candidate)
         if backend.can_run(problem) is None:
             return backend
