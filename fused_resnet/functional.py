@@ -6,13 +6,28 @@ import torch
 from torch import Tensor
 
 from . import ops as _ops  # registers the operators
-from .functional_training import BatchNormBranch, bn_add_relu, bn_add_relu_train
+from .functional_training import (
+    BatchNormBranch,
+    batch_norm_arguments,
+    bn_add_relu,
+    bn_add_relu_train,
+    conv_bn_add_relu_train,
+    conv_bn_branch,
+)
 from .ops import direct as _direct
+from .pairs import Pair, pair
 from .reference import ConvBN, Tail
 
-__all__ = ["BatchNormBranch", "bn_add_relu", "bn_add_relu_train", "conv_bn_add_relu", "conv_bn_proj_add_relu"]
-
-_Pair = int | tuple[int, int]
+__all__ = [
+    "BatchNormBranch",
+    "batch_norm_arguments",
+    "bn_add_relu",
+    "bn_add_relu_train",
+    "conv_bn_add_relu",
+    "conv_bn_add_relu_train",
+    "conv_bn_branch",
+    "conv_bn_proj_add_relu",
+]
 
 assert _ops.NAMESPACE == "fused_resnet"
 
@@ -20,16 +35,6 @@ assert _ops.NAMESPACE == "fused_resnet"
 # Bound once: the lookup through torch.ops takes half a microsecond.
 _CONV_BN_ADD_RELU = torch.ops.fused_resnet.conv_bn_add_relu.default
 _CONV_BN_PROJ_ADD_RELU = torch.ops.fused_resnet.conv_bn_proj_add_relu.default
-
-
-def _pair(name: str, value: _Pair) -> tuple[int, int]:
-    if type(value) is tuple and len(value) == 2:
-        return value
-    if isinstance(value, int):
-        return (value, value)
-    if isinstance(value, (tuple, list)) and len(value) == 2:
-        return (value[0], value[1])
-    raise TypeError(f"{name}: expected an int or a pair of ints, got {value!r}")
 
 
 def conv_bn_add_relu(
@@ -43,9 +48,9 @@ def conv_bn_add_relu(
     *,
     eps: float = 1e-5,
     residual: Tensor | None = None,
-    stride: _Pair = 1,
-    padding: _Pair = 0,
-    dilation: _Pair = 1,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
     groups: int = 1,
     activation: str = "relu",
     backend: str = "auto",
@@ -95,7 +100,7 @@ def conv_bn_add_relu(
 
     Source: the operator is defined in ``fused_resnet/reference.py``.
     """
-    stride, padding, dilation = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
+    stride, padding, dilation = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
     tail = None
     if not torch.compiler.is_compiling() and _direct.quiet():
         conv = ConvBN(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
@@ -133,11 +138,11 @@ def conv_bn_proj_add_relu(
     proj_running_var: Tensor | None = None,
     eps: float = 1e-5,
     proj_eps: float = 1e-5,
-    stride: _Pair = 1,
-    padding: _Pair = 0,
-    dilation: _Pair = 1,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
     groups: int = 1,
-    proj_stride: _Pair = 1,
+    proj_stride: Pair = 1,
     activation: str = "relu",
     backend: str = "auto",
     cache_weights: bool = False,
@@ -157,8 +162,8 @@ def conv_bn_proj_add_relu(
 
     All other arguments, the returned tensor, gradients and errors are those of :func:`conv_bn_add_relu`.
     """
-    stride, padding, dilation = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
-    proj_stride = _pair("proj_stride", proj_stride)
+    stride, padding, dilation = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
+    proj_stride = pair("proj_stride", proj_stride)
     tail = None
     if not torch.compiler.is_compiling() and _direct.quiet():
         conv = ConvBN(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)

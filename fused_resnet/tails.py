@@ -172,7 +172,7 @@ def conv_bn_act(
 ) -> Tensor:
     """``act(bn(conv(x)) + residual)`` from the modules ``conv`` and ``bn`` (or None); one launch where BN is fixed."""
     if uses_batch_statistics(bn):
-        return batch_statistics_tail(_conv(conv, x), bn, residual, activation)
+        return batch_statistics_tail(conv, bn, x, residual, activation)
     weight, bias, mean, var = _bn_tensors(bn)
     return functional.conv_bn_add_relu(
         x, conv.weight, conv.bias, weight, bias, mean, var,
@@ -195,7 +195,8 @@ def conv_bn_proj_act(
     """``act(bn(conv(x)) + proj_bn(proj_conv(proj_x)))``, in one launch where both BNs are fixed."""
     main_batch, proj_batch = uses_batch_statistics(bn), uses_batch_statistics(proj_bn)
     if main_batch and proj_batch:
-        return batch_statistics_tail(_conv(conv, x), bn, (_conv(proj_conv, proj_x), proj_bn), activation)
+        branch = functional.conv_bn_branch(proj_x, **_training_arguments(proj_conv, proj_bn))
+        return batch_statistics_tail(conv, bn, x, branch, activation)
     if main_batch or proj_batch:  # one of the two BNs is frozen: the projection by itself, then the tail
         identity = conv_bn_act(proj_conv, proj_bn, proj_x, None, "none", backend, winograd)
         return conv_bn_act(conv, bn, x, identity, activation, backend, winograd)
@@ -211,23 +212,21 @@ def conv_bn_proj_act(
     )  # fmt: skip
 
 
-def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    return conv._conv_forward(x, conv.weight, conv.bias)
-
-
 # ---- batch statistics: the one place where a training tail is computed -------------------------------------
 
 
-def batch_statistics_tail(y: Tensor, bn: Any, residual: Tensor | tuple[Tensor, Any] | None, activation: str) -> Tensor:
-    """``act(bn(y) + residual)`` with the statistics of the batch; updates the running statistics as ``bn`` would.
+def _training_arguments(conv: nn.Conv2d, bn: Any) -> dict[str, Any]:
+    """A convolution and its batch norm as the training functions take them; counts the batch as ``bn`` would."""
+    bn_arguments = functional.batch_norm_arguments(bn)._asdict()
+    return {"weight": conv.weight, "bias": conv.bias, **bn_arguments, **_geometry(conv)}
 
-    ``residual`` is a tensor, a pair (projection's convolution output, its BN), or None.
-    """
-    if isinstance(residual, Tensor) and residual.dtype != y.dtype and torch.is_autocast_enabled(y.device.type):
-        # A block that starts in float32 under autocast: eager's `out += identity` keeps the convolution's dtype, as
-        # does the operator of the eval path.
-        residual = residual.to(y.dtype)
-    return functional.bn_add_relu(y, bn, residual=residual, activation=activation)
+
+def batch_statistics_tail(
+    conv: nn.Conv2d, bn: Any, x: Tensor, residual: Tensor | functional.BatchNormBranch | None, activation: str
+) -> Tensor:
+    """``act(bn(conv(x)) + residual)`` with the statistics of the batch; updates the running ones as ``bn`` would."""
+    arguments = _training_arguments(conv, bn)
+    return functional.conv_bn_add_relu_train(x, **arguments, residual=residual, activation=activation)
 
 
 def drop_packed(*convs: nn.Conv2d) -> None:

@@ -82,11 +82,11 @@ class TrafficMode(TorchDispatchMode):
             outputs = outputs[:1]  # the statistics that it returns besides are empty in evaluation mode
         traffic = sum(map(_size, inputs)) + sum(map(_size, outputs))
         flops = 0
-        if name.startswith("fused_resnet::conv_bn"):
+        if name.startswith("fused_resnet::conv_bn") and not name.endswith("stats"):
             tail, _ = _ops.tail.to_tail(name.removeprefix("fused_resnet::"), *args, **kwargs)
             problem = Problem.from_tail(tail)
             flops, traffic = problem.flops, problem.compulsory_bytes
-        elif name in ("aten::convolution", "aten::_convolution"):
+        elif name in ("aten::convolution", "aten::_convolution", "fused_resnet::conv_bn_stats"):
             x, weight, stride = args[0], args[1], args[3]
             flops = _convolution_flops(x, weight, outputs[0])
             traffic -= _skipped_by_stride(x, weight, stride)

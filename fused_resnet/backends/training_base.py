@@ -2,7 +2,8 @@
 
 The four passes of a training tail see canonical tensors only: activations that are dense in channels_last,
 statistics and BN parameters contiguous in the accumulation dtype (float32, or float64 for float64 input).
-``fused_resnet.ops.training`` brings them into this form.
+``fused_resnet.ops.training`` brings them into this form. The convolution sees its tensors as the caller has them;
+a backend that computes it itself says so by ``why_not_conv_stats``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..problem import Problem
+from ..reference import ConvBN, Tail
 
 #: Elements per word of the activation's 1-bit mask: element ``i`` of the NHWC order is bit ``i % 32``.
 MASK_BITS = 32
@@ -26,6 +30,15 @@ class BatchNorm(NamedTuple):
     bias: Tensor | None = None  # [C]; 0 when None
 
 
+class ConvGeometry(NamedTuple):
+    """A convolution's numbers, as ``aten::convolution`` takes them."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
 class GradMeans(NamedTuple):
     """What flows through the statistics: means over N, H, W of ``dz`` and ``dz * xhat``; 0 if frozen."""
 
@@ -34,13 +47,48 @@ class GradMeans(NamedTuple):
 
 
 class TrainingBackend:
-    """The four passes on one kind of hardware. ``dz = grad_out`` where the activation passes it, else 0."""
+    """The convolution and the four passes on one kind of hardware.
+
+    ``dz = grad_out`` where the activation passes it, else 0.
+    """
 
     name: str
 
     def can_run(self, y: Tensor, *others: Tensor | None) -> str | None:
         """None, or one sentence why ``y`` and the other activations of the call cannot be handled."""
         raise NotImplementedError
+
+    def why_not_conv_stats(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> str | None:
+        """None where :meth:`conv_stats` is this backend's own kernel, else one sentence why torch's is taken."""
+        return f"{self.name}: no convolution with statistics in its epilogue"
+
+    def conv_stats(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``y = conv2d(x)`` in eager's dtype and memory format, and :meth:`stats` of ``y`` as it was rounded.
+
+        ``y`` has at least one element.
+        """
+        y = torch.ops.aten.convolution(
+            x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, False, [0, 0], geometry.groups
+        )
+        return y, *self.stats(y.contiguous(memory_format=torch.channels_last))
+
+    def conv_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        has_bias: bool,
+        geometry: ConvGeometry,
+        output_mask: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of x, weight and bias, in their dtypes; None where ``output_mask`` does not ask for one."""
+        gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
+            grad_y, x, weight, [weight.shape[0]] if has_bias else None,
+            geometry.stride, geometry.padding, geometry.dilation, False, [0, 0], geometry.groups, list(output_mask),
+        )  # fmt: skip
+        return gradients
 
     def stats(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of every channel."""
@@ -82,6 +130,12 @@ class TrainingBackend:
         convolution output (the same formula with the projection's BN).
         """
         raise NotImplementedError
+
+
+def conv_problem(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Problem:
+    """The convolution alone as a Problem; ValueError or TypeError names the argument that does not fit."""
+    conv = ConvBN(weight, bias, None, None, None, None, 0.0)
+    return Problem.from_tail(Tail(x, conv, None, *geometry, "none", None, None, (1, 1), False, "auto"))
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import autocast, tail, training, training_autograd
+from . import autocast, conv_stats, tail, training, training_autograd
 from .schemas import LIBRARY, NAMESPACE, SCHEMAS
 
-__all__ = ["LIBRARY", "NAMESPACE", "SCHEMAS", "autocast", "tail", "training", "training_autograd"]
+__all__ = ["LIBRARY", "NAMESPACE", "SCHEMAS", "autocast", "conv_stats", "tail", "training", "training_autograd"]

@@ -1,4 +1,4 @@
-"""Autocast for the tail operators, written by hand.
+"""Autocast for the operators that convolve, written by hand.
 
 ``torch.library.register_autocast`` would cast every tensor, running_var included, and to one fixed dtype. Here
 x, weight, bias, residual and the projection's follow the *active* autocast dtype, as eager's convolution does,
@@ -33,16 +33,16 @@ def _register(name: str, device_type: str, key: str) -> None:
     op = getattr(torch.ops.fused_resnet, name).default
     arguments = op._schema.arguments
     positions = [i for i, argument in enumerate(arguments) if argument.name in _CAST]
-    cache_position = next(i for i, argument in enumerate(arguments) if argument.name == "cache_weights")
+    cache_position = next((i for i, argument in enumerate(arguments) if argument.name == "cache_weights"), None)
     exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def autocast_kernel(*args: Any, **kwargs: Any) -> Tensor:
+    def autocast_kernel(*args: Any, **kwargs: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
         full = list(args) + [kwargs.get(argument.name, argument.default_value) for argument in arguments[len(args) :]]
         weight = full[1]
         for position in positions:
             full[position] = _cast(full[position], device_type, dtype)
-        if full[1] is not weight:
+        if cache_position is not None and full[1] is not weight:
             # A cast weight is a new tensor on every call; a packed copy of it could never be found again.
             full[cache_position] = False
         with torch._C._ExcludeDispatchKeyGuard(exclude):
@@ -51,6 +51,6 @@ def _register(name: str, device_type: str, key: str) -> None:
     LIBRARY.impl(name, autocast_kernel, key)
 
 
-for _name in ("conv_bn_add_relu", "conv_bn_proj_add_relu"):
+for _name in ("conv_bn_add_relu", "conv_bn_proj_add_relu", "conv_bn_stats"):
     _register(_name, "cuda", "AutocastCUDA")
     _register(_name, "cpu", "AutocastCPU")

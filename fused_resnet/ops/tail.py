@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..layout import empty_output, output_memory_format
 from ..reference import ConvBN, Tail
 from . import plans
+from .checks import refuse_forward_mode
 from .schemas import LIBRARY, NAMESPACE
 
 # ---- arguments -> Tail -----------------------------------------------------------------------------------
@@ -69,11 +69,7 @@ def to_tail(name: str, *args: Any, **kwargs: Any) -> tuple[Tail, str]:
 
 def run(tail: Tail, backend: str = "auto") -> Tensor:
     """Run the call by its plan."""
-    if forward_ad._current_level >= 0:
-        # register_autograd knows nothing of forward mode and would drop the tangents without a word
-        raise NotImplementedError(
-            "fused_resnet: forward-mode differentiation is not implemented; unfuse(model) first, or use reverse mode"
-        )
+    refuse_forward_mode()
     return plans.find(tail, backend)(tail)
 
 
@@ -84,20 +80,24 @@ def _empty(tail: Tail, shape: Any, dtype: torch.dtype) -> Tensor:
 # ---- fake kernel -------------------------------------------------------------------------------------------
 
 
-def _fake(tail: Tail) -> Tensor:
-    x, weight = tail.x, tail.conv.weight
+def fake_output_shape(x: Tensor, weight: Tensor, geometry: tuple[Any, Any, Any, Any]) -> tuple[Any, ...]:
+    """``[N, K, P, Q]`` of a convolution with this stride, padding, dilation and groups; sizes may be symbolic."""
+    stride, padding, dilation, groups = geometry
     torch._check(x.dim() == 4, lambda: f"x: expected 4 dimensions, got {x.dim()}")
     torch._check(weight.dim() == 4, lambda: f"weight: expected 4 dimensions, got {weight.dim()}")
     torch._check(
-        weight.shape[1] * tail.groups == x.shape[1],
+        weight.shape[1] * groups == x.shape[1],
         lambda: f"weight: expected [K, C / groups, R, S], got {list(weight.shape)} for {list(x.shape)}",
     )
     sizes = [
-        (x.shape[2 + i] + 2 * tail.padding[i] - tail.dilation[i] * (weight.shape[2 + i] - 1) - 1)
-        // tail.stride[i] + 1
-        for i in (0, 1)
-    ]  # fmt: skip
-    shape = (x.shape[0], weight.shape[0], sizes[0], sizes[1])
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    ]
+    return x.shape[0], weight.shape[0], sizes[0], sizes[1]
+
+
+def _fake(tail: Tail) -> Tensor:
+    x, weight = tail.x, tail.conv.weight
+    shape = fake_output_shape(x, weight, (tail.stride, tail.padding, tail.dilation, tail.groups))
     dtype = x.dtype
     if tail.residual is not None:
         residual = tail.residual

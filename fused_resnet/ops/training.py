@@ -19,29 +19,15 @@ from ..backends.training_base import (
 )
 from ..layout import looks_channels_last
 from ..reference import ACTIVATIONS
+from .checks import check_not_empty, check_vector, check_y
 from .schemas import LIBRARY, NAMESPACE
-
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 # ---------------------------------------------------------------- arguments
 
 
-def _check_y(op: str, name: str, y: Tensor, like: Tensor | None = None) -> None:
-    if y.dim() != 4 or y.dtype not in _FLOATING:
-        raise ValueError(f"{op}: {name}: expected a floating-point [N, C, H, W] tensor, got {y.dtype} {list(y.shape)}")
-    if like is not None and y.shape != like.shape:
-        raise ValueError(f"{op}: {name}: expected the shape of y, {list(like.shape)}, got {list(y.shape)}")
-
-
-def _check_vector(op: str, name: str, t: Tensor | None, channels: int) -> None:
-    if t is not None and (t.dim() != 1 or t.shape[0] != channels):
-        raise ValueError(f"{op}: {name}: expected shape [{channels}], the channels of y, got {list(t.shape)}")
-
-
 def _check_bn(op: str, bn: BatchNorm, prefix: str = "") -> None:
     for name, t in zip(bn._fields[1:], bn[1:], strict=True):
-        _check_vector(op, prefix + name, t, bn.y.shape[1])
+        check_vector(op, prefix + name, t, bn.y.shape[1])
 
 
 def _check_activation(op: str, activation: str) -> None:
@@ -106,9 +92,8 @@ def _out_dtype(y: Tensor, residual: Tensor | None, proj_y: Tensor | None) -> tor
 
 
 def _bn_stats(y: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    _check_y("bn_stats", "y", y)
-    if y.numel() == 0:
-        raise ValueError(f"bn_stats: y: expected at least one element, got shape {list(y.shape)}")
+    check_y("bn_stats", "y", y)
+    check_not_empty("bn_stats", "y", y)
     dense = _dense(y)
     return training_dispatch.choose(backend, dense).stats(dense)
 
@@ -130,17 +115,17 @@ def _bn_apply_add_relu(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     op = "bn_apply_add_relu"
-    _check_y(op, "y", y)
+    check_y(op, "y", y)
     _check_activation(op, activation)
     bn = BatchNorm(y, mean, invstd, weight, bias)
     proj = _branch(proj_y, proj_mean, proj_invstd, proj_weight, proj_bias)
     _check_bn(op, bn)
     if residual is not None:
-        _check_y(op, "residual", residual, y)
+        check_y(op, "residual", residual, y)
     if proj is not None:
         if residual is not None:
             raise ValueError(f"{op}: residual and proj_y: expected at most one of them, got both")
-        _check_y(op, "proj_y", proj.y, y)
+        check_y(op, "proj_y", proj.y, y)
         _check_bn(op, proj, "proj_")
     out = _empty_dense(y, _out_dtype(y, residual, proj_y))
     with_mask = with_mask and activation != "none"
@@ -171,14 +156,14 @@ def _bn_backward_reduce(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "bn_backward_reduce"
-    _check_y(op, "y", y)
-    _check_y(op, "grad_out", grad_out, y)
+    check_y(op, "y", y)
+    check_y(op, "grad_out", grad_out, y)
     _check_mask(op, mask, y)
     bn = BatchNorm(y, mean, invstd)
     proj = _branch(proj_y, proj_mean, proj_invstd, None, None)
     _check_bn(op, bn)
     if proj is not None:
-        _check_y(op, "proj_y", proj.y, y)
+        check_y(op, "proj_y", proj.y, y)
         _check_bn(op, proj, "proj_")
     if y.numel() == 0:
         zeros = [torch.zeros(y.shape[1], dtype=accumulate_dtype(y.dtype), device=y.device) for _ in range(3)]
@@ -208,17 +193,17 @@ def _bn_backward_apply(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     op = "bn_backward_apply"
-    _check_y(op, "y", y)
-    _check_y(op, "grad_out", grad_out, y)
+    check_y(op, "y", y)
+    check_y(op, "grad_out", grad_out, y)
     _check_mask(op, mask, y)
     bn = BatchNorm(y, mean, invstd, weight)
     proj = _branch(proj_y, proj_mean, proj_invstd, proj_weight, None)
     _check_bn(op, bn)
     for name, t in (("mean_dz", mean_dz), ("mean_dz_xhat", mean_dz_xhat)):
-        _check_vector(op, name, t, y.shape[1])
+        check_vector(op, name, t, y.shape[1])
     proj_means = None
     if proj is not None:
-        _check_y(op, "proj_y", proj.y, y)
+        check_y(op, "proj_y", proj.y, y)
         _check_bn(op, proj, "proj_")
         if proj_mean_dz is None or proj_mean_dz_xhat is None:
             raise ValueError(
@@ -254,7 +239,7 @@ def _empty_in_format_of(y: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _fake_stats(y: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    _check_y("bn_stats", "y", y)
+    check_y("bn_stats", "y", y)
     acc = accumulate_dtype(y.dtype)
     return y.new_empty(y.shape[1], dtype=acc), y.new_empty(y.shape[1], dtype=acc)
 

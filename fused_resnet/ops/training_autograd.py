@@ -21,16 +21,20 @@ def _per_channel(t: Tensor) -> Tensor:
 # ---------------------------------------------------------------- bn_stats
 
 
+def stats_gradient(y: Tensor, mean: Tensor, d_mean: Tensor, d_var: Tensor) -> Tensor:
+    """What the mean and the biased variance of ``y`` hand back to it, in their dtype."""
+    count = y.numel() // y.shape[1]
+    centred = y.to(mean.dtype) - _per_channel(mean)
+    return (_per_channel(d_mean) + 2 * centred * _per_channel(d_var)) / count
+
+
 def _stats_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(inputs[0], output[0])
 
 
 def _stats_backward(ctx: Any, d_mean: Tensor, d_var: Tensor) -> tuple[Tensor, None]:
     y, mean = ctx.saved_tensors
-    count = y.numel() // y.shape[1]
-    centred = y.to(mean.dtype) - _per_channel(mean)
-    d_y = (_per_channel(d_mean) + 2 * centred * _per_channel(d_var)) / count
-    return d_y.to(y.dtype), None
+    return stats_gradient(y, mean, d_mean, d_var).to(y.dtype), None
 
 
 # ---------------------------------------------------------------- bn_apply_add_relu
@@ -91,11 +95,13 @@ def _apply_backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, 
 # ---------------------------------------------------------------- the backward ops
 
 
-def _no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
+def no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Nothing is saved: the backward only raises."""
 
 
-def _refuse(name: str) -> Any:
+def refuse(name: str) -> Any:
+    """The backward of an op that is a gradient itself."""
+
     def backward(ctx: Any, *grads: Any) -> NoReturn:
         raise RuntimeError(f"{name} cannot be differentiated: double backward of the training tail is not supported")
 
@@ -106,8 +112,8 @@ def _register() -> None:
     for name, backward, context in (
         ("bn_stats", _stats_backward, _stats_context),
         ("bn_apply_add_relu", _apply_backward, _apply_context),
-        ("bn_backward_reduce", _refuse("bn_backward_reduce"), _no_context),
-        ("bn_backward_apply", _refuse("bn_backward_apply"), _no_context),
+        ("bn_backward_reduce", refuse("bn_backward_reduce"), no_context),
+        ("bn_backward_apply", refuse("bn_backward_apply"), no_context),
     ):
         torch.library.register_autograd(
             f"{NAMESPACE}::{name}", backward, setup_context=context, lib=LIBRARY
