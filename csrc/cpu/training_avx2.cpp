@@ -4,8 +4,11 @@
   // Standard headers first: what they define is shared with code for older CPUs.
   #include <immintrin.h>
 
+  #include <algorithm>
+  #include <array>
   #include <cstdint>
   #include <cstring>
+  #include <numeric>
   #include <type_traits>
   #include <utility>
   #if defined(__clang__)
@@ -14,9 +17,12 @@
     #pragma GCC target("avx2,fma,f16c")
   #endif
   #include "training_kernel.h"
+  #include "weight_gradient_kernel.h"
 
 namespace fused_resnet::cpu {
 constexpr TrainingKernel kTrainingAvx2 = TrainingImpl<8>::kernel();
+constexpr WeightGradientKernel kWeightGradientAvx2 =
+    WeightGradientImpl<RegisterBlock<8, 4, 2>, Winograd<2>>::kernel();
 }  // namespace fused_resnet::cpu
   #if defined(__clang__)
     #pragma clang attribute pop

@@ -4,8 +4,11 @@
   // Standard headers first: what they define is shared with code for older CPUs.
   #include <immintrin.h>
 
+  #include <algorithm>
+  #include <array>
   #include <cstdint>
   #include <cstring>
+  #include <numeric>
   #include <type_traits>
   #include <utility>
   #if defined(__clang__)
@@ -15,9 +18,12 @@
     #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
   #endif
   #include "training_kernel.h"
+  #include "weight_gradient_kernel.h"
 
 namespace fused_resnet::cpu {
 constexpr TrainingKernel kTrainingAvx512 = TrainingImpl<16>::kernel();
+constexpr WeightGradientKernel kWeightGradientAvx512 =
+    WeightGradientImpl<RegisterBlock<16, 8, 2>, Winograd<2>>::kernel();
 }  // namespace fused_resnet::cpu
   #if defined(__clang__)
     #pragma clang attribute pop

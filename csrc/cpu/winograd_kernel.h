@@ -11,6 +11,7 @@
 #include "finish.h"
 #include "gemm.h"
 #include "memory.h"
+#include "winograd_filter.h"
 #include "winograd_transforms.h"
 
 namespace fused_resnet::cpu {
@@ -30,35 +31,16 @@ struct WinogradImpl {
   static int64_t v_stride(int64_t c, int64_t tiles) { return chunks_of(c) * tiles * kChunk + kSkew; }
   static int64_t m_stride(int64_t panels, int64_t tiles) { return tiles * panels * kPanel + kSkew; }
 
-  // U = G g G^T, in double precision and rounded once. Channels beyond C and K are zero.
+  // U = G g G^T. Channels beyond C and K are zero.
   //
   // (Transforming the weights anew in each call, to read 9 values instead of 36, was tried: the 36 stores
   // outweigh the traffic they save except at 512 channels and batch 8.)
   static void pack_weights(const ConvShape& shape, const float* weight, const int64_t stride[4],
                            int64_t first_panel, int64_t last_panel, float* packed) {
-    const int64_t padded_c = chunks_of(shape.c) * kChunk;
-    std::fill(packed + first_panel * panel_floats(shape.c), packed + last_panel * panel_floats(shape.c),
-              0.0f);
-    const int64_t k_end = std::min(last_panel * kPanel, shape.k);
-    for (int64_t k = first_panel * kPanel; k < k_end; ++k) {
-      float* out = packed + k / kPanel * panel_floats(shape.c) + k % kPanel;
-      for (int64_t c = 0; c < shape.c; ++c) {
-        const float* g = weight + k * stride[0] + c * stride[1];
-        double half[kTile][3];  // G g
-        for (int i = 0; i < kTile; ++i) {
-          for (int j = 0; j < 3; ++j) {
-            half[i][j] = 0.0;
-            for (int r = 0; r < 3; ++r) half[i][j] += W::kFilter[i][r] * g[r * stride[2] + j * stride[3]];
-          }
-        }
-        for (int i = 0; i < kTile; ++i) {
-          for (int j = 0; j < kTile; ++j) {
-            double u = 0.0;
-            for (int s = 0; s < 3; ++s) u += W::kFilter[j][s] * half[i][s];
-            out[((i * kTile + j) * padded_c + c) * kPanel] = float(u);
-          }
-        }
-      }
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      FilterTransform<kLanes, W>::pack_panel(
+          weight + panel * kPanel * stride[0], stride, std::min<int64_t>(shape.k - panel * kPanel, kPanel),
+          shape.c, chunks_of(shape.c) * kChunk, kPanel, packed + panel * panel_floats(shape.c));
     }
   }
 

@@ -1,4 +1,7 @@
-"""The training passes by the extension's own CPU kernels: float32, bfloat16 and float16, vectorised, multi-threaded."""
+"""The training passes by the extension's own CPU kernels: float32, bfloat16 and float16, vectorised, multi-threaded.
+
+The 3 x 3 convolutions are ours where :mod:`training_winograd` has them and expects to be faster, else torch's.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import _extension
-from .training_base import BatchNorm, GradMeans, TrainingBackend
+from . import training_winograd as winograd
+from .training_base import BatchNorm, ConvGeometry, GradMeans, TrainingBackend
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # NaN is "no bound": every comparison with it is false.
@@ -36,6 +40,45 @@ class CpuTraining(TrainingBackend):
     @property
     def _ops(self) -> Any:
         return torch.ops.fused_resnet_C
+
+    def why_not_conv_stats(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> str | None:
+        reason = winograd.why_not(x, weight, geometry)
+        if reason is None and not winograd.forward_pays(x, weight, geometry):
+            reason = f"cpu: too little work to transform the weights for, {list(x.shape)} and {list(weight.shape)}"
+        return reason
+
+    def conv_stats(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y = winograd.forward(x, weight, bias, geometry)
+        return y, *self.stats(y)
+
+    def conv_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        has_bias: bool,
+        geometry: ConvGeometry,
+        output_mask: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        need_x, need_weight, need_bias = output_mask
+        ours = winograd.why_not(x, weight, geometry) is None
+        own_weight = ours and need_weight and winograd.weight_gradient_pays(x, weight, geometry)
+        own_x = ours and need_x and winograd.forward_pays(x, weight, geometry)
+        # Where both gradients are left to torch it computes the bias's along with them, for nothing.
+        own_bias = need_bias and own_weight
+        left = (need_x and not own_x, need_weight and not own_weight, need_bias and not own_bias)
+        d_x = d_weight = d_bias = None
+        if any(left):
+            d_x, d_weight, d_bias = super().conv_backward(grad_y, x, weight, has_bias, geometry, left)
+        if own_x:
+            d_x = winograd.input_gradient(grad_y, weight, geometry)
+        if own_weight:
+            d_weight = winograd.weight_gradient(grad_y, x, geometry)
+        if own_bias:
+            d_bias = grad_y.sum(dim=(0, 2, 3))
+        return d_x, d_weight, d_bias
 
     def stats(self, y: Tensor) -> tuple[Tensor, Tensor]:
         mean, var = (torch.empty(y.shape[1], dtype=torch.float32) for _ in range(2))
