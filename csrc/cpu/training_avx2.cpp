@@ -21,8 +21,10 @@
 
 namespace fused_resnet::cpu {
 constexpr TrainingKernel kTrainingAvx2 = TrainingImpl<8>::kernel();
-constexpr WeightGradientKernel kWeightGradientAvx2 =
-    WeightGradientImpl<RegisterBlock<8, 4, 2>, Winograd<2>>::kernel();
+using WeightGradientAvx2 = RegisterBlock<8, 4, 2>;
+constexpr WeightGradientKernels kWeightGradientAvx2 = {
+    WeightGradientImpl<WeightGradientAvx2, Winograd<2>>::kernel(),
+    WeightGradientImpl<WeightGradientAvx2, Winograd<4>>::kernel()};
 }  // namespace fused_resnet::cpu
   #if defined(__clang__)
     #pragma clang attribute pop

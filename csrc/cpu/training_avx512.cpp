@@ -22,8 +22,10 @@
 
 namespace fused_resnet::cpu {
 constexpr TrainingKernel kTrainingAvx512 = TrainingImpl<16>::kernel();
-constexpr WeightGradientKernel kWeightGradientAvx512 =
-    WeightGradientImpl<RegisterBlock<16, 8, 2>, Winograd<2>>::kernel();
+using WeightGradientAvx512 = RegisterBlock<16, 8, 2>;
+constexpr WeightGradientKernels kWeightGradientAvx512 = {
+    WeightGradientImpl<WeightGradientAvx512, Winograd<2>>::kernel(),
+    WeightGradientImpl<WeightGradientAvx512, Winograd<4>>::kernel()};
 }  // namespace fused_resnet::cpu
   #if defined(__clang__)
     #pragma clang attribute pop

@@ -23,13 +23,19 @@ const Kernels& set_called(const std::string& isa) {
   return *set;
 }
 
-const WeightGradientKernel& weight_gradient_kernel(const std::string& isa) {
+void check_tile(int64_t m) {
+  check(m == 2 || m == 4, "m", "2 or 4, the tile of F(m x m, 3 x 3)", m);
+}
+
+const WeightGradientKernel& weight_gradient_kernel(int64_t m, const std::string& isa) {
+  check_tile(m);
   const std::string name = set_called(isa).isa;
+  const WeightGradientKernels* set = &kWeightGradientPortable;
 #if defined(__x86_64__)
-  if (name == "avx512") return kWeightGradientAvx512;
-  if (name == "avx2") return kWeightGradientAvx2;
+  if (name == "avx512") set = &kWeightGradientAvx512;
+  if (name == "avx2") set = &kWeightGradientAvx2;
 #endif
-  return kWeightGradientPortable;
+  return m == 2 ? set->f2 : set->f4;
 }
 
 // With stride 1 the gradient of x is itself a convolution: of grad_y, padded by 2 - padding, with the filter
@@ -38,7 +44,7 @@ Tensor conv_pack_input_gradient(const Tensor& weight, int64_t m, const std::stri
   check(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, "weight", "a filter [K, C, 3, 3]",
         shape_of(weight));
   check(weight.scalar_type() == ScalarType::Float, "weight", "dtype float32", "another one");
-  check(m == 2 || m == 4, "m", "2 or 4", m);
+  check_tile(m);
   const ConvKernel& kernel = m == 2 ? set_called(isa).winograd2 : set_called(isa).winograd4;
   ConvShape shape{};
   shape.k = weight.size(1), shape.c = weight.size(0), shape.r = 3, shape.s = 3;
@@ -64,7 +70,7 @@ void sum_splits(const float* splits, int64_t count, int64_t size, float* sum) {
 }
 
 Tensor conv_weight_gradient(const Tensor& x, const Tensor& grad_y, const std::vector<int64_t>& padding,
-                            const std::string& isa) {
+                            int64_t m, const std::string& isa) {
   check(x.dim() == 4 && x.scalar_type() == ScalarType::Float, "x", "four dimensions of float32", shape_of(x));
   check(grad_y.dim() == 4 && grad_y.scalar_type() == ScalarType::Float, "grad_y",
         "four dimensions of float32", shape_of(grad_y));
@@ -92,7 +98,7 @@ Tensor conv_weight_gradient(const Tensor& x, const Tensor& grad_y, const std::ve
   Tensor d_weight = torch::stable::empty({shape.k, shape.c, 3, 3}, ScalarType::Float, std::nullopt,
                                          std::nullopt, std::nullopt, MemoryFormat::ChannelsLast);
   float* result = static_cast<float*>(d_weight.mutable_data_ptr());
-  const WeightGradientKernel& kernel = weight_gradient_kernel(isa);
+  const WeightGradientKernel& kernel = weight_gradient_kernel(m, isa);
   const WeightGradientPlan plan = kernel.plan(shape, static_cast<int>(torch::stable::get_num_threads()));
   const int64_t size = shape.k * 9 * shape.c;
   std::vector<float> splits(static_cast<size_t>(plan.splits > 1 ? plan.splits * size : 0));

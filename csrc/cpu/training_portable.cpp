@@ -3,6 +3,8 @@
 
 namespace fused_resnet::cpu {
 constexpr TrainingKernel kTrainingPortable = TrainingImpl<4>::kernel();
-constexpr WeightGradientKernel kWeightGradientPortable =
-    WeightGradientImpl<RegisterBlock<4, 4, 2>, Winograd<2>>::kernel();
+using WeightGradientPortable = RegisterBlock<4, 4, 2>;
+constexpr WeightGradientKernels kWeightGradientPortable = {
+    WeightGradientImpl<WeightGradientPortable, Winograd<2>>::kernel(),
+    WeightGradientImpl<WeightGradientPortable, Winograd<4>>::kernel()};
 }  // namespace fused_resnet::cpu

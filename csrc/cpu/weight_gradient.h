@@ -34,9 +34,14 @@ struct WeightGradientKernel {
                     float* d_weight, float* scratch);
 };
 
+// One instruction set's, by the tile of the forward pass whose transpose they are.
+struct WeightGradientKernels {
+  WeightGradientKernel f2, f4;
+};
+
 #if defined(__x86_64__)
-extern const WeightGradientKernel kWeightGradientAvx512, kWeightGradientAvx2;
+extern const WeightGradientKernels kWeightGradientAvx512, kWeightGradientAvx2;
 #endif
-extern const WeightGradientKernel kWeightGradientPortable;
+extern const WeightGradientKernels kWeightGradientPortable;
 
 }  // namespace fused_resnet::cpu

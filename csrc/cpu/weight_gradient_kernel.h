@@ -61,7 +61,8 @@ struct WeightGradientImpl {
   static constexpr int kPanel = Block::kPanel, kM = W::kM, kTile = W::kTile, kPositions = W::kPositions;
   static constexpr int64_t kUnit = kPanel > kChunk ? kPanel : kChunk;  // channels are padded to multiples
   static constexpr int64_t kSkew = 16;  // keeps the positions out of one another's cache sets
-  static constexpr int64_t kMostChannels = 128;
+  // So that the sums of all positions fit into half of a second-level cache of 1 to 2 MiB.
+  static constexpr int64_t kMostChannels = kM == 2 ? 128 : 64;
   using V = Vec<kLanes>;
   using Forward = WinogradImpl<Block, W>;
   static_assert(kChunk % kRows == 0 && (kPanel % kChunk == 0 || kChunk % kPanel == 0),

@@ -41,16 +41,22 @@ class CpuTraining(TrainingBackend):
     def _ops(self) -> Any:
         return torch.ops.fused_resnet_C
 
+    def __init__(self, winograd: str = "auto") -> None:
+        self._winograd = winograd
+
+    def with_winograd(self, winograd: str) -> CpuTraining:
+        return self if winograd == self._winograd else CpuTraining(winograd)
+
     def why_not_conv_stats(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> str | None:
         reason = winograd.why_not(x, weight, geometry)
-        if reason is None and not winograd.forward_pays(x, weight, geometry):
-            reason = f"cpu: too little work to transform the weights for, {list(x.shape)} and {list(weight.shape)}"
+        if reason is None and not winograd.tile(x, weight, geometry, self._winograd):
+            reason = f"cpu: Winograd is off or does not pay for x {list(x.shape)} and weight {list(weight.shape)}"
         return reason
 
     def conv_stats(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y = winograd.forward(x, weight, bias, geometry)
+        y = winograd.forward(x, weight, bias, geometry, winograd.tile(x, weight, geometry, self._winograd))
         return y, *self.stats(y)
 
     def conv_backward(
@@ -63,19 +69,19 @@ class CpuTraining(TrainingBackend):
         output_mask: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         need_x, need_weight, need_bias = output_mask
-        ours = winograd.why_not(x, weight, geometry) is None
-        own_weight = ours and need_weight and winograd.weight_gradient_pays(x, weight, geometry)
-        own_x = ours and need_x and winograd.forward_pays(x, weight, geometry)
-        # Where both gradients are left to torch it computes the bias's along with them, for nothing.
-        own_bias = need_bias and own_weight
-        left = (need_x and not own_x, need_weight and not own_weight, need_bias and not own_bias)
+        x_tile = weight_tile = 0
+        if winograd.why_not(x, weight, geometry) is None:
+            x_tile = need_x and winograd.tile(x, weight, geometry, self._winograd)
+            weight_tile = need_weight and winograd.weight_gradient_tile(x, weight, geometry, self._winograd)
+        own_bias = need_bias and bool(weight_tile)  # torch computes the bias's along with the weight's
+        left = (need_x and not x_tile, need_weight and not weight_tile, need_bias and not own_bias)
         d_x = d_weight = d_bias = None
         if any(left):
             d_x, d_weight, d_bias = super().conv_backward(grad_y, x, weight, has_bias, geometry, left)
-        if own_x:
-            d_x = winograd.input_gradient(grad_y, weight, geometry)
-        if own_weight:
-            d_weight = winograd.weight_gradient(grad_y, x, geometry)
+        if x_tile:
+            d_x = winograd.input_gradient(grad_y, weight, geometry, x_tile)
+        if weight_tile:
+            d_weight = winograd.weight_gradient(grad_y, x, geometry, weight_tile)
         if own_bias:
             d_bias = grad_y.sum(dim=(0, 2, 3))
         return d_x, d_weight, d_bias
