@@ -57,7 +57,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// The cut of `rows` x `panels`, given how many rows a block should have at most.
-ConvPlan cut(int64_t rows, int64_t most_rows, int64_t panels, int threads);
+// The cut of `rows` x `panels` into blocks of about best_rows rows (at most one and a half times as many, or
+// `threads` times where the weights do not stay in a core's cache).
+ConvPlan cut(int64_t rows, int64_t best_rows, int64_t panels, int threads, bool weights_stay);
 
 }  // namespace fused_resnet::cpu

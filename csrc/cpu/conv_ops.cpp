@@ -35,6 +35,7 @@ Tensor conv_pack(const Tensor& weight, int64_t m, const std::string& isa) {
   Tensor packed = torch::stable::empty({kernel.weight_floats(shape)}, ScalarType::Float);
   const float* from = static_cast<const float*>(weight.const_data_ptr());
   float* to = static_cast<float*>(packed.mutable_data_ptr());
+  advise_huge_pages(to, packed.numel() * int64_t(sizeof(float)));
   const int64_t stride[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
   torch::stable::parallel_for(0, ceil_div(shape.k, kernel.panel), 1, [&](int64_t begin, int64_t end) {
     kernel.pack_weights(shape, from, stride, begin, end, to);

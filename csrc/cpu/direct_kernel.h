@@ -128,6 +128,51 @@ struct DirectImpl {
         [&](auto i) FR_LAMBDA { store<kLanes>(to + i * kLanes, load<kLanes>(from + i * kLanes)); });
   }
 
+  // Whole vectors where there is one, the last overlapping the one before: nothing beyond `count` is touched.
+  static void copy(const float* from, float* to, int64_t count) {
+    if (count < kLanes) {
+      for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+      return;
+    }
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int64_t at = std::min<int64_t>(i, count - kLanes);
+      store<kLanes>(to + at, load<kLanes>(from + at));
+    }
+  }
+
+  // The inputs of one output pixel in a line. Where pixels lie side by side, a whole row of the filter is
+  // copied at once: a stem's 7 taps of 3 channels are 21 values.
+  static void put_in_line(const ConvProblem& problem, int64_t pixel, float* line) {
+    const ConvShape& shape = problem.shape;
+    const int64_t c = shape.c;
+    if (shape.dilation_w != 1 || problem.x_stride[2] != c) {
+      visit_taps(problem, pixel, [&](int64_t depth, const float* from) FR_LAMBDA {
+        if (from != nullptr) {
+          copy(from, line + depth, c);
+        } else {
+          std::fill_n(line + depth, c, 0.0f);
+        }
+      });
+      return;
+    }
+    const int64_t image = pixel / (shape.p * shape.q);
+    const int64_t top = pixel / shape.q % shape.p * shape.stride_h - shape.pad_h;
+    const int64_t left = pixel % shape.q * shape.stride_w - shape.pad_w;
+    const int64_t first = std::clamp<int64_t>(-left, 0, shape.s);  // the taps inside the image
+    const int64_t last = std::clamp<int64_t>(shape.w - left, first, shape.s);
+    const float* x = problem.x + image * problem.x_stride[0] + (left + first) * c;
+    for (int64_t r = 0; r < shape.r; ++r, line += shape.s * c) {
+      const int64_t h = top + r * shape.dilation_h;
+      if (h < 0 || h >= shape.h) {
+        std::fill_n(line, shape.s * c, 0.0f);
+        continue;
+      }
+      std::fill_n(line, first * c, 0.0f);
+      copy(x + h * problem.x_stride[1], line + first * c, (last - first) * c);
+      std::fill_n(line + last * c, (shape.s - last) * c, 0.0f);
+    }
+  }
+
   static void gather(const ConvProblem& problem, int64_t pixel, const float* zeros, float* line, float* v,
                      int64_t v_chunk) {
     const int64_t c = problem.shape.c;
@@ -140,13 +185,7 @@ struct DirectImpl {
       });
       return;
     }
-    visit_taps(problem, pixel, [&](int64_t depth, const float* from) FR_LAMBDA {
-      if (from != nullptr) {
-        for (int64_t i = 0; i < c; ++i) line[depth + i] = from[i];
-      } else {
-        for (int64_t i = 0; i < c; ++i) line[depth + i] = 0.0f;
-      }
-    });
+    put_in_line(problem, pixel, line);
     const int64_t depth = depth_of(problem.shape);  // beyond the last tap `line` is zero
     for (int64_t i = 0; i < depth; i += kChunk, v += v_chunk) copy_chunk(line + i, v);
   }
@@ -157,7 +196,7 @@ struct DirectImpl {
     // first-level cache meanwhile. Weights from beyond it are worth a few groups.
     const bool weights_stay = weight_floats(shape) <= cache / 2;
     ConvPlan plan = cut(shape.n * shape.p * shape.q, (weights_stay ? 1 : 4) * Block::kRows,
-                        ceil_div(shape.k, kPanel), threads);
+                        ceil_div(shape.k, kPanel), threads, weights_stay);
     plan.scratch_floats = kChunk + depth + plan.rows_per_block * depth;
     return plan;
   }

@@ -24,12 +24,14 @@ struct RegisterBlock {
 // constant: fourteen addresses are one register and fourteen displacements.
 constexpr int kChunk = 16;
 
-// `next` is what will be read after U: it is fetched at `step` floats per channel while the multiply-adds go
-// on. A hardware prefetcher stops at every page, and cannot know where the next weights lie.
+// `next` is what will be read after U: it is fetched while the multiply-adds go on, two cache lines for each
+// channel, `step` floats further for each chunk. A hardware prefetcher stops at every page, and cannot know
+// where the next weights lie.
 struct Ahead {
   const float* next;
   int64_t step;
 };
+constexpr int kCacheLine = 16;  // floats
 
 // Chunks that are summed in one accumulator; longer sums are made of such partial sums. The rounding error of
 // one long sum grows with its length n, that of sums of b with about sqrt(n b): 3 to 5 times less at 1,000 to
@@ -41,15 +43,16 @@ template <class Block, int kRows>
 FR_INLINE void multiply(const float* v, int64_t v_chunk_stride, int64_t chunks, const float* u, Ahead ahead,
                         Vec<Block::kLanes> (&sum)[kRows][Block::kCols]) {
   using V = Vec<Block::kLanes>;
-  const auto sum_segment = [&](int64_t begin) FR_LAMBDA {
-    unroll<kRows>([&](auto row)
-                      FR_LAMBDA { unroll<Block::kCols>([&](auto j) FR_LAMBDA { sum[row][j] = V{}; }); });
+  V total[kRows][Block::kCols];  // in memory: the registers are taken
+  for (int64_t begin = 0;; begin += kSegment) {
+    unroll<kRows>([&](auto row) FR_LAMBDA {
+      unroll<Block::kCols>([&](auto j) FR_LAMBDA { sum[row][j] = V{}; });
+    });
     const int64_t end = begin + kSegment < chunks ? begin + kSegment : chunks;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      for (int c = 0; c < kChunk; ++c) {
-        __builtin_prefetch(ahead.next);
-        __builtin_prefetch(ahead.next + ahead.step / 2);
-        ahead.next += ahead.step;
+      unroll<kChunk>([&](auto c) FR_LAMBDA {
+        __builtin_prefetch(ahead.next + 2 * c * kCacheLine);
+        __builtin_prefetch(ahead.next + (2 * c + 1) * kCacheLine);
         V weight[Block::kCols];
         unroll<Block::kCols>([&](auto j) FR_LAMBDA {
           weight[j] = load<Block::kLanes>(u + c * Block::kPanel + j * Block::kLanes);
@@ -58,26 +61,23 @@ FR_INLINE void multiply(const float* v, int64_t v_chunk_stride, int64_t chunks, 
           const float value = v[row * kChunk + c];
           unroll<Block::kCols>([&](auto j) FR_LAMBDA { sum[row][j] += value * weight[j]; });
         });
-      }
+        // Compilers would issue all the prefetches of a chunk at once, and loads would wait behind them.
+        __asm__ __volatile__("" ::: "memory");
+      });
       v += v_chunk_stride;
       u += kChunk * Block::kPanel;
+      ahead.next += ahead.step;
     }
-  };
-  sum_segment(0);
-  if (chunks <= kSegment) return;
-  V total[kRows][Block::kCols];  // in memory: the registers are taken
-  unroll<kRows>([&](auto row) FR_LAMBDA {
-    unroll<Block::kCols>([&](auto j) FR_LAMBDA { total[row][j] = sum[row][j]; });
-  });
-  for (int64_t begin = kSegment; begin < chunks; begin += kSegment) {
-    sum_segment(begin);
+    if (begin > 0) {
+      unroll<kRows>([&](auto row) FR_LAMBDA {
+        unroll<Block::kCols>([&](auto j) FR_LAMBDA { sum[row][j] += total[row][j]; });
+      });
+    }
+    if (end == chunks) return;
     unroll<kRows>([&](auto row) FR_LAMBDA {
-      unroll<Block::kCols>([&](auto j) FR_LAMBDA { total[row][j] += sum[row][j]; });
+      unroll<Block::kCols>([&](auto j) FR_LAMBDA { total[row][j] = sum[row][j]; });
     });
   }
-  unroll<kRows>([&](auto row) FR_LAMBDA {
-    unroll<Block::kCols>([&](auto j) FR_LAMBDA { sum[row][j] = total[row][j]; });
-  });
 }
 
 // Functions by their number of rows, 1 to kRows: Kernel<Block, n>::run.
@@ -97,7 +97,7 @@ FR_INLINE void for_groups(int64_t rows, const float* u, const float* next, int64
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t first = rows * group / groups, last = rows * (group + 1) / groups;
     const float* from = group == 0 ? next : group == 1 ? next + panel_floats / 2 : u;
-    run(kKernels[last - first - 1], first, Ahead{from, groups == 1 ? Block::kPanel : Block::kPanel / 2});
+    run(kKernels[last - first - 1], first, Ahead{from, kChunk * Block::kPanel / (groups == 1 ? 1 : 2)});
   }
 }
 

@@ -7,6 +7,9 @@
 #if defined(__unix__)
   #include <unistd.h>
 #endif
+#if defined(__linux__)
+  #include <sys/mman.h>
+#endif
 
 namespace fused_resnet::cpu {
 
@@ -21,6 +24,16 @@ int64_t level2_cache_bytes() {
   return bytes;
 }
 
+void advise_huge_pages([[maybe_unused]] void* begin, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + static_cast<uintptr_t>(bytes)) / page * page;
+  // Advice only: a kernel without huge pages says no, and nothing is lost.
+  if (bytes >= (int64_t{1} << 20)) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 float* thread_scratch(int64_t floats) {
   struct Free {
     void operator()(float* p) const { std::free(p); }
@@ -33,6 +46,7 @@ float* thread_scratch(int64_t floats) {
     const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
     memory.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
     if (memory == nullptr) throw std::bad_alloc();
+    advise_huge_pages(memory.get(), static_cast<int64_t>(bytes));
     size = floats;
   }
   return memory.get();

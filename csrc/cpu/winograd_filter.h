@@ -63,10 +63,10 @@ struct FilterTransform {
     });
   }
 
-  // The `k_count` <= panel filters at `weight` (strides of K, C, R and S) to [position][c_padded][panel];
-  // what pads the channels is zero.
+  // The `k_count` <= panel filters at `weight` (strides of K, C, R and S) to [c_padded][panel] for each
+  // position, u_position floats apart; what pads the channels is zero.
   static void pack_panel(const float* weight, const int64_t stride[4], int64_t k_count, int64_t c_count,
-                         int64_t c_padded, int64_t panel, float* out) {
+                         int64_t c_padded, int64_t panel, float* out, int64_t u_position) {
     alignas(64) float g[9 * kStep * kLanes];  // taps of kStep x kLanes filters, output channels innermost
     for (int64_t k = 0; k < panel; k += kLanes) {
       const int64_t lanes = std::clamp<int64_t>(k_count - k, 0, kLanes);
@@ -80,13 +80,13 @@ struct FilterTransform {
         }
         for (int64_t i = 0; i < channels; ++i) {
           float* to = out + (c + i) * panel + k;
-          transform_filters(g + i * kLanes, to, c_padded * panel);
-          transform_filters(g + i * kLanes + kHalf, to + kHalf, c_padded * panel);
+          transform_filters(g + i * kLanes, to, u_position);
+          transform_filters(g + i * kLanes + kHalf, to + kHalf, u_position);
         }
       }
     }
     for (int position = 0; position < W::kPositions; ++position) {
-      float* rest = out + (position * c_padded + c_count) * panel;
+      float* rest = out + position * u_position + c_count * panel;
       std::fill_n(rest, (c_padded - c_count) * panel, 0.0f);
     }
   }

@@ -2,7 +2,7 @@
 // block of tiles that stays in the second-level cache in between.
 //
 //   V [position][C / kChunk][tile][kChunk]           transformed input of the block
-//   U [panel][position][C][kPanel]                   transformed weights, in the order in which they are read
+//   U [position][panel][C][kPanel]                   transformed weights, in the order in which they are read
 //   M [position][tile][panels_per_block * kPanel]    products
 #pragma once
 
@@ -24,23 +24,21 @@ struct WinogradImpl {
   using V = Vec<kLanes>;
 
   static int64_t chunks_of(int64_t c) { return ceil_div(c, kChunk); }
-  static int64_t panel_floats(int64_t c) { return kPositions * chunks_of(c) * kChunk * kPanel; }
   static int64_t weight_floats(const ConvShape& shape) {
-    return ceil_div(shape.k, kPanel) * panel_floats(shape.c);
+    return kPositions * ceil_div(shape.k, kPanel) * chunks_of(shape.c) * kChunk * kPanel;
   }
   static int64_t v_stride(int64_t c, int64_t tiles) { return chunks_of(c) * tiles * kChunk + kSkew; }
   static int64_t m_stride(int64_t panels, int64_t tiles) { return tiles * panels * kPanel + kSkew; }
 
   // U = G g G^T. Channels beyond C and K are zero.
-  //
-  // (Transforming the weights anew in each call, to read 9 values instead of 36, was tried: the 36 stores
-  // outweigh the traffic they save except at 512 channels and batch 8.)
   static void pack_weights(const ConvShape& shape, const float* weight, const int64_t stride[4],
                            int64_t first_panel, int64_t last_panel, float* packed) {
+    const int64_t c_padded = chunks_of(shape.c) * kChunk, u_panel = c_padded * kPanel;
+    const int64_t u_position = ceil_div(shape.k, kPanel) * u_panel;
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       FilterTransform<kLanes, W>::pack_panel(
           weight + panel * kPanel * stride[0], stride, std::min<int64_t>(shape.k - panel * kPanel, kPanel),
-          shape.c, chunks_of(shape.c) * kChunk, kPanel, packed + panel * panel_floats(shape.c));
+          shape.c, c_padded, kPanel, packed + panel * u_panel, u_position);
     }
   }
 
@@ -155,12 +153,13 @@ struct WinogradImpl {
     const int64_t cache = level2_cache_bytes() / int64_t(sizeof(float)),
                   padded_c = chunks_of(shape.c) * kChunk;
     const int64_t panels = ceil_div(shape.k, kPanel);
-    // V and M of a block take a quarter of the cache: weights pass through the rest. Where the weights come
-    // from beyond it each time, a block has up to three groups of tiles to make use of them.
-    const bool weights_stay = weight_floats(shape) <= 2 * cache;
+    // V and M of a block take a quarter of the cache: weights pass through the rest. Weights from beyond it
+    // are worth two groups of tiles.
+    const bool weights_stay = weight_floats(shape) <= cache;
     const int64_t fitting = cache / 4 / (kPositions * (padded_c + panels * kPanel));
-    const int64_t most = std::max<int64_t>(fitting, (weights_stay ? 1 : 3) * Block::kRows);
-    ConvPlan plan = cut(shape.n * ceil_div(shape.p, kM) * ceil_div(shape.q, kM), most, panels, threads);
+    const int64_t best = std::max<int64_t>(fitting, (weights_stay ? 1 : 2) * Block::kRows);
+    ConvPlan plan =
+        cut(shape.n * ceil_div(shape.p, kM) * ceil_div(shape.q, kM), best, panels, threads, weights_stay);
     plan.scratch_floats = padded_c + kPositions * (v_stride(shape.c, plan.rows_per_block) +
                                                    m_stride(plan.panels_per_block, plan.rows_per_block));
     return plan;
@@ -171,7 +170,7 @@ struct WinogradImpl {
     const int64_t tiles = std::min(plan.rows_per_block, plan.rows - first_tile);
     const int64_t first_panel = piece % plan.k_blocks * plan.panels_per_block;
     const int64_t panels = std::min(plan.panels_per_block, plan.panels - first_panel);
-    const int64_t c = problem.shape.c, chunks = chunks_of(c), u_position = chunks * kChunk * kPanel;
+    const int64_t c = problem.shape.c, chunks = chunks_of(c), u_panel = chunks * kChunk * kPanel;
     const int64_t v_position = v_stride(c, tiles), m_position = m_stride(panels, tiles),
                   m_tile = panels * kPanel;
     float* zeros = scratch;
@@ -183,12 +182,12 @@ struct WinogradImpl {
       transform_input(problem, first_tile + t, zeros, v + t * kChunk, v_position, tiles * kChunk);
     }
     for (int position = 0; position < kPositions; ++position) {
-      const float* u = problem.weights + first_panel * panel_floats(c) + position * u_position;
-      const float* next_position = u + u_position;
-      for (int64_t panel = 0; panel < panels; ++panel, u += panel_floats(c)) {
-        const float* next = panel + 1 < panels ? u + panel_floats(c) : next_position;
+      const float* u = problem.weights + (position * plan.panels + first_panel) * u_panel;
+      const float* next_position = u + plan.panels * u_panel;
+      for (int64_t panel = 0; panel < panels; ++panel, u += u_panel) {
+        const float* next = panel + 1 < panels ? u + u_panel : next_position;
         for_groups<Block, StoreProducts>(
-            tiles, u, next, u_position, [&](auto kernel, int64_t first, Ahead ahead) {
+            tiles, u, next, u_panel, [&](auto kernel, int64_t first, Ahead ahead) {
               kernel(v + position * v_position + first * kChunk, tiles * kChunk, chunks, u, ahead,
                      m + position * m_position + first * m_tile + panel * kPanel, m_tile);
             });

@@ -37,12 +37,12 @@ _ACTIVATION_CODES = {"none": 0, "relu": 1, "relu6": 2}  # enum Activation in csr
 
 #: A packed weight from beyond the second-level cache arrives in the time of so many multiply-adds with it, so a GEMM
 #: with fewer rows than this waits for its weights (29 GB/s against 230 GFLOP/s; the ratio is alike on other CPUs).
-_ROWS_TO_HIDE_A_WEIGHT = 15
+_ROWS_TO_HIDE_A_WEIGHT = 26
 #: Transforming one input (output) tile costs as much as multiplying its positions for so many output (input) channels.
 _TRANSFORM_CHANNELS = 10
 #: Below this, gathering the inputs of our direct kernel costs too much (a stem's 3 channels): oneDNN has kernels of
 #: its own for that.
-_LEAST_CHANNELS = 16
+_LEAST_CHANNELS = 1
 
 
 def _round_up(value: int, multiple: int) -> int:
