@@ -14,12 +14,12 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
       "running_mean, "
       "Tensor? running_var, float eps, Tensor? residual, int activation) -> ()");
   // cpu/conv_ops.cpp: float32, NHWC. m is 0 (direct) or the tile of Winograd F(m x m, 3 x 3)
-  m.def("conv_pack(Tensor weight, int m, str isa) -> Tensor");
+  m.def("conv_pack(Tensor weight, int m, str isa, bool fresh=False) -> Tensor");
   m.def(
       "conv_fused(Tensor x, Tensor packed, int[] filter, int m, str isa, int[] stride, int[] padding, "
       "int[] dilation, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, Tensor? "
       "running_var, "
-      "float eps, Tensor? residual, int activation) -> Tensor");
+      "float eps, Tensor? residual, int activation, bool fresh=False) -> Tensor");
   // cpu/training_conv.cpp: 3 x 3, stride 1. The input's gradient is conv_fused of grad_y with these weights
   m.def("conv_pack_input_gradient(Tensor weight, int m, str isa) -> Tensor");
   m.def("conv_weight_gradient(Tensor x, Tensor grad_y, int[] padding, int m, str isa) -> Tensor");

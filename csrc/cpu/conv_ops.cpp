@@ -15,23 +15,27 @@ namespace {
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 
-// m: 0 for direct convolution, 2 and 4 for Winograd. `isa` is empty for the best instruction set; tests name
-// others.
-const ConvKernel& kernel_for(int64_t m, const std::string& isa, const ConvShape& shape) {
+// m: 0 for direct convolution, 2 and 4 for Winograd, whose weights are transformed now, once and for all, or
+// with `fresh` in each call. `isa` is empty for the best instruction set; tests name others.
+const ConvKernel& kernel_for(int64_t m, bool fresh, const std::string& isa, const ConvShape& shape) {
   check(m == 0 || m == 2 || m == 4, "m", "0, 2 or 4", m);
   const Kernels* set = isa.empty() ? &kernels() : kernels_for(isa.c_str());
   check(set != nullptr, "isa", "an instruction set of this CPU", isa);
-  if (m == 0) return set->direct;
+  if (m == 0) {
+    check(!fresh, "fresh", "false for direct convolution", fresh);
+    return set->direct;
+  }
   check(shape.r == 3 && shape.s == 3, "weight", "a 3 x 3 filter for Winograd", shape.r, " x ", shape.s);
+  if (fresh) return m == 2 ? set->fresh_winograd2 : set->fresh_winograd4;
   return m == 2 ? set->winograd2 : set->winograd4;
 }
 
-Tensor conv_pack(const Tensor& weight, int64_t m, const std::string& isa) {
+Tensor conv_pack(const Tensor& weight, int64_t m, const std::string& isa, bool fresh) {
   check(weight.dim() == 4, "weight", "4 dimensions", weight.dim());
   check(weight.scalar_type() == ScalarType::Float, "weight", "dtype float32", "another one");
   ConvShape shape{};
   shape.k = weight.size(0), shape.c = weight.size(1), shape.r = weight.size(2), shape.s = weight.size(3);
-  const ConvKernel& kernel = kernel_for(m, isa, shape);
+  const ConvKernel& kernel = kernel_for(m, fresh, isa, shape);
   Tensor packed = torch::stable::empty({kernel.weight_floats(shape)}, ScalarType::Float);
   const float* from = static_cast<const float*>(weight.const_data_ptr());
   float* to = static_cast<float*>(packed.mutable_data_ptr());
@@ -53,7 +57,7 @@ Tensor conv_fused(const Tensor& x, const Tensor& packed, const std::vector<int64
                   const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                   const OptionalTensor& bias, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
                   const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
-                  const OptionalTensor& residual, int64_t activation) {
+                  const OptionalTensor& residual, int64_t activation, bool fresh) {
   check(x.dim() == 4, "x", "4 dimensions", x.dim());
   check(x.scalar_type() == ScalarType::Float, "x", "dtype float32", "another one");
   check(filter.size() == 3, "filter", "K, R and S", filter.size(), " numbers");
@@ -71,7 +75,7 @@ Tensor conv_fused(const Tensor& x, const Tensor& packed, const std::vector<int64
   const int64_t room_w = shape.w + 2 * shape.pad_w - shape.dilation_w * (shape.s - 1) - 1;
   check(room_h >= 0 && room_w >= 0, "x", "an image no smaller than the filter", shape_of(x));
   shape.p = room_h / shape.stride_h + 1, shape.q = room_w / shape.stride_w + 1;
-  const ConvKernel& kernel = kernel_for(m, isa, shape);
+  const ConvKernel& kernel = kernel_for(m, fresh, isa, shape);
   check(m == 0 ||
             (shape.stride_h == 1 && shape.stride_w == 1 && shape.dilation_h == 1 && shape.dilation_w == 1),
         "m", "0 unless stride and dilation are 1", m);

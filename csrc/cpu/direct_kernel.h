@@ -220,12 +220,12 @@ struct DirectImpl {
       const float* u = problem.weights + panel * depth * kPanel;
       const float* next =
           panel + 1 < last_panel ? u + depth * kPanel : problem.weights + first_panel * depth * kPanel;
-      for_groups<Block, FinishProducts>(pixels, u, next, depth * kPanel,
-                                        [&](auto kernel, int64_t first, Ahead ahead) {
-                                          const int64_t out = (first_pixel + first) * k + panel * kPanel;
-                                          kernel(v + first * kChunk, pixels * kChunk, depth / kChunk, u,
-                                                 ahead, problem, panel * kPanel, bounds, out);
-                                        });
+      for_groups<Block, FinishProducts>(pixels, [&](auto kernel, int64_t first, int64_t group,
+                                                    int64_t groups) {
+        const int64_t out = (first_pixel + first) * k + panel * kPanel;
+        kernel(v + first * kChunk, pixels * kChunk, depth / kChunk, u,
+               fetch_panel<Block>(next, depth * kPanel, group, groups), problem, panel * kPanel, bounds, out);
+      });
     }
   }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "conv.h"
 #include "vec.h"
 
 namespace fused_resnet::cpu {
@@ -45,9 +46,8 @@ FR_INLINE void multiply(const float* v, int64_t v_chunk_stride, int64_t chunks, 
   using V = Vec<Block::kLanes>;
   V total[kRows][Block::kCols];  // in memory: the registers are taken
   for (int64_t begin = 0;; begin += kSegment) {
-    unroll<kRows>([&](auto row) FR_LAMBDA {
-      unroll<Block::kCols>([&](auto j) FR_LAMBDA { sum[row][j] = V{}; });
-    });
+    unroll<kRows>([&](auto row)
+                      FR_LAMBDA { unroll<Block::kCols>([&](auto j) FR_LAMBDA { sum[row][j] = V{}; }); });
     const int64_t end = begin + kSegment < chunks ? begin + kSegment : chunks;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       unroll<kChunk>([&](auto c) FR_LAMBDA {
@@ -88,26 +88,37 @@ constexpr std::array<decltype(&Kernel<Block, 1>::run), Block::kRows> by_rows(
 }
 
 // All the rows of a block with one panel, in groups of nearly equal height, so that none is left with one or
-// two rows, where the multiply-adds would wait for one another. run(kernel, first row, how to fetch ahead);
-// the first two groups fetch one half each of `next`, the panel that comes after.
+// two rows, where the multiply-adds would wait for one another: run(kernel, first row, group, groups).
 template <class Block, template <class, int> class Kernel, class Run>
-FR_INLINE void for_groups(int64_t rows, const float* u, const float* next, int64_t panel_floats, Run&& run) {
+FR_INLINE void for_groups(int64_t rows, Run&& run) {
   static constexpr auto kKernels = by_rows<Block, Kernel>(std::make_integer_sequence<int, Block::kRows>{});
-  const int64_t groups = (rows + Block::kRows - 1) / Block::kRows;
+  const int64_t groups = ceil_div(rows, Block::kRows);
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t first = rows * group / groups, last = rows * (group + 1) / groups;
-    const float* from = group == 0 ? next : group == 1 ? next + panel_floats / 2 : u;
-    run(kKernels[last - first - 1], first, Ahead{from, kChunk * Block::kPanel / (groups == 1 ? 1 : 2)});
+    run(kKernels[last - first - 1], first, group, groups);
   }
 }
 
-// The products, stored.
+// A panel of weights to be fetched by the first two groups, one half each.
+template <class Block>
+FR_INLINE Ahead fetch_panel(const float* panel, int64_t floats, int64_t group, int64_t groups) {
+  return {panel + (group == 1 ? floats / 2 : 0), kChunk * Block::kPanel / (groups == 1 ? 1 : 2)};
+}
+
+// The products, stored or, with `add`, added to what is there.
 template <class Block, int kRows>
 struct StoreProducts {
   static void run(const float* v, int64_t v_chunk_stride, int64_t chunks, const float* u, Ahead ahead,
-                  float* m, int64_t m_stride) {
+                  float* m, int64_t m_stride, bool add) {
     Vec<Block::kLanes> sum[kRows][Block::kCols] = {};
     multiply<Block, kRows>(v, v_chunk_stride, chunks, u, ahead, sum);
+    if (add) {
+      unroll<kRows>([&](auto row) FR_LAMBDA {
+        unroll<Block::kCols>([&](auto j) FR_LAMBDA {
+          sum[row][j] += load<Block::kLanes>(m + row * m_stride + j * Block::kLanes);
+        });
+      });
+    }
     unroll<kRows>([&](auto row) FR_LAMBDA {
       unroll<Block::kCols>([&](auto j) FR_LAMBDA {
         store<Block::kLanes>(m + row * m_stride + j * Block::kLanes, sum[row][j]);

@@ -9,7 +9,7 @@ namespace fused_resnet::cpu {
 
 struct Kernels {
   const char* isa;  // "avx512", "avx2" or "portable"
-  ConvKernel direct, winograd2, winograd4;
+  ConvKernel direct, winograd2, winograd4, fresh_winograd2, fresh_winograd4;
   EpilogueKernel epilogue;
 };
 

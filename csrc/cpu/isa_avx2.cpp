@@ -17,12 +17,17 @@
   #endif
   #include "direct_kernel.h"
   #include "epilogue_kernel.h"
+  #include "winograd_fresh.h"
   #include "winograd_kernel.h"
 
 namespace fused_resnet::cpu {
 using Avx2 = RegisterBlock<8, 6, 2>;
-const Kernels kKernelsAvx2 = {"avx2", DirectImpl<Avx2>::kernel(), WinogradImpl<Avx2, Winograd<2>>::kernel(),
+const Kernels kKernelsAvx2 = {"avx2",
+                              DirectImpl<Avx2>::kernel(),
+                              WinogradImpl<Avx2, Winograd<2>>::kernel(),
                               WinogradImpl<Avx2, Winograd<4>>::kernel(),
+                              FreshWinogradImpl<Avx2, Winograd<2>>::kernel(),
+                              FreshWinogradImpl<Avx2, Winograd<4>>::kernel(),
                               EpilogueImpl<Avx2::kLanes>::kernel()};
 }  // namespace fused_resnet::cpu
   #if defined(__clang__)

@@ -18,13 +18,18 @@
   #endif
   #include "direct_kernel.h"
   #include "epilogue_kernel.h"
+  #include "winograd_fresh.h"
   #include "winograd_kernel.h"
 
 namespace fused_resnet::cpu {
 using Avx512 = RegisterBlock<16, 14, 2>;
-const Kernels kKernelsAvx512 = {
-    "avx512", DirectImpl<Avx512>::kernel(), WinogradImpl<Avx512, Winograd<2>>::kernel(),
-    WinogradImpl<Avx512, Winograd<4>>::kernel(), EpilogueImpl<Avx512::kLanes>::kernel()};
+const Kernels kKernelsAvx512 = {"avx512",
+                                DirectImpl<Avx512>::kernel(),
+                                WinogradImpl<Avx512, Winograd<2>>::kernel(),
+                                WinogradImpl<Avx512, Winograd<4>>::kernel(),
+                                FreshWinogradImpl<Avx512, Winograd<2>>::kernel(),
+                                FreshWinogradImpl<Avx512, Winograd<4>>::kernel(),
+                                EpilogueImpl<Avx512::kLanes>::kernel()};
 }  // namespace fused_resnet::cpu
   #if defined(__clang__)
     #pragma clang attribute pop

@@ -2,11 +2,16 @@
 #include "direct_kernel.h"
 #include "epilogue_kernel.h"
 #include "isa.h"
+#include "winograd_fresh.h"
 #include "winograd_kernel.h"
 
 namespace fused_resnet::cpu {
 using Portable = RegisterBlock<4, 6, 2>;
-const Kernels kKernelsPortable = {
-    "portable", DirectImpl<Portable>::kernel(), WinogradImpl<Portable, Winograd<2>>::kernel(),
-    WinogradImpl<Portable, Winograd<4>>::kernel(), EpilogueImpl<Portable::kLanes>::kernel()};
+const Kernels kKernelsPortable = {"portable",
+                                  DirectImpl<Portable>::kernel(),
+                                  WinogradImpl<Portable, Winograd<2>>::kernel(),
+                                  WinogradImpl<Portable, Winograd<4>>::kernel(),
+                                  FreshWinogradImpl<Portable, Winograd<2>>::kernel(),
+                                  FreshWinogradImpl<Portable, Winograd<4>>::kernel(),
+                                  EpilogueImpl<Portable::kLanes>::kernel()};
 }  // namespace fused_resnet::cpu

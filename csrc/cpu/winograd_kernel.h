@@ -149,6 +149,33 @@ struct WinogradImpl {
     }
   }
 
+  // V of a block of tiles; zeros: room for as many floats as a pixel has channels.
+  static void transform_inputs(const ConvProblem& problem, int64_t first_tile, int64_t tiles, float* zeros,
+                               float* v) {
+    std::fill_n(zeros, chunks_of(problem.shape.c) * kChunk, 0.0f);
+    const int64_t v_position = v_stride(problem.shape.c, tiles);
+    for (int64_t t = 0; t < tiles; ++t) {
+      transform_input(problem, first_tile + t, zeros, v + t * kChunk, v_position, tiles * kChunk);
+    }
+  }
+
+  // The outputs of a block of tiles and panels [first, last) from M, which holds those panels.
+  static void transform_outputs(const ConvProblem& problem, int64_t first_tile, int64_t tiles, const float* m,
+                                int64_t m_position, int64_t first_panel, int64_t last_panel) {
+    const int64_t k_begin = first_panel * kPanel, k_end = std::min(last_panel * kPanel, problem.shape.k);
+    const int64_t m_tile = (last_panel - first_panel) * kPanel;
+    with_epilogue(problem, [&](auto epilogue) {
+      for (int64_t t = 0; t < tiles; ++t) {
+        transform_output<decltype(epilogue)>(problem, first_tile + t, m + t * m_tile, m_position, k_begin,
+                                             k_end);
+      }
+    });
+  }
+
+  static int64_t tiles_of(const ConvShape& shape) {
+    return shape.n * ceil_div(shape.p, kM) * ceil_div(shape.q, kM);
+  }
+
   static ConvPlan plan(const ConvShape& shape, int threads) {
     const int64_t cache = level2_cache_bytes() / int64_t(sizeof(float)),
                   padded_c = chunks_of(shape.c) * kChunk;
@@ -158,8 +185,7 @@ struct WinogradImpl {
     const bool weights_stay = weight_floats(shape) <= cache;
     const int64_t fitting = cache / 4 / (kPositions * (padded_c + panels * kPanel));
     const int64_t best = std::max<int64_t>(fitting, (weights_stay ? 1 : 2) * Block::kRows);
-    ConvPlan plan =
-        cut(shape.n * ceil_div(shape.p, kM) * ceil_div(shape.q, kM), best, panels, threads, weights_stay);
+    ConvPlan plan = cut(tiles_of(shape), best, panels, threads, weights_stay);
     plan.scratch_floats = padded_c + kPositions * (v_stride(shape.c, plan.rows_per_block) +
                                                    m_stride(plan.panels_per_block, plan.rows_per_block));
     return plan;
@@ -177,30 +203,21 @@ struct WinogradImpl {
     float* v = zeros + chunks * kChunk;
     float* m = v + kPositions * v_stride(c, plan.rows_per_block);
 
-    std::fill_n(zeros, chunks * kChunk, 0.0f);
-    for (int64_t t = 0; t < tiles; ++t) {
-      transform_input(problem, first_tile + t, zeros, v + t * kChunk, v_position, tiles * kChunk);
-    }
+    transform_inputs(problem, first_tile, tiles, zeros, v);
     for (int position = 0; position < kPositions; ++position) {
       const float* u = problem.weights + (position * plan.panels + first_panel) * u_panel;
       const float* next_position = u + plan.panels * u_panel;
       for (int64_t panel = 0; panel < panels; ++panel, u += u_panel) {
         const float* next = panel + 1 < panels ? u + u_panel : next_position;
         for_groups<Block, StoreProducts>(
-            tiles, u, next, u_panel, [&](auto kernel, int64_t first, Ahead ahead) {
-              kernel(v + position * v_position + first * kChunk, tiles * kChunk, chunks, u, ahead,
-                     m + position * m_position + first * m_tile + panel * kPanel, m_tile);
+            tiles, [&](auto kernel, int64_t first, int64_t group, int64_t groups) {
+              kernel(v + position * v_position + first * kChunk, tiles * kChunk, chunks, u,
+                     fetch_panel<Block>(next, u_panel, group, groups),
+                     m + position * m_position + first * m_tile + panel * kPanel, m_tile, false);
             });
       }
     }
-    const int64_t k_begin = first_panel * kPanel,
-                  k_end = std::min(k_begin + panels * kPanel, problem.shape.k);
-    with_epilogue(problem, [&](auto epilogue) {
-      for (int64_t t = 0; t < tiles; ++t) {
-        transform_output<decltype(epilogue)>(problem, first_tile + t, m + t * m_tile, m_position, k_begin,
-                                             k_end);
-      }
-    });
+    transform_outputs(problem, first_tile, tiles, m, m_position, first_panel, first_panel + panels);
   }
 
   static constexpr ConvKernel kernel() { return {kPanel, &weight_floats, &pack_weights, &plan, &run_piece}; }

@@ -81,4 +81,22 @@ FR_INLINE void output_transform(Load&& in, Store&& out) {
   });
 }
 
+// out[j] = (G in)[j], for weights that are transformed when they are needed.
+template <class W, class V, class Load, class Store>
+FR_INLINE void filter_transform(Load&& in, Store&& out) {
+  const V g[3] = {in(std::integral_constant<int, 0>{}), in(std::integral_constant<int, 1>{}),
+                  in(std::integral_constant<int, 2>{})};
+  constexpr float kFirst = float(W::kFilter[0][0]);
+  out(std::integral_constant<int, 0>{}, kFirst == 1.0f ? g[0] : kFirst * g[0]);
+  unroll<(W::kTile - 2) / 2>([&](auto pair) FR_LAMBDA {
+    // Rows kRow (+p) and kRow + 1 (-p) differ in the sign of g[1].
+    constexpr int kRow = 2 * decltype(pair)::value + 1;
+    constexpr auto& kCoefficients = W::kFilter[kRow];
+    const V even = float(kCoefficients[0]) * g[0] + float(kCoefficients[2]) * g[2];
+    out(std::integral_constant<int, kRow>{}, even + float(kCoefficients[1]) * g[1]);
+    out(std::integral_constant<int, kRow + 1>{}, even - float(kCoefficients[1]) * g[1]);
+  });
+  out(std::integral_constant<int, W::kTile - 1>{}, g[2]);
+}
+
 }  // namespace fused_resnet::cpu

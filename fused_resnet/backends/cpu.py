@@ -4,7 +4,7 @@ Three ways, decided once per signature:
 
 ``fused``
     float32, one group, weights that may be kept (``cache_weights``): our kernels, direct or Winograd, scale, shift,
-    residual and activation applied on the way out of the registers, BN live. :func:`winograd_size` chooses among them.
+    residual and activation applied on the way out of the registers, BN live. :func:`fastest` chooses among them.
 ``pass``
     other float32 convolutions: eager's (oneDNN), then one pass of our own over its output with scale, shift, residual
     and activation. BN live.
@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,35 +35,52 @@ from . import Backend, packing
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ACTIVATION_CODES = {"none": 0, "relu": 1, "relu6": 2}  # enum Activation in csrc/cpu/activation.h
 
-#: A packed weight from beyond the second-level cache arrives in the time of so many multiply-adds with it, so a GEMM
-#: with fewer rows than this waits for its weights (29 GB/s against 230 GFLOP/s; the ratio is alike on other CPUs).
-_ROWS_TO_HIDE_A_WEIGHT = 26
+#: A weight arrives from memory in the time of so many multiply-adds with it (13 GB/s against 230 GFLOP/s; the ratio is
+#: alike on other CPUs): a GEMM with fewer rows waits for its weights. In a network they never come from a cache.
+_ROWS_TO_HIDE_A_WEIGHT = 36
+#: A GEMM with fewer rows than this takes as long as one with so many: its multiply-adds wait for one another.
+_LEAST_ROWS = 7
 #: Transforming one input (output) tile costs as much as multiplying its positions for so many output (input) channels.
 _TRANSFORM_CHANNELS = 10
-#: Below this, gathering the inputs of our direct kernel costs too much (a stem's 3 channels): oneDNN has kernels of
-#: its own for that.
-_LEAST_CHANNELS = 1
+#: Transforming one 3 x 3 filter in the call costs as much as so many multiply-adds.
+_FRESH_TRANSFORM = {2: 65, 4: 110}
+
+
+class Algorithm(NamedTuple):
+    """One of our convolution kernels: Winograd F(m x m, 3 x 3), or direct convolution where m is 0.
+
+    ``fresh``: the weights are kept as they are and transformed in each call, 9 values to read for 36 (F4) or 16 (F2).
+    """
+
+    m: int
+    fresh: bool = False
+
+
+DIRECT = Algorithm(0)
 
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def winograd_size(problem: Problem) -> int:
-    """The tile m of F(m x m, 3 x 3) that is expected to be fastest: 4, 2, or 0 for direct convolution.
+def fastest(problem: Problem, sizes: tuple[int, ...] = (2, 4)) -> Algorithm:
+    """The kernel that is expected to be fastest for a 3 x 3 convolution with stride and dilation 1.
 
     The rule counts multiply-adds per pair of input and output channel. Direct convolution makes 9 for each of the
     N P Q outputs, F(m) makes (m + 2)^2 for each tile plus its transforms; each costs at least what it takes to fetch
-    its weights: 9, 36 (F4) or 16 (F2) for each pair. So F(4x4) wins on large images, F(2x2) where there are few tiles
-    (7x7 at batch 1), direct convolution where there is next to nothing (1x1 to 4x4 pixels) or few channels.
+    its weights: 9, 36 (F4) or 16 (F2) for each pair, or 9 and their transform. So F(4x4) wins on large images, with
+    fresh weights where there are few tiles to share them, F(2x2) on 7x7 at batch 1, direct convolution where there is
+    next to nothing (1x1 to 4x4 pixels) or few channels. ``sizes`` are the m to choose from.
     """
     c, k = _round_up(problem.c, 16), _round_up(problem.k, 32)  # the kernel's granularity
-    cost = {0: float(9 * problem.c * problem.k * max(problem.n * problem.p * problem.q, _ROWS_TO_HIDE_A_WEIGHT))}
-    for m in (2, 4):
-        tiles = problem.n * -(-problem.p // m) * -(-problem.q // m)
-        transforms = tiles * _TRANSFORM_CHANNELS * (c + k)
-        cost[m] = (m + 2) ** 2 * (c * k * max(tiles, _ROWS_TO_HIDE_A_WEIGHT) + transforms)
-    return min(cost, key=lambda m: cost[m])
+    cost = {DIRECT: float(9 * problem.c * problem.k * max(problem.n * problem.p * problem.q, _ROWS_TO_HIDE_A_WEIGHT))}
+    for m in sizes:
+        positions, tiles = (m + 2) ** 2, problem.n * -(-problem.p // m) * -(-problem.q // m)
+        transforms = positions * tiles * _TRANSFORM_CHANNELS * (c + k)
+        cost[Algorithm(m)] = c * k * positions * max(tiles, _ROWS_TO_HIDE_A_WEIGHT) + transforms
+        fresh = max(positions * max(tiles, _LEAST_ROWS) + _FRESH_TRANSFORM[m], 9 * _ROWS_TO_HIDE_A_WEIGHT)
+        cost[Algorithm(m, fresh=True)] = c * k * fresh + transforms
+    return min(cost, key=lambda algorithm: cost[algorithm])
 
 
 def _onednn_has(dtype: torch.dtype) -> bool:
@@ -99,15 +116,13 @@ class CpuBackend(Backend):
         if problem.dtype is not torch.float32 or _extension.cpu() is None:
             return partial(_run_folded, memory_format)
         otherwise = partial(_run_folded if problem.activation == "none" else _run_pass, memory_format)
-        if problem.groups != 1 or problem.c < _LEAST_CHANNELS:
+        if problem.groups != 1:
             return otherwise
         choice = tail.winograd if tail.winograd != "auto" else os.environ.get("FUSED_RESNET_WINOGRAD", "auto")
-        m = 0
+        algorithm = DIRECT
         if choice != "off" and (problem.r, problem.s, problem.stride, problem.dilation) == (3, 3, (1, 1), (1, 1)):
-            m = winograd_size(problem)
-            if choice == "f2" and m:
-                m = 2
-        return partial(_run_fused, memory_format, m, otherwise)
+            algorithm = fastest(problem, (2,) if choice == "f2" else (2, 4))
+        return partial(_run_fused, memory_format, algorithm, otherwise)
 
 
 def _run_widened(backend: CpuBackend, dtype: torch.dtype, tail: Tail) -> Tensor:
@@ -120,32 +135,36 @@ def _run_widened(backend: CpuBackend, dtype: torch.dtype, tail: Tail) -> Tensor:
 # ---- our kernels ---------------------------------------------------------------------------------------------
 
 
-def _run_fused(memory_format: torch.memory_format, m: int, otherwise: Callable[[Tail], Tensor], tail: Tail) -> Tensor:
+def _run_fused(
+    memory_format: torch.memory_format, algorithm: Algorithm, otherwise: Callable[[Tail], Tensor], tail: Tail
+) -> Tensor:
     if not tail.cache_weights:  # packing or transforming the weights for one call costs more than it saves
         return otherwise(tail)
     residual = tail.residual
     if tail.proj is not None and tail.proj_x is not None:
-        residual = _fused_conv(0, tail.proj_x, tail.proj, tail.proj_stride, (0, 0), (1, 1), None, "none")
+        residual = _fused_conv(DIRECT, tail.proj_x, tail.proj, tail.proj_stride, (0, 0), (1, 1), None, "none")
     elif residual is not None:
         residual = residual.to(torch.float32).contiguous(memory_format=torch.channels_last)
-    y = _fused_conv(m, tail.x, tail.conv, tail.stride, tail.padding, tail.dilation, residual, tail.activation)
+    y = _fused_conv(algorithm, tail.x, tail.conv, tail.stride, tail.padding, tail.dilation, residual, tail.activation)
     return y if memory_format is torch.channels_last else y.contiguous()
 
 
 def _fused_conv(
-    m: int, x: Tensor, conv: ConvBN, stride: Any, padding: Any, dilation: Any, residual: Tensor | None, activation: str
+    algorithm: Algorithm, x: Tensor, conv: ConvBN, stride: Any, padding: Any, dilation: Any, residual: Tensor | None,
+    activation: str,
 ) -> Tensor:  # fmt: skip
     weight = conv.weight
-    packed = packing.get(weight, ("fused", m), packing.NO_VECTORS, partial(_pack, weight, m))
+    packed = packing.get(weight, ("fused", algorithm), packing.NO_VECTORS, partial(_pack, weight, algorithm))
     k, _, r, s = weight.shape
+    m, fresh = algorithm
     return torch.ops.fused_resnet_C.conv_fused.default(
         x.contiguous(memory_format=torch.channels_last), packed, (k, r, s), m, "", stride, padding, dilation,
-        *conv[1:], residual, _ACTIVATION_CODES[activation],
+        *conv[1:], residual, _ACTIVATION_CODES[activation], fresh,
     )  # fmt: skip
 
 
-def _pack(weight: Tensor, m: int) -> Tensor:
-    return torch.ops.fused_resnet_C.conv_pack.default(weight.detach(), m, "")
+def _pack(weight: Tensor, algorithm: Algorithm) -> Tensor:
+    return torch.ops.fused_resnet_C.conv_pack.default(weight.detach(), algorithm.m, "", algorithm.fresh)
 
 
 # ---- eager's convolution, then our pass --------------------------------------------------------------------
