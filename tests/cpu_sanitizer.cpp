@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/direct_kernel.h"
+#include "cpu/winograd_fresh.h"
 #include "cpu/winograd_kernel.h"
 
 using namespace fused_resnet::cpu;
@@ -102,10 +103,12 @@ void run_all(const char* name) {
   const ConvKernel direct = DirectImpl<Block>::kernel();
   const ConvKernel f2 = WinogradImpl<Block, Winograd<2>>::kernel(),
                    f4 = WinogradImpl<Block, Winograd<4>>::kernel();
+  const ConvKernel fresh2 = FreshWinogradImpl<Block, Winograd<2>>::kernel(),
+                   fresh4 = FreshWinogradImpl<Block, Winograd<4>>::kernel();
   const int64_t shapes[][7] = {// n, h, w, c, k, pad_h, pad_w
                                {1, 1, 1, 1, 1, 1, 1},    {2, 5, 6, 3, 5, 1, 1},   {1, 7, 7, 17, 33, 1, 1},
                                {3, 9, 4, 20, 12, 0, 0},  {1, 3, 8, 15, 31, 2, 2}, {1, 6, 5, 8, 16, 3, 0},
-                               {1, 13, 9, 32, 48, 1, 1}, {2, 8, 8, 16, 7, 1, 1}};
+                               {1, 13, 9, 32, 48, 1, 1}, {2, 8, 8, 16, 7, 1, 1},  {1, 5, 6, 72, 20, 1, 1}};
   for (const auto& a : shapes) {
     for (const int threads : {1, 3}) {
       for (const bool residual : {false, true}) {
@@ -113,6 +116,8 @@ void run_all(const char* name) {
         run(name, direct, s, residual, threads, 0);
         run(name, f2, s, residual, threads, 0);
         run(name, f4, s, residual, threads, 1e-3f);
+        run(name, fresh2, s, residual, threads, 0);
+        run(name, fresh4, s, residual, threads, 1e-3f);
       }
     }
   }

@@ -215,20 +215,24 @@ def test_refusal_where_onednn_lacks_the_type(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("text", "m"),
+    ("text", "algorithm"),
     [
-        ("n=1,h=56,w=56,c=64,k=64", 4),
-        ("n=1,h=28,w=28,c=128,k=128", 4),
-        ("n=1,h=14,w=14,c=256,k=256", 4),
-        ("n=1,h=7,w=7,c=512,k=512", 2),
-        ("n=8,h=7,w=7,c=512,k=512", 4),
-        ("n=1,h=2,w=2,c=512,k=512", 0),
-        ("n=64,h=1,w=1,c=64,k=64", 0),
-        ("n=1,h=32,w=32,c=1,k=64", 0),
+        ("n=1,h=56,w=56,c=64,k=64", (4, False)),
+        ("n=1,h=28,w=28,c=128,k=128", (4, False)),
+        ("n=1,h=14,w=14,c=256,k=256", (4, True)),
+        ("n=8,h=14,w=14,c=256,k=256", (4, False)),
+        ("n=1,h=7,w=7,c=512,k=512", (2, True)),
+        ("n=8,h=7,w=7,c=512,k=512", (4, True)),
+        ("n=64,h=7,w=7,c=512,k=512", (4, False)),
+        ("n=1,h=2,w=2,c=512,k=512", (0, False)),
+        ("n=64,h=1,w=1,c=64,k=64", (0, False)),
+        ("n=1,h=32,w=32,c=1,k=64", (0, False)),
     ],
 )
-def test_the_rule_that_chooses(text: str, m: int) -> None:
-    assert cpu.winograd_size(Problem.parse(text + ",padding=1")) == m
+def test_the_rule_that_chooses(text: str, algorithm: tuple[int, bool]) -> None:
+    problem = Problem.parse(text + ",padding=1")
+    assert cpu.fastest(problem) == algorithm
+    assert cpu.fastest(problem, (2,)).m != 4
 
 
 @pytest.mark.parametrize(("choice", "m"), [("auto", 4), ("f2", 2), ("off", 0)])
@@ -238,7 +242,7 @@ def test_winograd_is_the_callers_choice(choice: str, m: int, monkeypatch: pytest
     problem = Problem.parse("n=1,h=28,w=28,c=64,k=64,padding=1")
     used: list[int] = []
     fused_conv = cpu._fused_conv
-    monkeypatch.setattr(cpu, "_fused_conv", lambda m, *args: used.append(m) or fused_conv(m, *args))
+    monkeypatch.setattr(cpu, "_fused_conv", lambda a, *args: used.append(a.m) or fused_conv(a, *args))
     run(make_tail(problem, winograd=choice, cache_weights=True))
     monkeypatch.setenv("FUSED_RESNET_WINOGRAD", choice)
     run(make_tail(problem, cache_weights=True))

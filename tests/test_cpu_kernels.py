@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet import _extension
+from fused_resnet.backends.cpu import DIRECT, Algorithm
 from fused_resnet.reference import ConvBN, Tail, reference
 from fused_resnet.testing import assert_bitexact, assert_within_bar, make_tail
 from fused_resnet.testing.problems import Problem
@@ -20,7 +21,20 @@ if _extension.cpu() is None:
 OPS = torch.ops.fused_resnet_C
 CODES = {"none": 0, "relu": 1, "relu6": 2}
 ISAS = ("avx512", "avx2", "portable")
-ALGORITHMS = {"direct": 0, "f2": 2, "f4": 4}
+F2 = [Algorithm(2), Algorithm(2, fresh=True)]
+F4 = [Algorithm(4), Algorithm(4, fresh=True)]
+EXACT = [DIRECT, *F2]
+ALGORITHMS = [*EXACT, *F4]
+
+
+def name_of(value: object) -> str | None:
+    """An algorithm's name in test ids."""
+    if not isinstance(value, Algorithm):
+        return None
+    return f"f{value.m}{'-fresh' if value.fresh else ''}" if value.m else "direct"
+
+
+algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=name_of)
 
 
 @pytest.fixture(params=ISAS)
@@ -32,13 +46,13 @@ def isa(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def run(tail: Tail, m: int, isa: str = "") -> Tensor:
-    conv = tail.conv
-    packed = OPS.conv_pack(conv.weight, m, isa)
+def run(tail: Tail, algorithm: Algorithm, isa: str = "") -> Tensor:
+    conv, (m, fresh) = tail.conv, algorithm
+    packed = OPS.conv_pack(conv.weight, m, isa, fresh)
     x = tail.x if tail.x.stride(1) == 1 else tail.x.contiguous(memory_format=torch.channels_last)
     return OPS.conv_fused(
         x, packed, [conv.weight.shape[0], *conv.weight.shape[2:]], m, isa, tail.stride, tail.padding, tail.dilation,
-        *conv[1:], tail.residual, CODES[tail.activation],
+        *conv[1:], tail.residual, CODES[tail.activation], fresh,
     )  # fmt: skip
 
 
@@ -60,6 +74,7 @@ WINOGRAD_PROBLEMS = [
     "n=1,h=8,w=8,c=33,k=40,padding=1,residual=1,activation=relu6",
     "n=1,h=8,w=8,c=33,k=40,padding=1,residual=1,activation=none,bn=0,bias=1",
     "n=1,h=8,w=8,c=33,k=40,padding=1,residual=0,activation=none,bn=1,bias=1",
+    "n=1,h=9,w=11,c=200,k=70,padding=1,residual=1",  # several slabs of fresh weights, the last one short
 ]
 DIRECT_PROBLEMS = [
     *WINOGRAD_PROBLEMS,
@@ -73,16 +88,17 @@ DIRECT_PROBLEMS = [
 ]
 
 
+@pytest.mark.parametrize("algorithm", F2, ids=name_of)
 @pytest.mark.parametrize("text", WINOGRAD_PROBLEMS)
-def test_f2_is_bit_exact_on_integers(text: str, isa: str) -> None:
+def test_f2_is_bit_exact_on_integers(text: str, algorithm: Algorithm, isa: str) -> None:
     tail = make_tail(problem(text), "integers")
-    assert_bitexact(run(tail, 2, isa), reference(tail.to(torch.float64)), text)
+    assert_bitexact(run(tail, algorithm, isa), reference(tail.to(torch.float64)), text)
 
 
 @pytest.mark.parametrize("text", DIRECT_PROBLEMS)
 def test_direct_is_bit_exact_on_integers(text: str, isa: str) -> None:
     tail = make_tail(problem(text), "integers")
-    assert_bitexact(run(tail, 0, isa), reference(tail.to(torch.float64)), text)
+    assert_bitexact(run(tail, DIRECT, isa), reference(tail.to(torch.float64)), text)
 
 
 def errors(tail: Tail, y: Tensor) -> tuple[float, float, Tensor]:
@@ -92,12 +108,13 @@ def errors(tail: Tail, y: Tensor) -> tuple[float, float, Tensor]:
     return rms[0], rms[1], exact
 
 
+@pytest.mark.parametrize("algorithm", F4, ids=name_of)
 @pytest.mark.parametrize("text", WINOGRAD_PROBLEMS)
-def test_f4_finds_every_index(text: str, isa: str) -> None:
+def test_f4_finds_every_index(text: str, algorithm: Algorithm, isa: str) -> None:
     """F(4x4) rounds, so it cannot be bit-exact; an index that is wrong is wrong by a thousand times more."""
     tail = make_tail(problem(text), "random")
     exact = reference(tail.to(torch.float64))
-    torch.testing.assert_close(run(tail, 4, isa).double(), exact, rtol=0, atol=2e-5)
+    torch.testing.assert_close(run(tail, algorithm, isa).double(), exact, rtol=0, atol=2e-5)
 
 
 REAL = ["n=1,h=28,w=28,c=128,k=128,padding=1,residual=1", "n=2,h=14,w=14,c=256,k=256,padding=1,residual=1",
@@ -107,32 +124,32 @@ REAL = ["n=1,h=28,w=28,c=128,k=128,padding=1,residual=1", "n=2,h=14,w=14,c=256,k
 @pytest.mark.parametrize("text", REAL)
 def test_errors_at_real_sizes(text: str) -> None:
     tail = make_tail(problem(text), "random")
-    for algorithm, m in ALGORITHMS.items():
-        y = run(tail, m)
+    for algorithm in ALGORITHMS:
+        y = run(tail, algorithm)
         rms, eager, exact = errors(tail, y)
-        if algorithm == "f4":
+        if algorithm.m == 4:
             assert rms <= WINOGRAD_F4_RMS_FACTOR * eager
         else:
             eager_error = float((reference(tail).double() - exact).abs().max())
             assert_within_bar(y, eager_error, exact, f"{algorithm} {text}")
-        if algorithm == "f2":
+        if algorithm.m == 2:
             assert rms <= eager, "F(2x2) adds fewer terms and should be more accurate than direct convolution"
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_residual_may_be_x_itself(algorithm: str) -> None:
+@algorithms
+def test_residual_may_be_x_itself(algorithm: Algorithm) -> None:
     tail = make_tail(problem("n=1,h=9,w=9,c=32,k=32,padding=1"), "random")
     tail = tail._replace(residual=tail.x)
     twin = tail._replace(residual=tail.x.clone())
     before = tail.x.clone()
-    m = ALGORITHMS[algorithm]
-    assert torch.equal(run(tail, m), run(twin, m))
+    assert torch.equal(run(tail, algorithm), run(twin, algorithm))
     assert torch.equal(tail.x, before)
 
 
-@pytest.mark.parametrize("m", [2, 4])
-def test_strided_and_expanded_operands(m: int) -> None:
-    tail = make_tail(problem("n=2,h=9,w=7,c=20,k=24,padding=1,residual=1"), "integers" if m == 2 else "random")
+@pytest.mark.parametrize("algorithm", [*F2, *F4], ids=name_of)
+def test_strided_and_expanded_operands(algorithm: Algorithm) -> None:
+    kind = "integers" if algorithm.m == 2 else "random"
+    tail = make_tail(problem("n=2,h=9,w=7,c=20,k=24,padding=1,residual=1"), kind)
     assert tail.residual is not None
     wide = torch.randn(2, 9, 14, 40).permute(0, 3, 1, 2)[:, :20, :, ::2]  # every stride is larger than dense
     wide = wide.copy_(tail.x)
@@ -140,18 +157,18 @@ def test_strided_and_expanded_operands(m: int) -> None:
     expanded = tail.residual[:1, :, :1, :].expand(2, 24, 9, 7)
     strided = tail._replace(x=wide, residual=expanded)
     dense = tail._replace(residual=expanded.contiguous(memory_format=torch.channels_last))
-    assert torch.equal(run(strided, m), run(dense, m))
+    assert torch.equal(run(strided, algorithm), run(dense, algorithm))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_threads_do_not_change_a_bit(algorithm: str) -> None:
+@algorithms
+def test_threads_do_not_change_a_bit(algorithm: Algorithm) -> None:
     before = torch.get_num_threads()
     tails = [make_tail(problem(text), "random") for text in (REAL[3], DIRECT_PROBLEMS[6], DIRECT_PROBLEMS[2])]
     try:
         results = []
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            results.append([run(tail, ALGORITHMS[algorithm]) for tail in tails])
+            results.append([run(tail, algorithm) for tail in tails])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -166,16 +183,17 @@ def with_pixel(value: float, where: tuple[int, ...] = (0, 2, 6, 6)) -> Tail:
     return tail._replace(x=x)
 
 
-@pytest.mark.parametrize("m", [0, 2])
+@pytest.mark.parametrize("algorithm", EXACT, ids=name_of)
 @pytest.mark.parametrize("where", [(0, 2, 6, 6), (0, 0, 0, 0), (0, 31, 15, 7), (0, 5, 8, 9)])
-def test_nan_is_exactly_eagers_in_direct_and_f2(m: int, where: tuple[int, ...]) -> None:
+def test_nan_is_exactly_eagers_in_direct_and_f2(algorithm: Algorithm, where: tuple[int, ...]) -> None:
     tail = with_pixel(torch.nan, where)
-    assert torch.equal(run(tail, m).isnan(), reference(tail).isnan())
+    assert torch.equal(run(tail, algorithm).isnan(), reference(tail).isnan())
 
 
-def test_nan_in_f4_spreads_within_its_tiles() -> None:
+@pytest.mark.parametrize("algorithm", F4, ids=name_of)
+def test_nan_in_f4_spreads_within_its_tiles(algorithm: Algorithm) -> None:
     tail = with_pixel(torch.nan, (0, 2, 5, 5))  # inside tile (1, 1) alone: its inputs are rows and columns 3 to 8
-    got, expected = run(tail, 4).isnan(), reference(tail).isnan()
+    got, expected = run(tail, algorithm).isnan(), reference(tail).isnan()
     assert bool((got | ~expected).all()), "no NaN may be lost"
     assert bool(got[:, :, 4:8, 4:8].all())
     got[:, :, 4:8, 4:8] = False
@@ -190,7 +208,7 @@ def test_nan_in_residual_weight_and_bn_reaches_the_output() -> None:
     residual[0, 3, 2, 2] = torch.nan
     weight[5, 1, 1, 1] = torch.nan
     beta[7] = torch.nan
-    for m in (0, 2, 4):
+    for m in ALGORITHMS:
         assert bool(run(tail._replace(residual=residual), m)[0, 3, 2, 2].isnan())
         assert bool(run(tail._replace(conv=tail.conv._replace(weight=weight)), m)[0, 5].isnan().all())
         assert bool(run(tail._replace(conv=tail.conv._replace(bn_bias=beta)), m)[0, 7].isnan().all())
@@ -199,11 +217,12 @@ def test_nan_in_residual_weight_and_bn_reaches_the_output() -> None:
 def test_infinity_is_exact_in_direct_and_never_finite_in_winograd() -> None:
     tail = with_pixel(torch.inf)
     expected = reference(tail)
-    assert torch.equal(run(tail, 0).isinf(), expected.isinf())
-    for m in (2, 4):  # infinity minus infinity: NaN
-        assert not bool(run(tail, m)[expected.isinf()].isfinite().any())
-    f2 = run(tail, 2)
-    assert bool(f2[expected == 0].eq(0).all()) or bool(f2[expected == 0].isnan().any())
+    assert torch.equal(run(tail, DIRECT).isinf(), expected.isinf())
+    for algorithm in (*F2, *F4):  # infinity minus infinity: NaN
+        assert not bool(run(tail, algorithm)[expected.isinf()].isfinite().any())
+    for algorithm in F2:
+        f2 = run(tail, algorithm)
+        assert bool(f2[expected == 0].eq(0).all()) or bool(f2[expected == 0].isnan().any())
 
 
 def test_an_outlier_leaks_into_its_tile_in_f4_only() -> None:
@@ -211,26 +230,28 @@ def test_an_outlier_leaks_into_its_tile_in_f4_only() -> None:
     clean, dirty = with_pixel(0.5), with_pixel(1e4)
     touched = (reference(clean) != reference(dirty)).any(dim=1, keepdim=True).expand(1, 32, 16, 16)
 
-    def leak(m: int) -> float:
-        return float((run(dirty, m) - run(clean, m)).abs()[~touched].max())
+    def leak(algorithm: Algorithm) -> float:
+        return float((run(dirty, algorithm) - run(clean, algorithm)).abs()[~touched].max())
 
-    assert leak(0) == 0
-    assert leak(2) == 0
-    assert 1e-4 < leak(4) < 1e-1
+    for algorithm in EXACT:
+        assert leak(algorithm) == 0
+    for algorithm in F4:
+        assert 1e-4 < leak(algorithm) < 1e-1
 
 
 def test_relu6_and_none() -> None:
     for name in CODES:
         tail = make_tail(problem(f"n=1,h=9,w=9,c=16,k=20,padding=1,residual=1,activation={name}"), "integers")
         exact = reference(tail.to(torch.float64))
-        for m in (0, 2):
-            assert_bitexact(run(tail, m), exact, name)
+        for algorithm in EXACT:
+            assert_bitexact(run(tail, algorithm), exact, name)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"m": 3}, "m: expected 0, 2 or 4, got 3"),
+        ({"fresh": True}, "fresh: expected false for direct convolution, got 1"),
         ({"isa": "mmx"}, "isa: expected an instruction set of this CPU, got mmx"),
         ({"filter": [8, 3]}, "filter: expected K, R and S, got 2 numbers"),
         ({"stride": [2, 2], "m": 2}, "m: expected 0 unless stride and dilation are 1, got 2"),
@@ -247,7 +268,7 @@ def test_refusals_are_sentences(change: dict[str, Any], message: str) -> None:
         "x": torch.zeros(1, 4, 2, 2).contiguous(memory_format=torch.channels_last),
         "packed": None, "filter": [8, 3, 3], "m": 0, "isa": "", "stride": [1, 1], "padding": [1, 1],
         "dilation": [1, 1], "bias": None, "bn_weight": None, "bn_bias": None, "running_mean": torch.zeros(8),
-        "running_var": torch.ones(8), "eps": 1e-5, "residual": None, "activation": 1,
+        "running_var": torch.ones(8), "eps": 1e-5, "residual": None, "activation": 1, "fresh": False,
     }  # fmt: skip
     m = change.get("m", 0)
     arguments["packed"] = OPS.conv_pack(torch.zeros(8, 4, 3, 3), m if m in (0, 2, 4) else 0, "")

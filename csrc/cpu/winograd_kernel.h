@@ -36,9 +36,9 @@ struct WinogradImpl {
     const int64_t c_padded = chunks_of(shape.c) * kChunk, u_panel = c_padded * kPanel;
     const int64_t u_position = ceil_div(shape.k, kPanel) * u_panel;
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      FilterTransform<kLanes, W>::pack_panel(
-          weight + panel * kPanel * stride[0], stride, std::min<int64_t>(shape.k - panel * kPanel, kPanel),
-          shape.c, c_padded, kPanel, packed + panel * u_panel, u_position);
+      FilterTransform<kLanes, W>::pack_panel(weight + panel * kPanel * stride[0], stride,
+                                             std::min<int64_t>(shape.k - panel * kPanel, kPanel), shape.c,
+                                             c_padded, kPanel, packed + panel * u_panel, u_position);
     }
   }
 
