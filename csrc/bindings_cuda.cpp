@@ -173,7 +173,8 @@ class Launcher {
     if (use_device(device_)) throw std::runtime_error("cuda: there is no device " + std::to_string(device_));
     std::optional<torch::stable::Tensor> workspace;  // until the launch is on the stream
     if (plan_.workspace_bytes) {
-      workspace = workspace_for(plan_, device_, reinterpret_cast<void*>(stream));
+      workspace =
+          workspace_for(plan_.workspace_bytes, plan_.counter_bytes, device_, reinterpret_cast<void*>(stream));
       addresses[kTensorWorkspace] = workspace->data_ptr();
     }
     char error[kErrorBytes];

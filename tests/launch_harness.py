@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.aot.launch_json import Launch
-from fused_resnet.problem import DTYPES
+from fused_resnet.aot.launch_json import TENSOR_DTYPES, Launch
 from fused_resnet.reference import Tail
 
-WRITABLE = ("y", "workspace")
+WRITABLE = ("y", "workspace")  # of a tail; of any launch: what is not given a value
+Values = dict[str, Tensor]
 
 
-def named_tensors(tail: Tail) -> dict[str, Tensor]:
+def named_tensors(tail: Tail) -> Values:
     """The tensors of one call under the names that launch.json uses."""
     tensors = {"x": tail.x, "residual": tail.residual, "proj_x": tail.proj_x}
     for prefix, conv in (("", tail.conv), ("proj_", tail.proj)):
@@ -40,15 +40,17 @@ class Buffer:
 
 
 class Memory:
-    """The buffers of one launch, filled from a tail; outputs start as NaN, the workspace as launch.json says.
+    """The buffers of one launch, filled from a tail or from named tensors; what has no value is written by the kernel
+    and starts as NaN, the workspace as launch.json says.
 
     `alignment` places every buffer at a multiple of that many bytes instead, as an allocator would.
     """
 
-    def __init__(self, launch: Launch, tail: Tail, alignment: int = 0) -> None:
+    def __init__(self, launch: Launch, tail: Tail | Values, alignment: int = 0) -> None:
         self.launch = launch
         self.buffers: dict[str, Buffer] = {}
-        values = named_tensors(tail)
+        values = named_tensors(tail) if isinstance(tail, Tail) else dict(tail)
+        self.writable = set(launch.tensors) - set(values)
         for name, spec in launch.tensors.items():
             storage = torch.full((spec.span + 4 * max(alignment, spec.alignment),), 0xFF, dtype=torch.uint8)
             start = -storage.data_ptr() % (alignment or 2 * spec.alignment) + (0 if alignment else spec.alignment)
@@ -57,11 +59,11 @@ class Memory:
             if name == "workspace":
                 if launch.workspace_initial == "zeros":
                     buffer.zero_()
-            elif name not in WRITABLE:
+            elif name not in self.writable:
                 value = values.pop(name)
                 assert tuple(value.shape) == spec.shape, f"{name}: {tuple(value.shape)} is not {spec.shape}"
-                assert value.dtype == DTYPES[spec.dtype], f"{name}: {value.dtype} is not {spec.dtype}"
-                self._view(name).copy_(value)
+                assert value.dtype == TENSOR_DTYPES[spec.dtype], f"{name}: {value.dtype} is not {spec.dtype}"
+                self.tensor(name).copy_(value)
         assert not values, f"launch.json names no {sorted(values)}"
 
     def _bytes(self, name: str) -> Tensor:
@@ -69,15 +71,15 @@ class Memory:
         start = buffer.address - buffer.storage.data_ptr()
         return buffer.storage[start : start + buffer.size]
 
-    def _view(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
         spec = self.launch.tensors[name]
         if 0 in spec.shape:
-            return torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
-        return self._bytes(name).view(DTYPES[spec.dtype]).as_strided(spec.shape, spec.strides)
+            return torch.empty(spec.shape, dtype=TENSOR_DTYPES[spec.dtype])
+        return self._bytes(name).view(TENSOR_DTYPES[spec.dtype]).as_strided(spec.shape, spec.strides)
 
     @property
     def y(self) -> Tensor:
-        return self._view("y")
+        return self.tensor("y")
 
     def content(self, name: str) -> bytes:
         return self._bytes(name).numpy().tobytes()
@@ -104,7 +106,7 @@ class Memory:
         return struct.pack({"int32": "<i", "int64": "<q", "float32": "<f"}[kind], argument["value"])
 
     def ranges(self) -> list[tuple[int, int, bool, str]]:
-        return [(b.address, b.size, name in WRITABLE, name) for name, b in self.buffers.items()]
+        return [(b.address, b.size, name in self.writable, name) for name, b in self.buffers.items()]
 
 
 def _tensormap(argument: dict[str, Any], address: int) -> bytes:
@@ -137,9 +139,13 @@ def run_ptx(launch: Launch, ptx: str, tail: Tail, *, seed: int = 0, memory: Memo
 
 def run_module(launch: Launch, module: Any, tail: Tail, *, seed: int = 0, memory: Memory | None = None) -> Tensor:
     memory = memory or Memory(launch, tail)
+    interpret(launch, module, memory, seed)
+    return memory.y
+
+
+def interpret(launch: Launch, module: Any, memory: Memory, seed: int) -> None:
     interpreter().raw_launch(
         module, launch.kernel, launch.grid, launch.block, memory.arguments(), memory.ranges(),
         dyn=launch.dynamic_shared_bytes, mode=2, seed=seed, race=1, global_race=1, block_order=2,
         resident=1 + seed % 3, strict=1,
     )  # fmt: skip
-    return memory.y

@@ -36,8 +36,13 @@ pytestmark = [pytest.mark.ptx, pytest.mark.aot]
 
 HERE = Path(__file__).parent
 #: These kernels are compiled; the others are empty functions, which nothing here launches.
-COMPILED = ("kernels_f16", "kernels_gather_f16", "kernels_f32", "kernels_gather_f32")
-SOURCES = ("plan", "schedule", "launch", "workspace", "conv_bn_add_relu")
+COMPILED = (
+    "kernels_f16", "kernels_gather_f16", "kernels_f32", "kernels_gather_f32",
+    "bn_stats", "bn_apply", "bn_backward_reduce", "bn_backward_apply",
+)  # fmt: skip
+SOURCES = (
+    "plan", "schedule", "launch", "tensors", "workspace", "conv_bn_add_relu", "bn_plan", "bn_launch", "bn_training",
+)  # fmt: skip
 
 
 def _compile(folder: Path, csrc: Path) -> Path:
@@ -108,7 +113,7 @@ def module() -> Path:
     return out
 
 
-@pytest.mark.parametrize("check", ["operator", "errors", "direct"])
+@pytest.mark.parametrize("check", ["operator", "errors", "direct", "training", "training_errors"])
 def test_operator(check: str) -> None:
     sys.path.insert(0, str(Path(os.environ["PTXI_HOME"]) / "fake_cudart"))
     import fake_cudart

@@ -188,9 +188,13 @@ def _natural_loops(code: Sequence[Instruction]) -> list[tuple[int, set[int]]]:
         if not ends_here and b + 1 < len(starts):
             out.append(b + 1)
         successors.append(out)
+    reached, todo = {0}, [0]
+    while todo:  # what only a CALL reaches (a slow path of a division) would hide every loop that it falls into
+        todo = sorted({s for b in todo for s in successors[b]} - reached)
+        reached.update(todo)
     predecessors: list[list[int]] = [[] for _ in starts]
     for b, out in enumerate(successors):
-        for s in out:
+        for s in out if b in reached else ():
             predecessors[s].append(b)
     everything = set(range(len(starts)))
     dominators = [everything] * len(starts)
@@ -224,7 +228,9 @@ def _natural_loops(code: Sequence[Instruction]) -> list[tuple[int, set[int]]]:
 
 
 def _conditional_operand(instruction: Instruction) -> bool:
-    """`BRA.U UP0, 0x..` and `BRA P0, 0x..` carry the condition as an operand."""
+    """`BRA.U UP0, 0x..` and `BRA P0, 0x..` carry the condition as an operand; `BRA.DIV` asks whether lanes diverged."""
+    if instruction.opcode.startswith("BRA.DIV"):
+        return True
     first = instruction.operands.split(",")[0].strip()
     always = first in ("PT", "UPT")
     return instruction.base == "BRA" and not always and bool(re.fullmatch(r"!?U?P[0-9T]+", first))

@@ -2,6 +2,8 @@
 // for callers of their own. fused_resnet/backends/cuda_plan.py mirrors the structs.
 #include <cstring>
 
+#include "bn_launch.h"
+#include "bn_plan.h"
 #include "launch.h"
 #include "plan.h"
 
@@ -45,4 +47,37 @@ FUSED_RESNET_API int32_t fused_resnet_launch(const Plan* plan, const void* const
                                              char* error, int32_t error_bytes) {
   if (check_addresses(*plan, addresses, error, error_bytes)) return 1;
   return launch_plan(*plan, bind_addresses(*plan, addresses), stream, error, error_bytes);
+}
+
+// ---- the training passes ----
+
+// Sizes of BnRequest, BnPlan and BnParams.
+FUSED_RESNET_API void fused_resnet_bn_sizes(int32_t sizes[3]) {
+  sizes[0] = sizeof(BnRequest);
+  sizes[1] = sizeof(BnPlan);
+  sizes[2] = sizeof(BnParams);
+}
+FUSED_RESNET_API int32_t fused_resnet_bn_kernel_count() {
+  return bn_kernel_count();
+}
+FUSED_RESNET_API const BnKernelInfo* fused_resnet_bn_kernel_info(int32_t index) {
+  return &bn_kernel_info(index);
+}
+FUSED_RESNET_API int32_t fused_resnet_bn_tensor_count() {
+  return kBnTensorCount;
+}
+FUSED_RESNET_API const char* fused_resnet_bn_tensor_name(int32_t pass, int32_t slot) {
+  return bn_tensor_name(pass, slot);
+}
+FUSED_RESNET_API int64_t fused_resnet_bn_tensor_offset(int32_t slot) {
+  return bn_tensor_offset(slot);
+}
+FUSED_RESNET_API int32_t fused_resnet_bn_plan(const BnRequest* request, const DeviceProperties* device,
+                                              BnPlan* plan, char* error, int32_t error_bytes) {
+  return make_bn_plan(*request, *device, *plan, error, error_bytes);
+}
+FUSED_RESNET_API int32_t fused_resnet_bn_launch(const BnPlan* plan, const void* const* addresses,
+                                                void* stream, char* error, int32_t error_bytes) {
+  if (check_bn_addresses(*plan, addresses, error, error_bytes)) return 1;
+  return launch_bn_plan(*plan, bind_bn_addresses(*plan, addresses), stream, error, error_bytes);
 }

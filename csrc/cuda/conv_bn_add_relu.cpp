@@ -7,18 +7,16 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
-#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "../checks.h"
 #include "launch.h"
 #include "plan.h"
+#include "tensors.h"
 #include "torch_device.h"
 #include "workspace.h"
 
@@ -29,7 +27,6 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-constexpr int kErrorBytes = 512;
 
 // The tensors and eps of one convolution with its BN.
 struct Conv {
@@ -39,34 +36,7 @@ struct Conv {
   const char* prefix;  // of the names in messages
 };
 
-int32_t dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Half:
-      return kFloat16;
-    case ScalarType::BFloat16:
-      return kBFloat16;
-    case ScalarType::Float:
-      return kFloat32;
-    default:
-      throw std::invalid_argument(std::string(name) + ": expected dtype float16, bfloat16 or float32");
-  }
-}
-
-ScalarType scalar_type(int32_t dtype) {
-  return dtype == kFloat16 ? ScalarType::Half : dtype == kBFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
-}
-
 // ---- layout ----
-
-bool dense_channels_last(const Tensor& t) {
-  const auto sizes = t.sizes(), strides = t.strides();
-  int64_t expected = 1;
-  for (const int dim : {1, 3, 2, 0}) {
-    if (sizes[dim] != 1 && strides[dim] != expected) return false;
-    expected *= sizes[dim];
-  }
-  return true;
-}
 
 // The tensor itself where the kernel can read it, else a copy (one launch more; explain() says so).
 Tensor channels_last(const Tensor& t) {
@@ -79,11 +49,6 @@ Tensor dense_vector(const Tensor& t) {
 }
 
 // ---- request ----
-
-void check_like(const Tensor& t, const Tensor& x, const std::string& name) {
-  check(on_device(t) && device_index(t) == device_index(x), name.c_str(), "the CUDA device of x",
-        "another device");
-}
 
 // Fills the request for one convolution and the slots of its vectors; keeps alive what had to be copied.
 NormRequest norm_request(const Conv& conv, const Tensor& x, int first_slot, const void** addresses,
@@ -98,7 +63,7 @@ NormRequest norm_request(const Conv& conv, const Tensor& x, int first_slot, cons
     const Tensor& t = **vectors[i];
     const std::string name = std::string(conv.prefix) + kNames[i];
     check(t.dim() == 1 && t.size(0) == k, name.c_str(), "one value per output channel", t.numel(), " values");
-    check_like(t, x, name);
+    check_same_device(t, x, name.c_str());
     const int32_t dtype = dtype_of(t, name.c_str());
     int32_t& slot = i == 0 ? norm.bias_dtype : norm.norm_dtype;
     check(slot == kAbsent || slot == dtype, name.c_str(), "the dtype of the other BN tensors", "another");
@@ -126,40 +91,6 @@ std::pair<int32_t, int32_t> pair_of(const std::vector<int64_t>& v, const char* n
   return {size32(v[0], name), size32(v[1], name)};
 }
 
-// ---- plans, per thread and device ----
-
-struct Key {
-  PlanRequest request;
-  int32_t device;
-};
-static_assert(sizeof(Key) % 4 == 0 && sizeof(PlanRequest) % 4 == 0,
-              "no padding: keys are compared byte by byte");
-
-const DeviceProperties& properties(int32_t device) {
-  static std::mutex mutex;
-  static auto& known = *new std::map<int32_t, DeviceProperties>;  // addresses stay valid
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known.find(device);
-  if (found != known.end()) return found->second;
-  DeviceProperties answer;
-  char error[kErrorBytes];
-  if (query_device(answer, error, kErrorBytes)) throw std::runtime_error(error);
-  return known[device] = answer;
-}
-
-const Plan& plan_for(const PlanRequest& request, int32_t device) {
-  thread_local std::unordered_map<std::string, Plan> plans;
-  const Key key = {request, device};
-  const std::string bytes(reinterpret_cast<const char*>(&key), sizeof(key));
-  const auto found = plans.find(bytes);
-  if (found != plans.end()) return found->second;
-  Plan plan;
-  char error[kErrorBytes];
-  if (make_plan(request, properties(device), plan, error, kErrorBytes)) throw std::invalid_argument(error);
-  if (plans.size() >= 1024) plans.clear();
-  return plans.emplace(bytes, plan).first->second;
-}
-
 // ---- the operator ----
 
 int alignment_of(const void* const* addresses, std::initializer_list<int> slots) {
@@ -182,7 +113,7 @@ Tensor conv_bn_add_relu(Tensor x, Tensor weight, OptionalTensor bias, OptionalTe
   check(weight.size(1) * groups == x.size(1), "weight", "as many input channels as x / groups",
         weight.size(1));
   check(weight.scalar_type() == x.scalar_type(), "weight", "the dtype of x", "another");
-  check_like(weight, x, "weight");
+  check_same_device(weight, x, "weight");
   const int32_t device = device_index(x);
   const DeviceGuard guard(device);
 
@@ -229,8 +160,8 @@ Tensor conv_bn_add_relu(Tensor x, Tensor weight, OptionalTensor bias, OptionalTe
           "proj_weight", "[k, channels of proj_x, 1, 1]", "another shape");
     check(proj_x->scalar_type() == x.scalar_type() && proj_weight->scalar_type() == x.scalar_type(), "proj_x",
           "the dtype of x, as proj_weight", "another");
-    check_like(*proj_x, x, "proj_x");
-    check_like(*proj_weight, x, "proj_weight");
+    check_same_device(*proj_x, x, "proj_x");
+    check_same_device(*proj_weight, x, "proj_weight");
     q.projection = 1;
     q.proj_c = size32(proj_x->size(1), "proj_x");
     q.proj_h = size32(proj_x->size(2), "proj_x");
@@ -244,13 +175,13 @@ Tensor conv_bn_add_relu(Tensor x, Tensor weight, OptionalTensor bias, OptionalTe
   }
   if (residual) {
     q.residual_dtype = dtype_of(*residual, "residual");
-    check_like(*residual, x, "residual");
+    check_same_device(*residual, x, "residual");
     dense(*residual, kTensorResidual);
   }
   q.alignment =
       alignment_of(addresses, {kTensorX, kTensorWeight, kTensorProjX, kTensorProjWeight, kTensorResidual});
 
-  const Plan& plan = plan_for(q, device);
+  const Plan& plan = remembered_plan(q, device, &make_plan);
   const ConvParams& p = plan.params;
   if (residual) {
     check(residual->dim() == 4 && residual->size(0) == q.n && residual->size(1) == q.k &&
@@ -263,7 +194,7 @@ Tensor conv_bn_add_relu(Tensor x, Tensor weight, OptionalTensor bias, OptionalTe
   addresses[kTensorY] = y.data_ptr();
   void* const stream = current_stream(device);
   if (plan.workspace_bytes) {
-    kept.push_back(workspace_for(plan, device, stream));
+    kept.push_back(workspace_for(plan.workspace_bytes, plan.counter_bytes, device, stream));
     addresses[kTensorWorkspace] = kept.back().data_ptr();
   }
   char error[kErrorBytes];

@@ -6,66 +6,11 @@
 #pragma once
 
 #include "../conv_params.h"
+#include "numbers.cuh"
 #include "primitives.cuh"
 #include "tiles.h"
 
 namespace fused_resnet {
-
-// ---- numbers of a type known at run time (the same one for the whole launch) ----
-__device__ __forceinline__ float load_number(const void* base, int64_t index, int dtype) {
-  if (dtype == kFloat32) return float_of(global_load_u32(static_cast<const uint32_t*>(base) + index));
-  const uint16_t bits = global_load_u16(static_cast<const uint16_t*>(base) + index);
-  return dtype == kFloat16 ? f16_to_f32(bits) : bf16_to_f32(bits);
-}
-
-// kCount neighbouring numbers, as they lie in memory: one access of up to 16 bytes.
-template <int kCount>
-__device__ __forceinline__ Words4 load_packet(const void* base, int64_t index, int dtype) {
-  Words4 packet = {};
-  if constexpr (kCount == 8) {  // only 16-bit types
-    packet = global_load_16(static_cast<const uint16_t*>(base) + index);
-  } else if constexpr (kCount == 4) {
-    if (dtype == kFloat32) {
-      packet = global_load_16(static_cast<const uint32_t*>(base) + index);
-    } else {
-      const Words2 half = global_load_8(static_cast<const uint16_t*>(base) + index);
-      packet.w[0] = half.w[0];
-      packet.w[1] = half.w[1];
-    }
-  } else {
-    static_assert(kCount == 1, "8, 4 or 1 numbers");
-    packet.w[0] = dtype == kFloat32 ? global_load_u32(static_cast<const uint32_t*>(base) + index)
-                                    : global_load_u16(static_cast<const uint16_t*>(base) + index);
-  }
-  return packet;
-}
-
-template <int kCount>
-__device__ __forceinline__ float unpack(const Words4& packet, int i, int dtype) {
-  if (kCount < 8 && dtype == kFloat32) return float_of(packet.w[i % 4]);
-  const uint16_t bits = static_cast<uint16_t>(packet.w[i / 2] >> (i % 2 * 16));
-  return dtype == kFloat16 ? f16_to_f32(bits) : bf16_to_f32(bits);
-}
-
-__device__ __forceinline__ uint32_t pack16(float low, float high, int dtype) {
-  return dtype == kFloat16 ? pack_f16x2(low, high) : pack_bf16x2(low, high);
-}
-
-template <int kCount>
-__device__ __forceinline__ void store_packet(void* base, int64_t index, const float (&v)[kCount], int dtype) {
-  if constexpr (kCount == 8) {  // only 16-bit types
-    global_store_16(static_cast<uint16_t*>(base) + index,
-                    {pack16(v[0], v[1], dtype), pack16(v[2], v[3], dtype), pack16(v[4], v[5], dtype),
-                     pack16(v[6], v[7], dtype)});
-  } else if constexpr (kCount == 4) {  // only fp32
-    global_store_16(static_cast<uint32_t*>(base) + index,
-                    {bits_of(v[0]), bits_of(v[1]), bits_of(v[2]), bits_of(v[3])});
-  } else if (dtype == kFloat32) {
-    global_store_u32(static_cast<uint32_t*>(base) + index, bits_of(v[0]));
-  } else {
-    global_store_u16(static_cast<uint16_t*>(base) + index, static_cast<uint16_t>(pack16(v[0], 0.0f, dtype)));
-  }
-}
 
 // ---- batch norm ----
 // Forms scale[k] and shift[k] of the tile's channels from the BN tensors as they are now, in shared memory at
@@ -92,13 +37,6 @@ __device__ __forceinline__ void load_norm(const ConvParams& params, int channel0
     shared_store_f32(at, scale);
     shared_store_f32(at + Tile::kN * 4, shift);
   }
-}
-
-// Comparisons with NaN are false, so NaN passes through, as in eager.
-__device__ __forceinline__ float activate(float v, int activation) {
-  if (activation != kActivationNone && v < 0.0f) v = 0.0f;
-  if (activation == kActivationRelu6 && v > 6.0f) v = 6.0f;
-  return v;
 }
 
 // ---- the store ----
@@ -185,7 +123,9 @@ __device__ __forceinline__ void store_rows(const ConvParams& params, int pixel0,
         v[i] = activate(v[i], params.activation);
       }
       if (pixel < params.pixels) {
-        store_packet<kCount>(params.y, static_cast<int64_t>(pixel) * params.k + channel, v, params.y_dtype);
+        const int dtype = kCount == 4 ? kFloat32 : params.y_dtype;  // the planner's promise
+        store_packet<kCount>(params.y, static_cast<int64_t>(pixel) * params.k + channel,
+                             pack_packet<kCount>(v, dtype), dtype);
       }
     }
   }

@@ -76,22 +76,27 @@ int launch_plan(const Plan& plan, const ConvParams& params, void* stream, char* 
   return 0;
 }
 
-int check_addresses(const Plan& plan, const void* const* addresses, char* error, int error_bytes) {
-  for (int slot = 0; slot < kTensorCount; ++slot) {
-    const int alignment = plan.alignment[slot];
+int check_slots(const int32_t* alignment, const char* const* names, int count, bool launches,
+                const void* const* addresses, char* error, int error_bytes) {
+  for (int slot = 0; slot < count; ++slot) {
     const auto address = reinterpret_cast<uintptr_t>(addresses[slot]);
-    if (alignment == 0 && address != 0) {
-      std::snprintf(error, error_bytes, "%s: expected no address, the plan has no such tensor",
-                    tensor_name(slot));
+    if (alignment[slot] == 0 && address != 0) {
+      std::snprintf(error, error_bytes, "%s: expected no address, the plan has no such tensor", names[slot]);
       return 1;
     }
-    if (alignment > 0 && (address == 0 || address % alignment != 0) && plan.grid[0] > 0) {
+    if (alignment[slot] > 0 && (address == 0 || address % alignment[slot] != 0) && launches) {
       std::snprintf(error, error_bytes, "%s: expected an address that is a multiple of %d, got 0x%llx",
-                    tensor_name(slot), alignment, static_cast<unsigned long long>(address));
+                    names[slot], alignment[slot], static_cast<unsigned long long>(address));
       return 1;
     }
   }
   return 0;
+}
+
+int check_addresses(const Plan& plan, const void* const* addresses, char* error, int error_bytes) {
+  const char* names[kTensorCount];
+  for (int slot = 0; slot < kTensorCount; ++slot) names[slot] = tensor_name(slot);
+  return check_slots(plan.alignment, names, kTensorCount, plan.grid[0] > 0, addresses, error, error_bytes);
 }
 
 }  // namespace fused_resnet

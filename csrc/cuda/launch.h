@@ -18,5 +18,8 @@ int launch_plan(const Plan& plan, const ConvParams& params, void* stream, char* 
 
 // The checks that launch_plan leaves out: every address the plan needs is there, and aligned.
 int check_addresses(const Plan& plan, const void* const* addresses, char* error, int error_bytes);
+// The same for any list of tensors: their alignments (0: expected to be absent) and names.
+int check_slots(const int32_t* alignment, const char* const* names, int count, bool launches,
+                const void* const* addresses, char* error, int error_bytes);
 
 }  // namespace fused_resnet

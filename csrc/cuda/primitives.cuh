@@ -3,7 +3,7 @@
 // A kernel may use these functions and, from CUDA itself, exactly this:
 //   threadIdx.x, blockIdx.x, blockIdx.y, __syncthreads()         (one-dimensional blocks)
 //   __device__, __global__, __forceinline__, __launch_bounds__, __grid_constant__, #pragma unroll
-// No static or extern __shared__ variable, no warp vote or shuffle, no CUDA vector or half type, no
+// No static or extern __shared__ variable, no warp vote, no CUDA vector or half type, no
 // intrinsic, no printf. tests/host_cuda/ supplies another file of the same name with the same functions, so
 // that g++ compiles the kernels unchanged; add a function here only together with its twin there.
 //
@@ -81,6 +81,14 @@ __device__ __forceinline__ void shared_store_16(uint32_t address, const Words4& 
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.w[0]), "r"(v.w[1]),
                "r"(v.w[2]), "r"(v.w[3])
                : "memory");
+}
+
+// ---- between the lanes of a warp ----
+// The value of lane (lane ^ kMask); all 32 lanes take part.
+template <int kMask>
+__device__ __forceinline__ uint32_t shuffle_xor(uint32_t v) {
+  static_assert(0 < kMask && kMask < 32, "another lane of the warp");
+  return __shfl_xor_sync(0xffffffffu, v, kMask);
 }
 
 // ---- asynchronous copies, global to shared ----
@@ -217,6 +225,9 @@ __device__ __forceinline__ void global_store_u16(void* p, uint16_t v) {
 }
 __device__ __forceinline__ void global_store_u32(void* p, uint32_t v) {
   asm volatile("st.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ void global_store_8(void* p, const Words2& v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]) : "memory");
 }
 __device__ __forceinline__ void global_store_16(void* p, const Words4& v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]),

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../conv_params.h"
+#include "arrival.cuh"
 #include "primitives.cuh"
 #include "tiles.h"
 
@@ -31,13 +32,8 @@ __device__ __forceinline__ bool reduce_splits(const ConvParams& params, float (&
     global_store_16(mine + f * Tile::kThreads * 16,
                     {bits_of(acc[f][0]), bits_of(acc[f][1]), bits_of(acc[f][2]), bits_of(acc[f][3])});
   }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const uint32_t before = arrive(static_cast<uint32_t*>(params.workspace) + tile, params.splits);
-    shared_store_u32(flag, before + 1 == static_cast<uint32_t>(params.splits) ? 1u : 0u);
-  }
-  __syncthreads();
-  if (shared_load_u32(flag) == 0) return false;
+  uint32_t* const counter = static_cast<uint32_t*>(params.workspace) + tile;
+  if (!last_to_arrive(counter, static_cast<uint32_t>(params.splits), flag)) return false;
 
   clear<Warp>(acc);
   const char* partial = first;

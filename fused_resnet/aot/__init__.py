@@ -35,12 +35,16 @@ def compile(  # the name of the command: fused-resnet compile
     ``arch`` is ``"sm_80"`` or newer. ``problem`` may be the text that :meth:`Problem.parse` reads; in it, or as
     arguments, ``proj`` adds a projection (``CxHxWxSTRIDE``), ``splitk`` fixes the number of blocks that share one
     tile's sum, ``tile`` the tile configuration (``"128x64"``); by default the planner chooses both. The two eps are
-    BatchNorm's. Raises ValueError for what the backend refuses and RuntimeError where a compiler is missing.
+    BatchNorm's. A text that begins with ``op=`` asks for a training pass instead, such as
+    ``"op=bn_stats,n=8,h=14,w=14,c=64,dtype=float16"`` (see :mod:`.training`). Raises ValueError for what the backend
+    refuses and RuntimeError where a compiler is missing.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if not arch.removeprefix("sm_").rstrip("af").isdigit():
         raise ValueError(f"arch: expected sm_80 or newer, got {arch!r}")
+    if isinstance(problem, str) and problem.lstrip().startswith("op="):
+        return _compile_training(backend, arch, problem, Path(out_dir), proj=proj, splitk=splitk, tile=tile)
     if isinstance(problem, str):
         problem, in_text = _split_options(problem if proj is None else f"{problem},proj={proj}")
         splitk = splitk if splitk is not None else _positive("splitk", in_text.get("splitk"))
@@ -54,6 +58,17 @@ def compile(  # the name of the command: fused-resnet compile
         problem, arch, Path(out_dir), splitk=splitk, tile=tile, eps=eps, proj_eps=proj_eps
     )
     return launch
+
+
+def _compile_training(backend: str, arch: str, text: str, out_dir: Path, **options: object) -> Launch:
+    from . import cuda, training
+
+    if backend != "cuda":
+        raise ValueError(f"{backend}: no artifacts of training passes, expected the backend cuda")
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name}: a training pass has none, got {value!r}")
+    return cuda.compile_training(training.TrainingCall.parse(text), arch, out_dir)
 
 
 def _split_options(text: str) -> tuple[Problem, dict[str, str]]:

@@ -13,7 +13,8 @@ from typing import Any
 
 from ..problem import Problem
 from .launch_json import Launch, write
-from .planner import Kernel, cache_directory, planner, source_directory, sources_key
+from .planner import Entry, cache_directory, planner, source_directory, sources_key
+from .training import TrainingCall, training_planner
 
 #: As csrc/cuda_build.py compiles the extension.
 NVCC_FLAGS = ("-std=c++17", "-O3")
@@ -39,29 +40,39 @@ def compile(
     return launch
 
 
-def compile_kernel(kernel: Kernel, arch: str, csrc: Path | None = None) -> tuple[str, bytes]:
+def compile_training(call: TrainingCall, arch: str, out_dir: Path) -> Launch:
+    """The same for a training pass."""
+    if call.numel == 0:
+        raise ValueError("problem: n is 0, expected at least one image: for an empty batch nothing is launched")
+    launch = training_planner().plan(call, arch)
+    ptx, cubin = compile_kernel(training_planner().kernels[launch.kernel], arch)
+    write(out_dir, launch, ptx, cubin)
+    return launch
+
+
+def compile_kernel(kernel: Entry, arch: str, csrc: Path | None = None) -> tuple[str, bytes]:
     """PTX and cubin of one kernel for ``arch``, by nvcc or from the cache."""
     return _ptx(kernel, arch, csrc).read_text(), _cubin(kernel, arch, arch, csrc).read_bytes()
 
 
-def assemble_kernel(kernel: Kernel, arch: str, csrc: Path | None = None) -> bytes:
+def assemble_kernel(kernel: Entry, arch: str, csrc: Path | None = None) -> bytes:
     """The cubin as the extension holds it: assembled for ``arch`` from the PTX of the oldest architecture."""
     return _cubin(kernel, OLDEST, arch, csrc).read_bytes()
 
 
-def _ptx(kernel: Kernel, arch: str, csrc: Path | None) -> Path:
+def _ptx(kernel: Entry, arch: str, csrc: Path | None) -> Path:
     csrc = csrc or source_directory()
     out = cache_directory() / f"{kernel.symbol}-{arch}-{sources_key(csrc, '.cuh')}-{toolkit().version}.ptx"
     if not out.exists():
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:
             source, made = Path(folder) / "kernel.cu", Path(folder) / "kernel.ptx"
-            source.write_text(f'#include "kernel_entry.cuh"\n{kernel.definition}\n')
+            source.write_text(f'#include "{kernel.header}"\n{kernel.definition}\n')
             _nvcc(*NVCC_FLAGS, f"-arch={arch}", f"-I{csrc / 'cuda'}", "-ptx", "-o", str(made), str(source))
             os.replace(made, out)
     return out
 
 
-def _cubin(kernel: Kernel, ptx_arch: str, arch: str, csrc: Path | None) -> Path:
+def _cubin(kernel: Entry, ptx_arch: str, arch: str, csrc: Path | None) -> Path:
     # From the very PTX that is handed out: what a driver would compile and what ptxas made of it are one program.
     ptx = _ptx(kernel, ptx_arch, csrc)
     out = ptx.with_name(f"{ptx.stem}-{arch}.cubin")

@@ -37,7 +37,13 @@ TENSOR_NAMES = (
     "x", "weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var", "residual",
     "proj_x", "proj_weight", "proj_bias", "proj_bn_weight", "proj_bn_bias", "proj_running_mean", "proj_running_var",
     "workspace", "y",
+    # of the training passes, where y is an input
+    "mean", "invstd", "mean_dz", "mean_dz_xhat", "var", "proj_y", "proj_mean", "proj_invstd", "proj_mean_dz",
+    "proj_mean_dz_xhat", "grad_out", "out", "mask", "d_y", "d_second", "sum_dz", "sum_dz_xhat", "proj_sum_dz_xhat",
 )  # fmt: skip
+
+#: What a tensor of launch.json may hold: numbers, words of a mask, bytes of a workspace.
+TENSOR_DTYPES = {**DTYPES, "int32": torch.int32, "uint8": torch.uint8}
 
 _SCALARS = ("int32", "int64", "float32")
 _KEYS = (
@@ -63,7 +69,7 @@ class TensorSpec:
         """Bytes from the first element to the end of the last one."""
         if 0 in self.shape:
             return 0
-        item = 1 if self.dtype == "uint8" else DTYPES[self.dtype].itemsize
+        item = TENSOR_DTYPES[self.dtype].itemsize
         return item * (1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)))
 
 

@@ -17,6 +17,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, ClassVar
 
 import platformdirs
 import torch
@@ -74,7 +75,7 @@ class PlanRequest(ctypes.Structure):
     ]
 
 
-class _DeviceProperties(ctypes.Structure):
+class DeviceProperties(ctypes.Structure):
     _fields_ = _int32("sm_count capability shared_bytes_per_block shared_bytes_per_sm")
 
 
@@ -103,26 +104,37 @@ class _KernelInfo(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """One kernel of the catalogue. `definition` is the C++ that makes it an entry point, and nothing else."""
+class Entry:
+    """One compiled unit: `definition` is the C++ that makes it entry points, with `header` and nothing else."""
 
     symbol: str
     definition: str
-    tile: str
     threads: int
     shared_bytes: int
+    header: ClassVar[str]
+    parameters: ClassVar[str]  # the C++ type of the kernel's only parameter
+
+
+@dataclass(frozen=True)
+class Kernel(Entry):
+    """One kernel of the convolutions' catalogue."""
+
+    tile: str
     park_bytes: int
     math: str
     load: str
+    header = "kernel_entry.cuh"
+    parameters = "ConvParams"
 
 
 _MATHS = ("float16", "bfloat16", "tf32", "float32")
 _LOADS = ("vector", "gather")
 
-_SOURCES = ("plan.cpp", "schedule.cpp", "c_api.cpp")
+_SOURCES = ("plan.cpp", "schedule.cpp", "bn_plan.cpp", "c_api.cpp")
 # c_api.cpp also offers to launch; that part needs the CUDA runtime and is not wanted here.
 _NO_LAUNCHER = """
 #include <cstdio>
+#include "bn_launch.h"
 #include "launch.h"
 namespace fused_resnet {
 static int without(char* error, int bytes) {
@@ -132,6 +144,8 @@ static int without(char* error, int bytes) {
 int query_device(DeviceProperties&, char* error, int bytes) { return without(error, bytes); }
 int launch_plan(const Plan&, const ConvParams&, void*, char* error, int bytes) { return without(error, bytes); }
 int check_addresses(const Plan&, const void* const*, char* error, int bytes) { return without(error, bytes); }
+int launch_bn_plan(const BnPlan&, const BnParams&, void*, char* error, int bytes) { return without(error, bytes); }
+int check_bn_addresses(const BnPlan&, const void* const*, char* error, int bytes) { return without(error, bytes); }
 }
 """
 
@@ -178,6 +192,21 @@ def sources_key(csrc: Path, suffix: str) -> str:
     return key.hexdigest()[:16]
 
 
+def expand_list(csrc: Path, header: str, macro: str) -> list[str]:
+    """The rows of a list of kernels: the preprocessor expands it, so that nobody has to understand its macros."""
+    text = f'#include "{header}"\n#define KERNEL(...) @@ __VA_ARGS__ @@\n{macro}(KERNEL)\n'
+    command = [_compiler(), "-E", "-P", "-x", "c++", f"-I{csrc / 'cuda'}", "-"]
+    return re.findall(r"@@([^@]*)@@", _run(command, "compile", text))
+
+
+def device_for(arch: str) -> Device:
+    """A full-size GPU of an architecture such as ``sm_80``."""
+    device = DEVICES.get(int(arch.removeprefix("sm_").rstrip("af")))
+    if device is None:
+        raise ValueError(f"arch: expected one of {', '.join(f'sm_{c}' for c in DEVICES)}, got {arch!r}")
+    return device
+
+
 class Planner:
     """The planner of one source tree. ``library`` may be a shared object that holds more than the planner."""
 
@@ -189,7 +218,7 @@ class Planner:
         library.fused_resnet_kernel_info.restype = ctypes.POINTER(_KernelInfo)
         sizes = (ctypes.c_int32 * 4)()
         library.fused_resnet_sizes(sizes)
-        mirror = [ctypes.sizeof(t) for t in (PlanRequest, _DeviceProperties, Plan)] + [_PARAMS_BYTES]
+        mirror = [ctypes.sizeof(t) for t in (PlanRequest, DeviceProperties, Plan)] + [_PARAMS_BYTES]
         if list(sizes) != mirror or library.fused_resnet_tensor_count() != _TENSORS:
             raise RuntimeError(f"compile: the planner's structs have sizes {list(sizes)}, expected {mirror}")
         self.library = library
@@ -211,18 +240,14 @@ class Planner:
         return out
 
     def _catalogue(self) -> dict[str, Kernel]:
-        # The preprocessor expands the list, so that nobody else has to understand its macros.
-        text = '#include "tiles.h"\n#define KERNEL(...) @@ __VA_ARGS__ @@\nFUSED_RESNET_KERNELS(KERNEL)\n'
-        command = [_compiler(), "-E", "-P", "-x", "c++", f"-I{self.csrc / 'cuda'}", "-"]
-        rows = re.findall(r"@@([^@]*)@@", _run(command, "compile", text))
         kernels: dict[str, Kernel] = {}
-        for i, row in enumerate(rows):
+        for i, row in enumerate(expand_list(self.csrc, "tiles.h", "FUSED_RESNET_KERNELS")):
             symbol = row.split(",")[0].strip()
             info = self.library.fused_resnet_kernel_info(i).contents
             assert info.symbol.decode() == symbol, "the catalogue follows the list"
             kernels[symbol] = Kernel(
-                symbol, f"FUSED_RESNET_DEFINE_KERNEL({' '.join(row.split())})", f"{info.tile_m}x{info.tile_n}",
-                info.threads, info.shared_bytes, info.park_bytes, _MATHS[info.math], _LOADS[info.load],
+                symbol, f"FUSED_RESNET_DEFINE_KERNEL({' '.join(row.split())})", info.threads, info.shared_bytes,
+                f"{info.tile_m}x{info.tile_n}", info.park_bytes, _MATHS[info.math], _LOADS[info.load],
             )  # fmt: skip
         return kernels
 
@@ -243,10 +268,7 @@ class Planner:
 
         ValueError with the planner's sentence where it refuses.
         """
-        capability = int(arch.removeprefix("sm_").rstrip("af"))
-        device = device or DEVICES.get(capability)
-        if device is None:
-            raise ValueError(f"arch: expected one of {', '.join(f'sm_{c}' for c in DEVICES)}, got {arch!r}")
+        device = device or device_for(arch)
         bn_dtype = bn_dtype or default_bn_dtype(problem)
         specs = tensor_specs(problem, alignment, bn_dtype)
         request = request_for(problem, bn_dtype, eps, proj_eps, alignment)
@@ -277,14 +299,17 @@ class Planner:
 
     def ask(self, request: PlanRequest, device: Device) -> Plan:
         """The planner's answer as it is; ValueError with its sentence where it refuses."""
-        plan, error = Plan(), ctypes.create_string_buffer(512)
-        limits = _DeviceProperties(device.sm_count, device.capability, device.shared_per_block, device.shared_per_sm)
-        refused = self.library.fused_resnet_plan(
-            ctypes.byref(request), ctypes.byref(limits), ctypes.byref(plan), error, len(error)
-        )
-        if refused:
-            raise ValueError(error.value.decode())
+        plan = Plan()
+        ask(self.library.fused_resnet_plan, request, device, plan)
         return plan
+
+
+def ask(function: Any, request: ctypes.Structure, device: Device, plan: ctypes.Structure) -> None:
+    """Fills `plan` by one of the library's planners; ValueError with its sentence where it refuses."""
+    error = ctypes.create_string_buffer(512)
+    limits = DeviceProperties(device.sm_count, device.capability, device.shared_per_block, device.shared_per_sm)
+    if function(ctypes.byref(request), ctypes.byref(limits), ctypes.byref(plan), error, len(error)):
+        raise ValueError(error.value.decode())
 
 
 def request_for(

@@ -52,11 +52,8 @@ class CudaBackend(Backend):
                 return f"cuda: dtype must be float16, bfloat16 or float32, got {dtype_name(dtype)}"
         if problem.groups != 1:
             return f"cuda: groups must be 1, got {problem.groups}"
-        missing = _extension.why_not_cuda()
-        if missing is not None:
-            return f"cuda: {missing}"
-        if not torch.cuda.is_available():
-            return "cuda: torch sees no GPU"
+        if (reason := why_not_loaded()) is not None:
+            return reason
         return _refusal(problem, torch.cuda.current_device())
 
     def run(self, problem: Problem, tail: Tail) -> Tensor:
@@ -160,6 +157,31 @@ def _loaded() -> ModuleType:
     return extension
 
 
+def why_not_loaded() -> str | None:
+    """One sentence why the extension cannot be used at all, or None."""
+    if (missing := _extension.why_not_cuda()) is not None:
+        return f"cuda: {missing}"
+    return None if torch.cuda.is_available() else "cuda: torch sees no GPU"
+
+
+def why_not_device(device: torch.device) -> str | None:
+    """One sentence why the extension's kernels do not run on ``device``, or None."""
+    if (reason := why_not_loaded()) is not None:
+        return reason
+    return _too_old(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@lru_cache
+def _too_old(index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:  # before the planner, which would have to ask the driver
+        return f"cuda: needs sm_80 or newer, got sm_{major}{minor}"
+    oldest = int(_loaded().build_info()["architectures"].rsplit("compute_")[-1])
+    if major * 10 + minor < oldest:
+        return f"cuda: the extension was built for sm_{oldest} and newer, got sm_{major}{minor}"
+    return None
+
+
 @lru_cache
 def _properties(index: int) -> dict[str, int]:
     with torch.cuda.device(index):
@@ -169,12 +191,8 @@ def _properties(index: int) -> dict[str, int]:
 
 @lru_cache(maxsize=4096)
 def _refusal(problem: Problem, index: int) -> str | None:
-    major, minor = torch.cuda.get_device_capability(index)
-    if major < 8:  # before the planner, which would have to ask the driver
-        return f"cuda: needs sm_80 or newer, got sm_{major}{minor}"
-    oldest = int(_loaded().build_info()["architectures"].rsplit("compute_")[-1])
-    if major * 10 + minor < oldest:
-        return f"cuda: the extension was built for sm_{oldest} and newer, got sm_{major}{minor}"
+    if (reason := _too_old(index)) is not None:
+        return reason
     try:
         _plan(problem, _properties(index))
     except ValueError as refused:

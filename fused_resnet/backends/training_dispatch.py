@@ -9,7 +9,7 @@ from torch import Tensor
 from .training_base import TrainingBackend
 
 #: In order of preference; ``eager`` can always run.
-NAMES = ("cpu", "triton", "eager")
+NAMES = ("cpu", "cuda", "triton", "eager")
 
 
 def get(name: str) -> TrainingBackend:

@@ -10,15 +10,23 @@ import dataclasses
 import importlib.util
 import random
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import torch
+from training_calls import branch_of, means_of, values_of
+
+from fused_resnet.aot.training import TrainingCall
+from fused_resnet.backends import training_cuda, training_eager
+from fused_resnet.backends.training_base import TrainingBackend, mask_words
 from fused_resnet.problem import Problem
 from fused_resnet.reference import ConvBN, Tail, reference
 
 CHANNELS_LAST = torch.channels_last
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def load(path: str) -> tuple[ModuleType, ctypes.CDLL]:
@@ -181,9 +189,94 @@ def direct(module: ModuleType, runtime: ctypes.CDLL) -> None:
     assert 10 < straight < 50
 
 
+def training(module: ModuleType, runtime: ctypes.CDLL) -> None:
+    """The training backend: any mix of dtypes and alignments, one launch a pass, to the bit what eager gives."""
+    rng = random.Random(3)
+    for number in range(40):
+        size = (rng.choice([1, 3]), rng.randint(1, 9), rng.randint(1, 9), rng.choice([1, 8, 13, 24, 64]))
+        call = TrainingCall(
+            "bn_apply_add_relu", *size,
+            rng.choice(DTYPES), activation=rng.choice(["relu", "relu6", "none"]), affine=rng.choice(["none", "both"]),
+        )  # fmt: skip
+        kind = rng.choice(["residual", "proj", "none"])
+        if kind != "none":
+            call = dataclasses.replace(call, **{kind: rng.choice(DTYPES)})
+        results = [_training_step(backend, call, number) for backend in (training_cuda.BACKEND, training_eager.BACKEND)]
+        for got, expected in zip(*results, strict=True):
+            assert got.dtype == expected.dtype, call
+            assert torch.equal(got, expected), call
+    assert runtime.ptxi_cudart_launches() == 3 * 40
+    y = torch.randn(5, 24, 9, 11).contiguous(memory_format=CHANNELS_LAST) + 50
+    for _ in range(2):  # the second launch finds the workspace as the first left it
+        mean, var = training_cuda.BACKEND.stats(y)
+        exact = torch.var_mean(y.double(), dim=(0, 2, 3), correction=0)
+        torch.testing.assert_close(mean.double(), exact[1], rtol=2e-7, atol=0)
+        torch.testing.assert_close(var.double(), exact[0], rtol=4e-6, atol=0)
+
+
+def _training_step(backend: TrainingBackend, call: TrainingCall, seed: int) -> tuple[torch.Tensor, ...]:
+    """Forward and backward of one tail on small integers; every third activation lies at an odd address."""
+    values = dict(values_of(call, "integers", seed))
+    values |= values_of(dataclasses.replace(call, op="bn_backward_apply"), "integers", seed + 1) | values
+    for i, (name, t) in enumerate(sorted(values.items())):
+        if t.dim() == 4 and (i + seed) % 3 == 0:
+            values[name] = _shifted(t)
+    bn, proj = branch_of(values, ""), branch_of(values, "proj_")
+    assert bn is not None
+    out = torch.empty(call.shape, dtype=call.out_dtype, memory_format=CHANNELS_LAST)
+    mask = torch.empty(mask_words(call.numel) if call.activation != "none" else 0, dtype=torch.int32)
+    backend.apply(bn, values.get("residual"), proj, call.activation, call.activation != "none", out, mask)
+    sums = backend.backward_reduce(values["grad_out"], mask, bn, proj)
+    second = call.proj or call.residual
+    d_y = torch.empty_like(values["y"], memory_format=CHANNELS_LAST)
+    d_second = None if second is None else torch.empty(call.shape, dtype=second, memory_format=CHANNELS_LAST)
+    means, proj_means = means_of(values, ""), means_of(values, "proj_")
+    assert means is not None
+    backend.backward_apply(values["grad_out"], mask, bn, means, proj, proj_means, d_y, d_second)
+    return (out, mask, *sums, d_y, *(() if d_second is None else (d_second,)))
+
+
+def _shifted(t: torch.Tensor) -> torch.Tensor:
+    n, c, h, w = t.shape
+    view = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(n, h, w, c).permute(0, 3, 1, 2)
+    return view.copy_(t)
+
+
+def training_errors(module: ModuleType, runtime: ctypes.CDLL) -> None:
+    ops = torch.ops.fused_resnet_C
+    y = torch.zeros(2, 8, 4, 4).contiguous(memory_format=CHANNELS_LAST)
+    vector = torch.zeros(8)
+
+    def message(op: Any, *arguments: Any) -> str:
+        try:
+            op(*arguments)
+        except ValueError as error:
+            return str(error)
+        raise AssertionError(f"no error for {op}")
+
+    stats, reduce = ops.cuda_bn_stats, ops.cuda_bn_backward_reduce
+    assert "y: expected the shape of y, dense in channels_last" in message(stats, y.contiguous(), vector, vector)
+    assert "y: expected dtype float16, bfloat16 or float32" in message(stats, y.double(), vector, vector)
+    assert "mean: expected one float32 per channel" in message(stats, y, vector[:7], vector)
+    assert "var: expected one float32 per channel" in message(stats, y, vector, vector.double())
+    none = (None, None, None)
+    mask = torch.zeros(7, dtype=torch.int32)
+    sentence = message(reduce, y, mask, y, vector, vector, *none, vector, vector, None)
+    assert "mask: expected one int32 for 32 elements of y, got 7 numbers" in sentence
+    sentence = message(reduce, y[:1], None, y, vector, vector, *none, vector, vector, None)
+    assert "grad_out: expected the shape of y" in sentence
+    sentence = message(reduce, y, None, y, vector, vector, *none, vector, vector, vector)
+    assert "proj_sum_dz_xhat: expected no address, the plan has no such tensor" in sentence
+    assert runtime.ptxi_cudart_launches() == 0
+
+
+CHECKS = {
+    "operator": operator, "errors": errors, "direct": direct, "training": training, "training_errors": training_errors,
+}  # fmt: skip
+
 if __name__ == "__main__":
     loaded = load(sys.argv[1])
-    {"operator": operator, "errors": errors, "direct": direct}[sys.argv[2]](*loaded)
+    CHECKS[sys.argv[2]](*loaded)
     failure = loaded[1].ptxi_cudart_error().decode()
     assert not failure, failure
     print("ok")

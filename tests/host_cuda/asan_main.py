@@ -1,5 +1,5 @@
 """Run a few shapes of some kernels in a build with AddressSanitizer: `python asan_main.py KERNEL...`,
-or the probe that must be reported: `python asan_main.py probe`.
+all cases of training passes: `python asan_main.py bn_stats...`, or the probe that must be reported: `... probe`.
 
 A process of its own, because the sanitizer's library must be loaded before everything else; the caller preloads it.
 """
@@ -14,7 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from host_cuda.host import HostCuda, Order
 from host_cuda.shapes import ARCH, shapes
+from launch_harness import Memory
+from training_calls import cases, values_of
 
+from fused_resnet.aot.training import OPS
 from fused_resnet.reference import reference
 from fused_resnet.testing import assert_bitexact, make_tail
 
@@ -28,7 +31,12 @@ def main() -> None:
         host.probe(15)
         return
     count = 0
-    for symbol in sys.argv[1:]:
+    for op in (name for name in sys.argv[1:] if name in OPS):
+        for case in cases(op):
+            launch = host.training.plan(case.call, f"sm_{ARCH}", alignment=case.alignment, device=case.device)
+            host.execute(launch, Memory(launch, values_of(case.call, "random", case.seed)), Order.RANDOM, case.seed)
+            count += 1
+    for symbol in (name for name in sys.argv[1:] if name not in OPS):
         for shape in shapes(symbol):
             tail = make_tail(shape.problem, "integers")
             launch = host.planner.plan(

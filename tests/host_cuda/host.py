@@ -26,7 +26,8 @@ from launch_harness import Memory
 from torch import Tensor
 
 from fused_resnet.aot.launch_json import Dim3, Launch
-from fused_resnet.aot.planner import Kernel, Planner, cache_directory
+from fused_resnet.aot.planner import Entry, Planner, cache_directory
+from fused_resnet.aot.training import TrainingKernel, TrainingPlanner
 from fused_resnet.reference import Tail
 
 # Compiled artefacts are kept between runs, but not among the user's.
@@ -154,27 +155,36 @@ class HostCuda:
     def planner(self) -> Planner:
         return Planner(self.csrc)
 
-    def build_kernel(self, kernel: Kernel) -> Path:
-        """The shared object of one kernel."""
-        source = self.folder / f"{kernel.symbol}.cpp"
-        text = (
-            f'#include "cuda/kernel_entry.cuh"\n{kernel.definition}\n'
-            'extern "C" __attribute__((visibility("default"))) void host_entry(const void* parameters) {\n'
-            f"  {kernel.symbol}(*static_cast<const fused_resnet::ConvParams*>(parameters));\n}}\n"
+    @cached_property
+    def training(self) -> TrainingPlanner:
+        return TrainingPlanner(self.planner)
+
+    def build_kernel(self, kernel: Entry) -> Path:
+        """The shared object of one kernel, or of all kernels of a training pass: they are small."""
+        unit, symbols = kernel, [kernel.symbol]
+        if isinstance(kernel, TrainingKernel):
+            unit = self.training.all_of(kernel.op)
+            symbols = [other.symbol for other in self.training.kernels.values() if other.op == kernel.op]
+        source = self.folder / f"{unit.symbol}.cpp"
+        text = f'#include "cuda/{unit.header}"\n{unit.definition}\n' + "".join(
+            f'extern "C" __attribute__((visibility("default"))) void host_{symbol}(const void* parameters) {{\n'
+            f"  {symbol}(*static_cast<const fused_resnet::{unit.parameters}*>(parameters));\n}}\n"
+            for symbol in symbols
         )
         with locked(source):
             if not source.exists():
                 source.write_text(text)
-        return self._build_entry(f"{kernel.symbol}.so", source)
+        return self._build_entry(f"{unit.symbol}.so", source)
 
     def _build_entry(self, name: str, source: Path) -> Path:
         assert self.runtime  # built first: the kernel links against it
         where = (f"-L{self.folder}", f"-l:libruntime-{self.folder.name}.so", f"-Wl,-rpath,{self.folder}")
         return self._build(name, [source], where)
 
-    def entry(self, kernel: Kernel) -> ctypes._CFuncPtr:
+    def entry(self, kernel: Entry) -> ctypes._CFuncPtr:
         if kernel.symbol not in self._entries:
-            self._entries[kernel.symbol] = ctypes.CDLL(str(self.build_kernel(kernel))).host_entry
+            library = ctypes.CDLL(str(self.build_kernel(kernel)))
+            self._entries[kernel.symbol] = getattr(library, f"host_{kernel.symbol}")
         return self._entries[kernel.symbol]
 
     def run(
@@ -187,12 +197,16 @@ class HostCuda:
     ) -> tuple[Tensor, Statistics]:
         """y and the counters of one launch; HostCudaError where the kernel misbehaved."""
         memory = memory or Memory(launch, tail)
+        return memory.y, self.execute(launch, memory, order, seed)
+
+    def execute(self, launch: Launch, memory: Memory, order: Order = Order.RANDOM, seed: int = 1) -> Statistics:
+        """One launch on these buffers; its counters."""
         (parameters,) = memory.arguments()
-        entry = self.entry(self.planner.kernels[launch.kernel])
-        statistics = self._launch(
-            entry, parameters, launch.grid, launch.block, launch.dynamic_shared_bytes, memory.ranges(), order, seed
-        )
-        return memory.y, statistics
+        kernels: dict[str, Entry] = {**self.planner.kernels, **self.training.kernels}
+        return self._launch(
+            self.entry(kernels[launch.kernel]), parameters, launch.grid, launch.block, launch.dynamic_shared_bytes,
+            memory.ranges(), order, seed,
+        )  # fmt: skip
 
     def probe(self, which: int, order: Order = Order.ASCENDING) -> tuple[Tensor, Statistics]:
         """y and the counters of probe number `which` of probes.cpp, with x = 0, 1, ... 63."""

@@ -16,17 +16,30 @@ class Mutant:
     file: str  # in csrc/cuda
     find: str
     put: str
-    test: str  # "host:kernel:<symbol>", "host:banks:<symbol>", "host:split", "ptx:kernel:<symbol>", "ptx:split", "static:<symbol>"
+    test: str  # "host:kernel:<symbol>", "host:banks:<symbol>", "host:split", "ptx:kernel:<symbol>", "ptx:split", "static:<symbol>";
+    # of the training passes "host:pass:<op>", "host:parts:<op>", "host:mean", "host:pass_nan:<op>", "ptx:pass:<op>", "ptx:parts:<op>", "static:pass:<op>"
 
 
 GEMM, VECTOR, GATHER, MMA = "implicit_gemm.cuh", "load_vector.cuh", "load_gather.cuh", "warp_mma.cuh"
 ADDRESS, EPILOGUE, PROJECTION, SPLIT = "addressing.cuh", "epilogue.cuh", "projection.cuh", "split_k.cuh"
 PRIMITIVES, PLAN, ENTRY = "primitives.cuh", "plan.cpp", "kernel_entry.cuh"
+NUMBERS, ARRIVAL = "numbers.cuh", "arrival.cuh"
+WALK, REDUCE, MOMENTS, BN_PLAN, BN_LIST = (
+    "bn_elementwise.cuh",
+    "bn_reduce.cuh",
+    "moments.cuh",
+    "bn_plan.cpp",
+    "bn_kernels.h",
+)
+STATS, APPLY, SUMS, BACKWARD = "bn_stats", "bn_apply_add_relu", "bn_backward_reduce", "bn_backward_apply"
 F16, F16_SMALL, F16_LARGE = "host:kernel:conv_f16_64x64", "host:kernel:conv_f16_32x32", "host:kernel:conv_f16_128x128"
 GATHERED = "host:kernel:conv_gather_f16_32x32"
 
 #: The few that CI plants in every run; `make mutants` plants all.
-CI = ("no_barrier_in_a_step", "wait_one_group_less", "no_halo_rows", "residual_after_activation", "no_swizzle")
+CI = (
+    "no_barrier_in_a_step", "wait_one_group_less", "no_halo_rows", "residual_after_activation", "no_swizzle",
+    "mask_bits_behind_the_end", "no_barrier_between_slots", "every_part_weighs_the_same", "parts_without_a_fence",
+)  # fmt: skip
 
 MUTANTS = (
     # ---- the pipeline
@@ -73,8 +86,8 @@ MUTANTS = (
     Mutant("eps_forgotten", EPILOGUE, "add_rn(load_number(n.var, k, n.norm_dtype), n.eps)", "load_number(n.var, k, n.norm_dtype)", F16),
     Mutant("gamma_ignored", EPILOGUE, "n.weight ? load_number(n.weight, k, n.norm_dtype) : 1.0f", "1.0f", F16),
     Mutant("bias_not_scaled", EPILOGUE, "fma_rn(centred, scale, beta)", "add_rn(centred, beta)", F16),
-    Mutant("relu6_is_relu", EPILOGUE, "v > 6.0f", "v > 600.0f", F16_SMALL),
-    Mutant("nan_becomes_zero", EPILOGUE, "activation != kActivationNone && v < 0.0f", "activation != kActivationNone && !(v > 0.0f)",
+    Mutant("relu6_is_relu", NUMBERS, "v > 6.0f", "v > 600.0f", F16_SMALL),
+    Mutant("nan_becomes_zero", NUMBERS, "activation != kActivationNone && v < 0.0f", "activation != kActivationNone && !(v > 0.0f)",
            "host:nan"),
     Mutant("no_barrier_before_the_store", EPILOGUE, "(acc, warp, pass, staging);\n    __syncthreads();", "(acc, warp, pass, staging);", F16),
     Mutant("no_barrier_between_passes", EPILOGUE, "if (pass > 0) __syncthreads();", "", F16_LARGE),
@@ -85,7 +98,7 @@ MUTANTS = (
     Mutant("projection_shift_forgotten", EPILOGUE, "shift[i] = add_rn(shift[i], shared_load_f32(at + 3 * Tile::kN * 4));", "", F16),
     Mutant("split_starts_at_the_projection", GEMM, "first = available < 0 ? -available : 0;", "first = 0;", F16),
     Mutant("splits_overlap", GEMM, "all_steps * (split + 1) / params.splits) - first", "all_steps * (split + 1) / params.splits) - first + 1", F16_SMALL),
-    Mutant("first_to_arrive_stores", SPLIT, "before + 1 == static_cast<uint32_t>(params.splits)", "before == 0", "host:split"),
+    Mutant("first_to_arrive_stores", ARRIVAL, "before + 1 == blocks", "before == 0", "host:split"),
     Mutant("own_partial_sum_only", SPLIT, "--s, partial += kPartialBytes", "--s", "host:split"),
     Mutant("partial_sums_of_another_tile", SPLIT, "static_cast<int64_t>(tile) * params.splits *", "static_cast<int64_t>(tile) *", "host:split"),
     # ---- the planner
@@ -101,7 +114,7 @@ MUTANTS = (
     Mutant("no_fence_after_arriving", PRIMITIVES,
            '"memory");\n  asm volatile("fence.acq_rel.gpu;" ::: "memory");\n  return before;', '"memory");\n  return before;', "ptx:split"),
     Mutant("counter_not_reset", PRIMITIVES, '"r"(blocks - 1)', '"r"(blocks)', "ptx:split"),
-    Mutant("arrives_before_the_others_stored", SPLIT, "__syncthreads();\n  if (threadIdx.x == 0)", "if (threadIdx.x == 0)", "ptx:split"),
+    Mutant("arrives_before_the_others_stored", ARRIVAL, "__syncthreads();\n  if (threadIdx.x == 0)", "if (threadIdx.x == 0)", "ptx:split"),
     Mutant("bf16_products_as_f16", PRIMITIVES, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
            "ptx:kernel:conv_bf16_32x32"),
     # ---- what only machine code shows
@@ -110,4 +123,37 @@ MUTANTS = (
     Mutant("two_barriers_a_step", GEMM, "__syncthreads();\n    typename", "__syncthreads();\n    __syncthreads();\n    typename",
            "static:conv_f16_64x64"),
     Mutant("division_in_the_loop", ADDRESS, "at.position += elements;", "at.position += elements; at.r = at.position / size_c - step_r;", "static:conv_f16_128x128"),
+    # ---- training: the elementwise passes
+    Mutant("mask_bits_behind_the_end", WALK, "if constexpr (!kWhole) bits &= (1u << count) - 1;", "", f"host:pass:{APPLY}"),
+    Mutant("a_lane_less_in_a_word", WALK, "if constexpr (kWordLanes > 2) bits |= shuffle_xor<2>(bits);", "", f"host:pass:{APPLY}"),
+    Mutant("words_between_warps", BN_PLAN, "std::lcm(int64_t{p.channels}, int64_t{32})", "std::lcm(int64_t{p.channels}, int64_t{8})", f"host:pass:{APPLY}"),
+    Mutant("last_packet_whole", WALK, "left < kPacket ? static_cast<int>(left) : kPacket;", "kPacket;", f"host:pass:{BACKWARD}"),
+    Mutant("channels_do_not_wrap", WALK, "at + 1 == params.channels ? 0 : at + 1", "at + 1", f"host:pass:{BACKWARD}"),
+    Mutant("turn_of_one_lane", WALK, "params.stride + 32 - lane;", "params.stride + 1;", f"ptx:pass:{APPLY}"),
+    Mutant("turns_overlap", WALK, "at += kPacketsUnderWay * params.stride", "at += params.stride", "host:passes"),
+    Mutant("nan_loses_its_gradient", WALK, "passes = !(below || above);", "passes = z > lower && !above;", f"host:pass_nan:{APPLY}"),
+    Mutant("gradient_at_six", WALK, "above = z >= upper", "above = z > upper", f"host:pass:{APPLY}"),
+    Mutant("no_bn_of_the_projection", WALK, "projection ? shortcut(i, v) : v", "v", f"host:pass:{APPLY}"),
+    Mutant("mean_of_dz_xhat_without_invstd", WALK, "mul_rn(invstd, vector_at(bn.mean_dz_xhat, c, 0.0f))", "vector_at(bn.mean_dz_xhat, c, 0.0f)", f"host:pass:{BACKWARD}"),
+    Mutant("d_y_without_the_mask", WALK, "const float dz = bits[b] >> i & 1 ?", "const float dz = true ?", f"host:pass:{BACKWARD}"),
+    # ---- training: the reductions
+    Mutant("no_barrier_before_the_slots", MOMENTS, "__syncthreads();\n  const int width", "const int width", f"host:pass:{SUMS}"),
+    Mutant("no_barrier_between_slots", MOMENTS, "__syncthreads();\n    left = half;", "left = half;", f"host:pass:{SUMS}"),
+    Mutant("odd_slot_lost", MOMENTS, "(left + 1) / 2", "left / 2", f"host:pass:{SUMS}"),
+    Mutant("distance_of_the_means_forgotten", MOMENTS, "fma_rn(mul_rn(distance, distance), mine.count, mine.m2[i])", "mine.m2[i]", f"host:pass:{STATS}"),
+    Mutant("merged_with_the_wrong_weight", REDUCE, "cross = mul_rn(m.count, share);", "cross = m.count;", f"host:pass:{STATS}"),
+    Mutant("every_part_weighs_the_same", REDUCE, "static_cast<float>(Part<kPacket>::rows_of(params, i))", "static_cast<float>(params.rows_per_part)", f"host:pass:{STATS}"),
+    Mutant("part_behind_the_end", REDUCE, "left < params.rows_per_part ? left : params.rows_per_part", "params.rows_per_part", f"host:pass:{STATS}"),
+    Mutant("pivot_not_added_back", REDUCE, "bits_of(add_rn(around, mean))", "bits_of(mean)", f"host:pass:{STATS}"),
+    Mutant("pivot_of_zero", REDUCE, "pivot[i] = unpack<kPacket>(first, i, dtype);\n  Moments", "pivot[i] = 0.0f;\n  Moments", f"host:pass:{STATS}"),
+    Mutant("sums_of_squares", REDUCE, "m2 = fma_rn(add_rn(v[r], -mean), add_rn(v[r], -mean), m2)", "m2 = fma_rn(v[r], v[r], m2)", f"host:pass:{STATS}"),
+    Mutant("own_part_only", REDUCE, "part.template partial<2>(params, i) +", "part.template partial<2>(params, part.part) +", f"host:parts:{STATS}"),
+    Mutant("channels_behind_the_last", REDUCE, "reads = slot < slots.slots && channel < params.channels", "reads = slot < slots.slots", f"host:pass:{STATS}"),
+    Mutant("bits_of_another_packet", REDUCE, ">> (at.index & 31)", ">> (at.index & 15)", f"host:pass:{SUMS}"),
+    Mutant("sum_without_invstd", REDUCE, "mul_rn(shared_load_f32(at + (j + 1) * kPlaneBytes), invstd)", "shared_load_f32(at + (j + 1) * kPlaneBytes)", f"host:pass:{SUMS}"),
+    Mutant("odd_rows_of_packets", BN_PLAN, "q.channels % kernel.packet == 0", "q.channels >= kernel.packet", f"host:pass:{STATS}"),
+    Mutant("parts_without_a_fence", PRIMITIVES, 'uint32_t before;\n  asm volatile("fence.acq_rel.gpu;" ::: "memory");', "uint32_t before;", f"ptx:parts:{STATS}"),
+    Mutant("parts_counter_not_reset", PRIMITIVES, '"r"(blocks - 1)', '"r"(blocks)', f"ptx:parts:{STATS}"),
+    Mutant("registers_for_four_blocks", BN_LIST, "kBackwardReduce, 2, 2)", "kBackwardReduce, 4, 4)", f"static:pass:{SUMS}"),
+    Mutant("packets_of_four_halves", BN_LIST, "X(prefix##_f16, pass, 8, kFloat16, 1, one)", "X(prefix##_f16, pass, 4, kFloat16, 1, one)", f"static:pass:{APPLY}"),
 )  # fmt: skip

@@ -144,6 +144,17 @@ void copy_execute(Warp& warp, uint32_t mask) {
   host_cuda::count_shared(to, mask, kBytes);
 }
 
+// ---- shuffles
+struct Shuffle {
+  uint32_t value, result;
+};
+template <int kMask>
+void shuffle_execute(Warp& warp, uint32_t) {
+  for (int lane = 0; lane < 32; lane++) {
+    operands<Shuffle>(warp, lane).result = operands<Shuffle>(warp, lane ^ kMask).value;
+  }
+}
+
 // ---- matrices
 struct Ldmatrix {
   uint32_t offset;
@@ -275,6 +286,14 @@ void cp_async_wait() {
   host_cuda::wait_copies(kPending);
 }
 
+template <int kMask>
+uint32_t shuffle_xor(uint32_t v) {
+  static constexpr host_cuda::WarpOp op{"shfl.sync", true, host::shuffle_execute<kMask>};
+  host::Shuffle operands{v, 0};
+  host_cuda::perform(op, &operands);
+  return operands.result;
+}
+
 // ---- tensor cores
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
   static constexpr host_cuda::WarpOp op{"ldmatrix", true, host::ldmatrix_execute};
@@ -351,6 +370,9 @@ inline void global_store_u16(void* p, uint16_t v) {
   host::global_store(p, v);
 }
 inline void global_store_u32(void* p, uint32_t v) {
+  host::global_store(p, v);
+}
+inline void global_store_8(void* p, const Words2& v) {
   host::global_store(p, v);
 }
 inline void global_store_16(void* p, const Words4& v) {

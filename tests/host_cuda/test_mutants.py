@@ -1,6 +1,6 @@
 """Plant each bug of mutants.py in a copy of the CUDA sources: the test it names must fail.
 
-CI plants five; `make mutants` (pytest -m mutant) plants all of them.
+CI plants a few; `make mutants` (pytest -m mutant) plants all of them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if reason := why_not("g++"):
     pytest.skip(reason, allow_module_level=True)
 
 import test_host_cuda
+import test_host_training
 from host_cuda.host import HostCuda, HostCudaError
 from host_cuda.mutants import CI, MUTANTS, Mutant
 from launch_harness import interpreter
@@ -44,8 +45,17 @@ def run_host(test: str, csrc: Path, patch: pytest.MonkeyPatch) -> None:
     mutated = HostCuda(csrc)
     patch.setattr(test_host_cuda, "host", lambda: mutated)
     patch.setattr(test_host_cuda, "planner", lambda: mutated.planner)
+    patch.setattr(test_host_training, "host", lambda: mutated)
     kind, _, symbol = test.partition(":")
-    if kind == "kernel":
+    if kind == "pass":
+        test_host_training.test_pass(symbol)
+    elif kind == "passes":
+        test_host_training.test_activation_traffic_is_ten_tensors_and_three_masks(test_host_training.HALF)
+    elif kind == "pass_nan":
+        test_host_training.test_nan_as_in_eager(symbol)
+    elif kind == "parts":
+        test_host_training.test_many_parts_in_any_order(symbol, test_host_training.HALF)
+    elif kind == "kernel":
         test_host_cuda.test_kernel(symbol)
     elif kind == "banks":
         test_host_cuda.test_no_bank_conflict_in_the_main_loop(symbol)
@@ -57,25 +67,37 @@ def run_host(test: str, csrc: Path, patch: pytest.MonkeyPatch) -> None:
 
 def run_ptx(test: str, csrc: Path, patch: pytest.MonkeyPatch, folder: Path) -> None:
     import test_ptx_cuda
+    import test_ptx_training
 
     from fused_resnet.aot import cuda
 
     real = cuda.compile_kernel
+    patch.setattr(test_ptx_training, "compile_kernel", lambda kernel, arch: real(kernel, arch, csrc))
+    patch.setattr(test_ptx_training, "module", test_ptx_training.module.__wrapped__)
     patch.setattr(test_ptx_cuda, "compile_kernel", lambda kernel, arch: real(kernel, arch, csrc))
     patch.setattr(cuda, "compile_kernel", lambda kernel, arch: real(kernel, arch, csrc))
     kind, _, symbol = test.partition(":")
     if kind == "kernel":
         test_ptx_cuda.test_kernel(symbol, "sm_80", folder)
+    elif kind == "pass":
+        test_ptx_training.test_pass(symbol)
+    elif kind == "parts":
+        test_ptx_training.test_reductions_leave_the_workspace_ready_for_the_next_launch(symbol)
     else:
         test_ptx_cuda.test_split_k_leaves_the_workspace_ready_for_the_next_launch(folder)
 
 
 def run_static(symbol: str, csrc: Path, patch: pytest.MonkeyPatch) -> None:
     import test_static_cuda
+    import test_static_training
 
-    from benchmarks.static import gate
+    from benchmarks.static import gate, training
 
     real = gate.assemble_kernel
+    if symbol.startswith("pass:"):
+        patch.setattr(training, "assemble_kernel", lambda kernel, arch: real(kernel, arch, csrc))
+        test_static_training.test_main_architectures(symbol.removeprefix("pass:"), "sm_80")
+        return
     patch.setattr(gate, "assemble_kernel", lambda kernel, arch: real(kernel, arch, csrc))
     test_static_cuda._check(symbol, "sm_80")
 

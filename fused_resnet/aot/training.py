@@ -1,0 +1,247 @@
+"""The training passes of the CUDA extension, planned without it: ``bn_stats`` and its three companions.
+
+A :class:`TrainingCall` is to them what a `Problem` is to a convolution, and has a text of its own::
+
+    op=bn_apply_add_relu,n=8,h=14,w=14,c=64,dtype=float16,residual=1
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from ..backends.training_base import mask_words
+from ..problem import DTYPES, dtype_name
+from ..reference import ACTIVATIONS
+from .launch_json import Launch, TensorSpec, by_value, workspace_spec
+from .planner import _ACTIVATIONS, _DTYPES, Device, Entry, Planner, _int32, ask, device_for, expand_list, planner
+
+#: In the order of the C++ enum BnPass.
+OPS = ("bn_stats", "bn_apply_add_relu", "bn_backward_reduce", "bn_backward_apply")
+_MACROS = tuple(f"FUSED_RESNET_BN_{name}_KERNELS" for name in ("STATS", "APPLY", "BACKWARD_REDUCE", "BACKWARD_APPLY"))
+_AFFINE = {"none": 0, "both": 1, "weight": 2, "bias": 3}
+_ABSENT = -1
+
+
+@dataclass(frozen=True)
+class TrainingCall:
+    """Everything static about one call of a training pass.
+
+    ``residual`` is the dtype of the residual, or of the gradient wanted for it; ``proj`` that of the projection's
+    convolution output. ``affine`` says which of weight and bias the BNs have.
+    """
+
+    op: str
+    n: int
+    h: int
+    w: int
+    c: int
+    dtype: torch.dtype = torch.float32
+    residual: torch.dtype | None = None
+    proj: torch.dtype | None = None
+    activation: str = "relu"
+    affine: str = "both"
+
+    @classmethod
+    def parse(cls, text: str) -> TrainingCall:
+        """From ``"op=bn_stats,n=8,h=14,w=14,c=64,dtype=float16"``; ``residual`` and ``proj`` take 1 or a dtype."""
+        fields = dict(part.strip().split("=", 1) for part in text.split(",") if "=" in part)
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise ValueError(f"problem: unknown field {name!r} of a training pass, expected one of {known}")
+        for name in ("op", "h", "w", "c"):
+            if name not in fields:
+                raise ValueError(f"problem: the field {name!r} is missing in {text!r}")
+        dtype = _dtype("dtype", fields.get("dtype", "float32"), torch.float32)
+        sizes = {name: _size(name, fields.get(name, "1")) for name in ("n", "h", "w", "c")}
+        return cls(
+            fields["op"], **sizes, dtype=dtype or torch.float32,
+            residual=_dtype("residual", fields.get("residual", "0"), dtype),
+            proj=_dtype("proj", fields.get("proj", "0"), dtype),
+            activation=fields.get("activation", "relu"), affine=fields.get("affine", "both"),
+        ).checked()  # fmt: skip
+
+    def checked(self) -> TrainingCall:
+        """This call, or a ValueError that names the field that makes it impossible."""
+        for name, value, expected in (
+            ("op", self.op, OPS), ("activation", self.activation, ACTIVATIONS), ("affine", self.affine, _AFFINE),
+        ):  # fmt: skip
+            if value not in expected:
+                raise ValueError(f"problem: {name}: expected one of {', '.join(expected)}, got {value!r}")
+        return self
+
+    def __str__(self) -> str:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        texts = {k: dtype_name(v) if isinstance(v, torch.dtype) else str(v) for k, v in values.items() if v is not None}
+        return ",".join(f"{name}={text}" for name, text in texts.items())
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (self.n, self.c, self.h, self.w)
+
+    @property
+    def numel(self) -> int:
+        return self.n * self.c * self.h * self.w
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """That of the activation, so of its gradient."""
+        other = self.residual or self.proj
+        return self.dtype if other is None else torch.promote_types(self.dtype, other)
+
+
+def _size(name: str, text: str) -> int:
+    if not text.isdigit():
+        raise ValueError(f"problem: {name}: expected a number, got {text!r}")
+    return int(text)
+
+
+def _dtype(name: str, text: str, own: torch.dtype | None) -> torch.dtype | None:
+    if text in ("0", "1"):
+        return own if text == "1" else None
+    if text not in DTYPES:
+        raise ValueError(f"problem: {name}: expected one of {', '.join(DTYPES)}, got {text!r}")
+    return DTYPES[text]
+
+
+# Mirrors of the structs of csrc/cuda/bn_plan.h; TrainingPlanner compares their sizes with the library's.
+class BnRequest(ctypes.Structure):
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        *_int32("channels pass y_dtype proj_dtype residual_dtype out_dtype activation mask"),
+        *_int32("affine proj_affine alignment reserved"),
+    ]
+
+
+_TENSORS = 23
+_PARAMS_BYTES = 272
+
+
+class BnPlan(ctypes.Structure):
+    _fields_ = [
+        ("kernel", ctypes.c_int32),
+        ("grid", ctypes.c_int32 * 3),
+        ("block", ctypes.c_int32 * 3),
+        ("dynamic_shared_bytes", ctypes.c_int32),
+        ("workspace_bytes", ctypes.c_int64),
+        ("counter_bytes", ctypes.c_int64),
+        ("alignment", ctypes.c_int32 * _TENSORS),
+        ("reserved", ctypes.c_int32),
+        ("params", ctypes.c_int64 * (_PARAMS_BYTES // 8)),
+    ]
+
+
+class _BnKernelInfo(ctypes.Structure):
+    _fields_ = [("symbol", ctypes.c_char_p), *_int32("op packet dtype branches blocks_per_sm shared_bytes")]
+
+
+@dataclass(frozen=True)
+class TrainingKernel(Entry):
+    """One kernel of the training passes; `packet` is the number of elements a thread loads at a time."""
+
+    op: str
+    packet: int
+    header = "bn_entry.cuh"
+    parameters = "BnParams"
+
+
+class TrainingPlanner:
+    """The planner of the training passes in the library of ``planner``."""
+
+    def __init__(self, planner: Planner) -> None:
+        self.csrc, self.library = planner.csrc, planner.library
+        library = self.library
+        library.fused_resnet_bn_tensor_name.restype = ctypes.c_char_p
+        library.fused_resnet_bn_tensor_offset.restype = ctypes.c_int64
+        library.fused_resnet_bn_kernel_info.restype = ctypes.POINTER(_BnKernelInfo)
+        sizes = (ctypes.c_int32 * 3)()
+        library.fused_resnet_bn_sizes(sizes)
+        mirror = [ctypes.sizeof(BnRequest), ctypes.sizeof(BnPlan), _PARAMS_BYTES]
+        if list(sizes) != mirror or library.fused_resnet_bn_tensor_count() != _TENSORS:
+            raise RuntimeError(f"compile: the training planner's structs have sizes {list(sizes)}, expected {mirror}")
+        self.kernels = self._catalogue()
+
+    def _catalogue(self) -> dict[str, TrainingKernel]:
+        kernels: dict[str, TrainingKernel] = {}
+        for i, row in enumerate(expand_list(self.csrc, "bn_kernels.h", "FUSED_RESNET_BN_KERNELS")):
+            symbol = row.split(",")[0].strip()
+            info = self.library.fused_resnet_bn_kernel_info(i).contents
+            assert info.symbol.decode() == symbol, "the catalogue follows the list"
+            definition = f"FUSED_RESNET_DEFINE_BN_KERNEL({' '.join(row.split())})"
+            kernels[symbol] = TrainingKernel(symbol, definition, 256, info.shared_bytes, OPS[info.op], info.packet)
+        return kernels
+
+    def all_of(self, op: str) -> Entry:
+        """All kernels of one pass as a single unit, as the extension compiles them."""
+        shared = max(kernel.shared_bytes for kernel in self.kernels.values() if kernel.op == op)
+        definition = f"{_MACROS[OPS.index(op)]}(FUSED_RESNET_DEFINE_BN_KERNEL)"
+        return TrainingKernel(f"all_{op}", definition, 256, shared, op, 0)
+
+    def plan(self, call: TrainingCall, arch: str, *, alignment: int = 16, device: Device | None = None) -> Launch:
+        """What the extension would launch for dense channels_last tensors at multiples of ``alignment`` bytes."""
+        device = device or device_for(arch)
+        plan = BnPlan()
+        ask(self.library.fused_resnet_bn_plan, request_for(call, alignment), device, plan)
+        op = OPS.index(call.op)
+        tensors, pointers = {}, {}
+        for slot in range(_TENSORS):
+            if not plan.alignment[slot]:
+                continue
+            name = self.library.fused_resnet_bn_tensor_name(op, slot).decode()
+            tensors[name] = _spec(call, name, plan.workspace_bytes, plan.alignment[slot])
+            pointers[int(self.library.fused_resnet_bn_tensor_offset(slot))] = name
+        return Launch(
+            kernel=list(self.kernels)[plan.kernel],
+            arch=arch,
+            grid=tuple(plan.grid),
+            block=tuple(plan.block),
+            dynamic_shared_bytes=plan.dynamic_shared_bytes,
+            workspace_bytes=plan.workspace_bytes,
+            arguments=[by_value(bytes(plan.params), pointers)],
+            tensors=tensors,
+            problem=str(call),
+            workspace_initial="zeros" if plan.counter_bytes else None,
+            extra={"planned_for": dataclasses.asdict(device)},
+        )
+
+
+def request_for(call: TrainingCall, alignment: int) -> BnRequest:
+    """The call as the planner's C++ reads it."""
+
+    def code(dtype: torch.dtype | None) -> int:
+        if dtype is not None and dtype not in _DTYPES:
+            raise ValueError(f"cuda: activations must be float16, bfloat16 or float32, got {dtype_name(dtype)}")
+        return _ABSENT if dtype is None else _DTYPES[dtype]
+
+    affine = _AFFINE[call.affine]
+    return BnRequest(
+        call.n * call.h * call.w, call.c, OPS.index(call.op), code(call.dtype), code(call.proj), code(call.residual),
+        code(call.out_dtype), _ACTIVATIONS[call.activation], int(call.activation != "none"), affine, affine, alignment,
+    )  # fmt: skip
+
+
+def _spec(call: TrainingCall, name: str, workspace_bytes: int, alignment: int) -> TensorSpec:
+    if name == "workspace":
+        return dataclasses.replace(workspace_spec(workspace_bytes), alignment=alignment)
+    if name == "mask":
+        return TensorSpec("int32", (mask_words(call.numel),), (1,), alignment)
+    dtypes = {
+        "y": call.dtype, "d_y": call.dtype, "proj_y": call.proj, "residual": call.residual,
+        "d_second": call.proj or call.residual, "out": call.out_dtype, "grad_out": call.out_dtype,
+    }  # fmt: skip
+    dtype = dtypes.get(name)
+    if dtype is None:  # a vector
+        return TensorSpec("float32", (call.c,), (1,), alignment)
+    strides = (call.h * call.w * call.c, 1, call.w * call.c, call.c)
+    return TensorSpec(dtype_name(dtype), call.shape, strides, alignment)
+
+
+@lru_cache
+def training_planner() -> TrainingPlanner:
+    """The planner of the sources that belong to this package."""
+    return TrainingPlanner(planner())
