@@ -61,6 +61,7 @@ bench: $(VENV)/.installed $(VENV)/.rivals
 
 static: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.static
+	$(BIN)/python -m benchmarks.static.training
 	$(BIN)/python -m benchmarks.static.triton
 
 mutants: $(VENV)/.installed

@@ -18,14 +18,14 @@ if [ $# -gt 0 ]; then
   shift
 fi
 select=("$@")
-[ ${#select[@]} -gt 0 ] || select=(-k "test_conformance or test_artifacts or test_split_k")
+[ ${#select[@]} -gt 0 ] || select=(-k "test_conformance or test_artifacts or test_split_k or test_pass")
 
 # torch's caching allocator hands out pieces of large blocks, inside which nothing is out of bounds.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 for name in "${tools[@]}"; do
   echo "== $name"
-  # The kernels' symbols begin with conv_: what other libraries launch is not ours to judge.
-  "$tool" --tool "$name" --kernel-name regex=conv_ --error-exitcode 99 --target-processes all \
-    "$python" -m pytest -q -p no:xdist -m gpu tests/test_gpu_cuda.py "${select[@]}"
+  # The kernels' symbols begin with conv_ or bn_: what other libraries launch is not ours to judge.
+  "$tool" --tool "$name" --kernel-name "regex=^(conv|bn)_" --error-exitcode 99 --target-processes all \
+    "$python" -m pytest -q -p no:xdist -m gpu tests/test_gpu_cuda.py tests/test_gpu_training.py "${select[@]}"
 done

@@ -50,14 +50,21 @@ def register(app: typer.Typer) -> None:
 def doctor(as_json: JsonOption = False) -> None:
     """Say what this machine has: versions, GPU, compiler, extension, and which backend runs or why it does not."""
     facts = environment()
-    backends = backend_states()
+    backends, training = backend_states(), training_states()
     if as_json:
-        console.print_json(json.dumps({"environment": facts, "backends": backends}))
+        console.print_json(json.dumps({"environment": facts, "backends": backends, "training": training}))
         return
     for name, value in facts.items():
         say(f"{name + ':':<24}{value}")
     say()
     say("Backends, for a 3x3 tail with a residual (float32 on the CPU, float16 on CUDA):")
+    _say_states(backends)
+    say()
+    say("Training backends, for the same:")
+    _say_states(training)
+
+
+def _say_states(backends: dict[str, dict[str, str | None]]) -> None:
     for name, states in backends.items():
         for device, reason in states.items():
             label = f"  {name} on {device}:"
@@ -147,6 +154,22 @@ def backend_states() -> dict[str, dict[str, str | None]]:
         else:
             states[name]["cuda"] = "there is no GPU"
     return states
+
+
+def training_states() -> dict[str, dict[str, str | None]]:
+    """The same for the passes of a training tail."""
+    import torch
+
+    from ..backends import training_dispatch
+
+    def reasons(device: str, dtype: torch.dtype) -> dict[str, str | None]:
+        y = torch.empty(1, 64, 1, 1, dtype=dtype, device=device)
+        return training_dispatch.reasons(y)
+
+    cpu = reasons("cpu", torch.float32)
+    no_gpu: dict[str, str | None] = dict.fromkeys(cpu, "there is no GPU")
+    cuda = reasons("cuda", torch.float16) if torch.cuda.is_available() else no_gpu
+    return {name: {"cpu": cpu[name], "cuda": cuda[name]} for name in cpu}
 
 
 # ---- explain -------------------------------------------------------------------------------------------------
