@@ -61,7 +61,7 @@ class Instruction:
 
     @property
     def branch_target(self) -> int | None:
-        if self.base not in ("BRA", "BRX", "JMP"):
+        if self.base not in ("BRA", "BRX", "JMP", "CALL"):  # CALL.REL.NOINC is a subroutine, or a far jump
             return None
         found = re.search(r"0x([0-9a-f]+)\s*$", self.operands)
         return int(found.group(1), 16) if found else None
@@ -173,7 +173,7 @@ def _natural_loops(code: Sequence[Instruction]) -> list[tuple[int, set[int]]]:
     for i, ins in enumerate(code):
         if (target := ins.branch_target) is not None and target in index:
             leaders.add(index[target])
-        if ins.base in ("BRA", "BRX", "JMP", "EXIT", "RET", "BREAK") and i + 1 < len(code):
+        if ins.base in ("BRA", "BRX", "JMP", "CALL", "EXIT", "RET", "BREAK") and i + 1 < len(code):
             leaders.add(i + 1)
     starts = sorted(leaders)
     ends = starts[1:] + [len(code)]
@@ -189,7 +189,7 @@ def _natural_loops(code: Sequence[Instruction]) -> list[tuple[int, set[int]]]:
             out.append(b + 1)
         successors.append(out)
     reached, todo = {0}, [0]
-    while todo:  # what only a CALL reaches (a slow path of a division) would hide every loop that it falls into
+    while todo:  # what nothing reaches would hide every loop that it falls into
         todo = sorted({s for b in todo for s in successors[b]} - reached)
         reached.update(todo)
     predecessors: list[list[int]] = [[] for _ in starts]

@@ -100,7 +100,9 @@ class HostCuda:
     """The host build of one source tree. `flags` extends the compiler's command line."""
 
     def __init__(self, csrc: Path = CSRC, flags: tuple[str, ...] = ("-O2",)) -> None:
-        self.csrc, self.flags = csrc, (*flags, "-std=c++17", "-march=native", "-fPIC", "-w")
+        # Unique symbols (static variables of templates) would be shared by all source trees in the process, so that
+        # the kernels of one would count in the runtime of another.
+        self.csrc, self.flags = csrc, (*flags, "-std=c++17", "-march=native", "-fPIC", "-w", "-fno-gnu-unique")
         self._entries: dict[str, ctypes._CFuncPtr] = {}
 
     @cached_property
