@@ -28,6 +28,10 @@ def write_atomically(path: Path, write: Callable[[str], None]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # A temporary file is its owner's alone; what is left behind is for whoever may read files made here.
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(temporary, 0o666 & ~mask)
     os.close(handle)
     try:
         write(temporary)

@@ -96,6 +96,7 @@ def conv_bn_branch(
     training: bool = True,
     group: str | None = None,
     backend: str = "auto",
+    winograd: str = "auto",
 ) -> BatchNormBranch:
     """The convolution of ``x``, run now, and the BN after it: the projection of :func:`conv_bn_add_relu_train`.
 
@@ -107,7 +108,7 @@ def conv_bn_branch(
     # convolution would have to convert it once more.
     if not training or x.numel() == 0 or output_memory_format(x, weight) is not torch.channels_last:
         return BatchNormBranch(F.conv2d(x, weight, bias, *geometry), *branch)
-    y, mean, var = torch.ops.fused_resnet.conv_bn_stats(x, weight, bias, *geometry, backend)
+    y, mean, var = torch.ops.fused_resnet.conv_bn_stats(x, weight, bias, *geometry, backend, winograd)
     # The derivative of the statistics is part of the tail's own backward.
     return BatchNormBranch(y, *branch, (mean.detach(), var.detach()))
 
@@ -132,6 +133,7 @@ def conv_bn_add_relu_train(
     training: bool = True,
     group: str | None = None,
     backend: str = "auto",
+    winograd: str = "auto",
 ) -> Tensor:
     r"""The tail ``act(BN(conv2d(x)) + residual)`` with the statistics of the batch, differentiable.
 
@@ -160,6 +162,9 @@ def conv_bn_add_relu_train(
         training: False normalises with the running statistics and leaves them alone (frozen BN).
         group: name of the process group over which the statistics are synchronised (SyncBatchNorm).
         backend: "auto" or one of ``cpu``, ``cuda``, ``triton``, ``eager``.
+        winograd: CPU algorithm for 3x3 stride-1 convolutions, forward and backward: ``"auto"`` (Winograd where it is
+            expected to be faster), ``"f2"`` (F(2x2) alone, as accurate as direct convolution) or ``"off"``. The
+            environment variable ``FUSED_RESNET_WINOGRAD`` sets what "auto" means.
 
     Returns:
         Tensor ``[N, K, P, Q]`` in eager's memory format; its dtype is that of ``conv2d(x) + residual``.
@@ -178,7 +183,7 @@ def conv_bn_add_relu_train(
     main = conv_bn_branch(
         x, weight, bias, bn_weight, bn_bias, running_mean, running_var,
         stride=stride, padding=padding, dilation=dilation, groups=groups,
-        momentum=momentum, eps=eps, training=training, group=group, backend=backend,
+        momentum=momentum, eps=eps, training=training, group=group, backend=backend, winograd=winograd,
     )  # fmt: skip
     y = main.y
     if isinstance(residual, Tensor) and residual.dtype != y.dtype and torch.is_autocast_enabled(y.device.type):

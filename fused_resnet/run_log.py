@@ -81,11 +81,13 @@ class Progress:
         if not self._shown:
             yield
             return
+        import rich
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Bar(*columns, transient=True) as self._bar:
+        # In a file or a pipe a bar would be nothing but an empty line.
+        with Bar(*columns, transient=True, disable=not rich.get_console().is_terminal) as self._bar:
             self._task = self._bar.add_task(f"epoch {epoch}/{epochs}", total=steps)
             yield
         self._bar = None

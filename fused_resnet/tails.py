@@ -172,7 +172,7 @@ def conv_bn_act(
 ) -> Tensor:
     """``act(bn(conv(x)) + residual)`` from the modules ``conv`` and ``bn`` (or None); one launch where BN is fixed."""
     if uses_batch_statistics(bn):
-        return batch_statistics_tail(conv, bn, x, residual, activation)
+        return batch_statistics_tail(conv, bn, x, residual, activation, winograd)
     weight, bias, mean, var = _bn_tensors(bn)
     return functional.conv_bn_add_relu(
         x, conv.weight, conv.bias, weight, bias, mean, var,
@@ -195,8 +195,8 @@ def conv_bn_proj_act(
     """``act(bn(conv(x)) + proj_bn(proj_conv(proj_x)))``, in one launch where both BNs are fixed."""
     main_batch, proj_batch = uses_batch_statistics(bn), uses_batch_statistics(proj_bn)
     if main_batch and proj_batch:
-        branch = functional.conv_bn_branch(proj_x, **_training_arguments(proj_conv, proj_bn))
-        return batch_statistics_tail(conv, bn, x, branch, activation)
+        branch = functional.conv_bn_branch(proj_x, **_training_arguments(proj_conv, proj_bn), winograd=winograd)
+        return batch_statistics_tail(conv, bn, x, branch, activation, winograd)
     if main_batch or proj_batch:  # one of the two BNs is frozen: the projection by itself, then the tail
         identity = conv_bn_act(proj_conv, proj_bn, proj_x, None, "none", backend, winograd)
         return conv_bn_act(conv, bn, x, identity, activation, backend, winograd)
@@ -222,11 +222,18 @@ def _training_arguments(conv: nn.Conv2d, bn: Any) -> dict[str, Any]:
 
 
 def batch_statistics_tail(
-    conv: nn.Conv2d, bn: Any, x: Tensor, residual: Tensor | functional.BatchNormBranch | None, activation: str
+    conv: nn.Conv2d,
+    bn: Any,
+    x: Tensor,
+    residual: Tensor | functional.BatchNormBranch | None,
+    activation: str,
+    winograd: str = "auto",
 ) -> Tensor:
     """``act(bn(conv(x)) + residual)`` with the statistics of the batch; updates the running ones as ``bn`` would."""
     arguments = _training_arguments(conv, bn)
-    return functional.conv_bn_add_relu_train(x, **arguments, residual=residual, activation=activation)
+    return functional.conv_bn_add_relu_train(
+        x, **arguments, residual=residual, activation=activation, winograd=winograd
+    )
 
 
 def drop_packed(*convs: nn.Conv2d) -> None:

@@ -21,7 +21,7 @@ from training_models import SmallResNet, small_resnet
 from fused_resnet import checkpoint
 from fused_resnet.data import DataError, load_data
 from fused_resnet.recipes import make_optimizer, make_schedule
-from fused_resnet.run_log import Epoch, draw_curves, read_csv
+from fused_resnet.run_log import Epoch, Progress, draw_curves, read_csv
 from fused_resnet.train import (
     ConfigError,
     FinetuneConfig,
@@ -213,6 +213,24 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
         checkpoint.write_atomically(path, dies)
     assert torch.equal(checkpoint.load(path)["model"]["w"], torch.ones(2))
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_of_a_run_are_as_readable_as_any_other(tmp_path: Path) -> None:
+    """A temporary file is private; the checkpoint it becomes is not."""
+    before = os.umask(0o027)
+    try:
+        checkpoint.save(tmp_path / "last.pt", {"model": {"w": torch.ones(2)}, "meta": {}})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "last.pt").stat().st_mode & 0o777 == 0o640
+
+
+def test_no_progress_bar_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(True)
+    with progress.epoch(1, 2, 3):
+        progress.step(0.5)
+    progress.say("epoch 1")
+    assert capsys.readouterr().out == "epoch 1\n"
 
 
 def test_bad_checkpoints(tmp_path: Path) -> None:

@@ -302,6 +302,18 @@ class Twice(nn.Module):
         return self.block(self.block(x))
 
 
+def test_a_block_passes_its_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    spy = Spy(monkeypatch)
+    x = channels_last(torch.randn(8, 32, 16, 16))
+    for option, calls in (("off", 0), ("f2", 6)):
+        block = fused_resnet.fuse(Twice().block.to(memory_format=torch.channels_last), winograd=option, check=False)
+        block.train()
+        block(x.clone().requires_grad_()).sum().backward()
+        assert len(spy.calls) == calls, option
+    with pytest.raises(ValueError, match="winograd: expected 'auto', 'f2' or 'off', got 'f8'"):
+        PUBLIC.conv_bn_stats(x, block.conv1.weight, None, *geometry_of((1, 1)), winograd="f8")
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_shared_block_trains_as_in_eager(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Spy(monkeypatch)

@@ -58,6 +58,10 @@ class TrainingBackend:
         """None, or one sentence why ``y`` and the other activations of the call cannot be handled."""
         raise NotImplementedError
 
+    def with_winograd(self, winograd: str) -> TrainingBackend:
+        """This backend with the choice of algorithm for 3 x 3 convolutions ("auto", "f2", "off"), if it has one."""
+        return self
+
     def why_not_conv_stats(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> str | None:
         """None where :meth:`conv_stats` is this backend's own kernel, else one sentence why torch's is taken."""
         return f"{self.name}: no convolution with statistics in its epilogue"

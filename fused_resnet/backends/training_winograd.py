@@ -79,6 +79,8 @@ def weight_gradient_tile(x: Tensor, weight: Tensor, geometry: ConvGeometry, wino
 
 
 def _resolve(winograd: str) -> str:
+    if winograd not in ("auto", "f2", "off"):
+        raise ValueError(f"winograd: expected 'auto', 'f2' or 'off', got {winograd!r}")
     return winograd if winograd != "auto" else os.environ.get("FUSED_RESNET_WINOGRAD", "auto")
 
 

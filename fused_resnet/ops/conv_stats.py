@@ -29,13 +29,13 @@ def _geometry(stride: Any, padding: Any, dilation: Any, groups: int) -> ConvGeom
 
 def _conv_bn_stats(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int,
-    backend: str = "auto",
+    backend: str = "auto", winograd: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     refuse_forward_mode()
     geometry = _geometry(stride, padding, dilation, groups)
     conv_problem(x, weight, bias, geometry)
     check_not_empty("conv_bn_stats", "x", x)
-    chosen = training_dispatch.choose(backend, x)
+    chosen = training_dispatch.choose(backend, x).with_winograd(winograd)
     if chosen.why_not_conv_stats(x, weight, geometry) is None:
         return chosen.conv_stats(x, weight, bias, geometry)
     return TrainingBackend.conv_stats(chosen, x, weight, bias, geometry)
@@ -43,7 +43,7 @@ def _conv_bn_stats(
 
 def _conv_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, has_bias: bool, stride: Any, padding: Any, dilation: Any, groups: int,
-    output_mask: Any, backend: str = "auto",
+    output_mask: Any, backend: str = "auto", winograd: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     geometry = _geometry(stride, padding, dilation, groups)
     shape = conv_problem(x, weight, None, geometry).output_shape
@@ -53,9 +53,8 @@ def _conv_backward(
             f"got {grad_y.dtype} {list(grad_y.shape)}"
         )
     wanted = _wanted(output_mask, has_bias)
-    gradients = training_dispatch.choose(backend, x, grad_y).conv_backward(
-        grad_y, x, weight, has_bias, geometry, wanted
-    )
+    chosen = training_dispatch.choose(backend, x, grad_y).with_winograd(winograd)
+    gradients = chosen.conv_backward(grad_y, x, weight, has_bias, geometry, wanted)
     memory_format = output_memory_format(x, weight)  # eager's rule for the gradients as well
     formats = (memory_format, memory_format, torch.contiguous_format)
     d_x, d_weight, d_bias = (
@@ -75,7 +74,7 @@ def _wanted(output_mask: Any, has_bias: bool) -> tuple[bool, bool, bool]:
 
 def _fake_conv_bn_stats(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int,
-    backend: str = "auto",
+    backend: str = "auto", winograd: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     geometry = _geometry(stride, padding, dilation, groups)
     shape, acc = fake_output_shape(x, weight, geometry), accumulate_dtype(x.dtype)
@@ -85,7 +84,7 @@ def _fake_conv_bn_stats(
 
 def _fake_conv_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, has_bias: bool, stride: Any, padding: Any, dilation: Any, groups: int,
-    output_mask: Any, backend: str = "auto",
+    output_mask: Any, backend: str = "auto", winograd: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     memory_format = output_memory_format(x, weight)
     need_x, need_weight, need_bias = _wanted(output_mask, has_bias)
@@ -100,8 +99,9 @@ def _fake_conv_backward(
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, *geometry, ctx.backend = inputs
+    x, weight, bias, *geometry, backend, winograd = inputs
     ctx.save_for_backward(x, weight)
+    ctx.options = (backend, winograd)
     ctx.has_bias, ctx.geometry = bias is not None, _geometry(*geometry)
     ctx.set_materialize_grads(False)
 
@@ -112,7 +112,7 @@ def _backward(ctx: Any, d_y: Tensor | None, d_mean: Tensor | None, d_var: Tensor
     if d_mean is not None or d_var is not None:
         # Only where the op is used by itself: the training tail's own backward covers the statistics. y is computed
         # again rather than saved, and without the bias, since y - mean does not contain it.
-        y, mean, _ = ops.conv_bn_stats(x, weight, None, *ctx.geometry, ctx.backend)
+        y, mean, _ = ops.conv_bn_stats(x, weight, None, *ctx.geometry, *ctx.options)
         zero = torch.zeros_like(mean)
         through_stats = stats_gradient(y, mean, zero if d_mean is None else d_mean, zero if d_var is None else d_var)
         d_y = (through_stats if d_y is None else d_y + through_stats).to(x.dtype)
@@ -120,7 +120,7 @@ def _backward(ctx: Any, d_y: Tensor | None, d_mean: Tensor | None, d_var: Tensor
     if d_y is None:
         return (None,) * len(needs)
     gradients = ops.conv_backward(
-        d_y, x, weight, ctx.has_bias, *ctx.geometry, [needs[0], needs[1], needs[2] and ctx.has_bias], ctx.backend
+        d_y, x, weight, ctx.has_bias, *ctx.geometry, [needs[0], needs[1], needs[2] and ctx.has_bias], *ctx.options
     )
     return *(g if need else None for g, need in zip(gradients, needs, strict=False)), *([None] * (len(needs) - 3))
 

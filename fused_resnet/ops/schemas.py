@@ -31,12 +31,12 @@ SCHEMAS: dict[str, str] = {
         f"Tensor proj_x, {_CONV_BN.format(p='proj_')}, SymInt[2] proj_stride, {_OPTIONS}) -> Tensor"
     ),
     "conv_bn_stats": (
-        f'(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, str backend="auto") '
+        f'(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, str backend="auto", str winograd="auto") '
         "-> (Tensor y, Tensor mean, Tensor var)"
     ),
     "conv_backward": (
         f"(Tensor grad_y, Tensor x, Tensor weight, bool has_bias, {_GEOMETRY}, bool[3] output_mask, "
-        'str backend="auto") -> (Tensor d_x, Tensor d_weight, Tensor d_bias)'
+        'str backend="auto", str winograd="auto") -> (Tensor d_x, Tensor d_weight, Tensor d_bias)'
     ),
     "bn_stats": '(Tensor y, str backend="auto") -> (Tensor mean, Tensor var)',
     "bn_apply_add_relu": (
