@@ -10,7 +10,6 @@ import torch
 from benchmarks.static import triton as gate
 from fused_resnet import aot
 from fused_resnet.aot.launch_json import Launch
-from fused_resnet.aot.triton import shipped
 from fused_resnet.kernels.config import TailConfig
 from fused_resnet.problem import Problem
 from fused_resnet.reference import reference
@@ -86,21 +85,23 @@ def test_refusals_are_sentences(text: str, message: str, tmp_path: Path) -> None
 
 # ---- the gate: what ptxas made of every shipped configuration ------------------------------------------
 
-GATE = [(arch, problem, config) for arch in (80, 90) for problem, config in shipped(arch)]
+GATE = [(arch, *kernel) for arch in (80, 90) for kernel in gate.kernels(arch)]
 #: The other architectures in CI by a sample; `make static` takes all.
 SAMPLE = [
-    (arch, problem, config)
+    (arch, problem, config, stats)
     for arch in (86, 89, 100, 120)
-    for problem, config in shipped(arch)
+    for problem, config, stats in gate.kernels(arch)
     if str(config).removesuffix("_tma") in ("128x128x64_w8_s3", "64x64x64_w4_s4", "64x64x32_w4_s3")
 ]
 
 
 def name_of(value: object) -> str:
+    if isinstance(value, bool):
+        return "stats" if value else "tail"
     return str(value) if not isinstance(value, Problem) else str(value.dtype)[6:] + ("_tf32" if value.tf32 else "")
 
 
-@pytest.mark.parametrize(("arch", "problem", "config"), GATE + SAMPLE, ids=name_of)
-def test_machine_code(arch: int, problem: Problem, config: TailConfig) -> None:
-    row = gate.read(problem, config, arch)
+@pytest.mark.parametrize(("arch", "problem", "config", "stats"), GATE + SAMPLE, ids=name_of)
+def test_machine_code(arch: int, problem: Problem, config: TailConfig, stats: bool) -> None:
+    row = gate.read(problem, config, arch, stats)
     assert gate.violations(row, problem, config, arch) == []

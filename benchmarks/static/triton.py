@@ -3,23 +3,26 @@
     python -m benchmarks.static.triton                    # all architectures -> benchmarks/static/triton.{json,md}
     python -m benchmarks.static.triton --arch sm_80 sm_90 # some of them
 
-The problem is a 3x3 tail of 256 channels with BN and residual. Needs Triton, no GPU. Exit status 1 where a bound is
-broken. Bounds: no spill and no local memory, asynchronous copies, tensor instructions of the architecture; for fp16
-and HMMA at most 3.5 instructions of the main loop per HMMA at 128x128 and 6 at 64x64; for HGMMA at most 35 % of the
-tensor cores' cycles spent on issue, for the tiles with at least 128x128 products to four warps.
+The problem is a 3x3 tail of 256 channels with BN and residual, and the training convolution of that size with its
+statistics. Needs Triton, no GPU. Exit status 1 where a bound is broken. Bounds: no spill and no local memory,
+asynchronous copies, tensor instructions of the architecture; for fp16 and HMMA at most 3.5 instructions of the main
+loop per HMMA at 128x128 and 6 at 64x64; for HGMMA at most 35 % of the tensor cores' cycles spent on issue, for the
+tiles with at least 128x128 products to four warps.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.static import table
 from benchmarks.static.sass import read_cubin
-from fused_resnet.aot.triton import compile_kernel, shipped
+from fused_resnet.aot.triton import compile_kernel, compile_stats_kernel, shipped
 from fused_resnet.kernels.config import TailConfig
 from fused_resnet.problem import Problem, dtype_name
 
@@ -30,11 +33,22 @@ INSTRUCTIONS_PER_HMMA_64 = 6.0
 ISSUE_SHARE_HGMMA = 0.35
 
 
-def read(problem: Problem, config: TailConfig, arch: int) -> table.KernelReport:
+def kernels(arch: int) -> Iterator[tuple[Problem, TailConfig, bool]]:
+    """What ships for an architecture: problem, configuration, and whether it is the convolution with statistics."""
+    for problem, config in shipped(arch):
+        yield problem, config, False
+        # the training convolution: the same main loop, another epilogue
+        yield replace(problem, residual=None, bn=False, bias=True, activation="none"), config, True
+
+
+def read(problem: Problem, config: TailConfig, arch: int, stats: bool = False) -> table.KernelReport:
     """Compile one configuration (or take it from Triton's cache) and read its cubin."""
-    kernel, _, _ = compile_kernel(problem, config, arch)
+    if stats:
+        kernel = compile_stats_kernel(problem, config, arch)
+    else:
+        kernel, _, _ = compile_kernel(problem, config, arch)
     (code,) = read_cubin(kernel.asm["cubin"])
-    math = "tf32" if problem.tf32 else dtype_name(problem.dtype)
+    math = ("tf32" if problem.tf32 else dtype_name(problem.dtype)) + (" stats" if stats else "")
     return table.report(
         code, threads=32 * config.warps, dynamic_shared=kernel.metadata.shared, name=f"triton {math} {config}"
     )
@@ -81,8 +95,8 @@ def main() -> int:
     options = parser.parse_args()
     rows, broken = [], []
     for arch in (int(name.removeprefix("sm_")) for name in options.arch):
-        for problem, config in shipped(arch):
-            row = read(problem, config, arch)
+        for problem, config, stats in kernels(arch):
+            row = read(problem, config, arch, stats)
             rows.append(row)
             broken += violations(row, problem, config, arch)
     table.write(rows, options.out, "triton")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..backends.triton import why_not_problem, why_not_triton
-from ..kernels.arguments import BatchNorm, ProjectionTensors
+from ..kernels.arguments import BatchNorm, ProjectionTensors, StatsTensors
 from ..kernels.config import TailConfig, base_configs, candidates
 from ..kernels.plan import Descriptor, TailPlan, plan
 from ..problem import Problem
@@ -24,7 +24,10 @@ ALIGNMENT = 16
 
 L2_PROMOTION_128B = 2
 
-_TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
+#: Counters travel as bytes and are words to the kernels.
+_TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "uint8": "*i32"}
+_TAIL_FIELDS = ("x", "weight", "y", "residual", "bn", "proj", "workspace")
+_STATS_FIELDS = ("x", "weight", "y", "bias", "stats")
 _BN_NAMES = ("bias", "bn_weight", "bn_bias", "running_mean", "running_var")
 
 
@@ -47,7 +50,16 @@ class _Signature:
     path.
     """
 
-    def __init__(self, problem: Problem, tail_plan: TailPlan, tensors: dict[str, TensorSpec], arg_names: list[str]):
+    def __init__(
+        self,
+        problem: Problem,
+        tail_plan: TailPlan,
+        tensors: dict[str, TensorSpec],
+        arg_names: list[str],
+        fields: tuple[str, ...],
+        sizes: tuple[int, ...],
+        static: tuple[Any, ...],
+    ):
         self.tensors = tensors
         self.arg_names = arg_names
         self.types: dict[str, Any] = {}
@@ -56,7 +68,6 @@ class _Signature:
         self.leaves: list[tuple[str, str | int | Descriptor]] = []  # type, and tensor or value; in the kernel's order
         self.described: list[tuple[str, Descriptor]] = []
         self._descriptors = iter(tail_plan.descriptors)
-        fields = ("x", "weight", "y", "residual", "bn", "proj", "workspace")
         for at, (name, field) in enumerate(zip(arg_names, fields, strict=False)):
             if field == "bn":
                 self.types[name] = self._batch_norm((at,), "")
@@ -66,16 +77,17 @@ class _Signature:
                     self._operand((at, 1), "proj_weight"),
                     self._batch_norm((at, 2), "proj_"),
                 )
+            elif field == "stats":
+                self.types[name] = StatsTensors(*(self._tensor((at, i), n) for i, n in enumerate(StatsTensors._fields)))
             elif field in ("x", "weight"):
                 self.types[name] = self._operand((at,), field)
             else:
                 self.types[name] = self._tensor((at,), field)
-        numbers = arg_names[len(fields) : -3]
-        for name, size in zip(numbers, tail_plan.sizes, strict=True):
+        numbers = arg_names[len(fields) : -len(static)]
+        for name, size in zip(numbers, sizes, strict=True):
             self.types[name] = "i32"
             self.leaves.append(("i32", size))
-        static = (tail_plan.conv, tail_plan.proj_conv, tail_plan.tile)
-        for at, value in enumerate(static, len(arg_names) - 3):
+        for at, value in enumerate(static, len(arg_names) - len(static)):
             self.types[arg_names[at]] = self._constant((at,), value)
 
     def _constant(self, path: tuple[int, ...], value: Any) -> str:
@@ -97,7 +109,7 @@ class _Signature:
         if name not in self.tensors:
             return self._constant(path, None)
         self.attributes[path] = [["tt.divisibility", ALIGNMENT]]
-        kind = "*i32" if name == "workspace" else _TYPES[self.tensors[name].dtype]
+        kind = _TYPES[self.tensors[name].dtype]
         self.leaves.append((kind, name))
         return kind
 
@@ -112,10 +124,6 @@ class _Signature:
 
 def compile_kernel(problem: Problem, config: TailConfig, arch: int, bn_dtype: torch.dtype | None = None) -> Any:
     """(Triton's CompiledKernel, TailPlan, signature) of `problem` with `config` for sm_`arch`."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from ..kernels.conv_bn_add_relu import conv_bn_add_relu_kernel
     from ..kernels.conv_bn_add_relu_tma import conv_bn_add_relu_tma_kernel
 
@@ -124,10 +132,36 @@ def compile_kernel(problem: Problem, config: TailConfig, arch: int, bn_dtype: to
     tensors = tensor_specs(problem, ALIGNMENT, bn_dtype)
     if tail_plan.workspace_bytes:
         tensors["workspace"] = workspace_spec(tail_plan.workspace_bytes)
-    signature = _Signature(problem, tail_plan, tensors, kernel.arg_names)
+    static = (tail_plan.conv, tail_plan.proj_conv, tail_plan.tile)
+    signature = _Signature(problem, tail_plan, tensors, kernel.arg_names, _TAIL_FIELDS, tail_plan.sizes, static)
+    return _compile(kernel, signature, config, arch), tail_plan, signature
+
+
+def compile_stats_kernel(problem: Problem, config: TailConfig, arch: int) -> Any:
+    """Triton's CompiledKernel of `problem`'s convolution with statistics in its epilogue, for sm_`arch`."""
+    from ..kernels.conv_bn_stats import conv_bn_stats_kernel, conv_bn_stats_tma_kernel
+    from ..kernels.conv_stats_launch import scratch_words, stats_sizes
+
+    kernel = conv_bn_stats_tma_kernel if config.tma else conv_bn_stats_kernel
+    tail_plan = plan(problem, config, programs=2 * SM_COUNT.get(arch, 108))
+    tensors = tensor_specs(problem, ALIGNMENT)
+    records, counters = scratch_words(tail_plan, problem.k)
+    for name, size in (("mean", problem.k), ("var", problem.k), ("records", records)):
+        tensors[name] = TensorSpec("float32", (size,), (1,), ALIGNMENT)
+    tensors["counters"] = workspace_spec(4 * counters)
+    static = (tail_plan.conv, tail_plan.tile)
+    signature = _Signature(problem, tail_plan, tensors, kernel.arg_names, _STATS_FIELDS, stats_sizes(tail_plan), static)
+    return _compile(kernel, signature, config, arch)
+
+
+def _compile(kernel: Any, signature: _Signature, config: TailConfig, arch: int) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     source = ASTSource(kernel, signature.types, signature.constants, signature.attributes)
     options = {"num_warps": config.warps, "num_stages": config.stages}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), tail_plan, signature
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def compile(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .training_base import BatchNorm, GradMeans, TrainingBackend
-from .triton import interpreting, why_not_device, why_not_triton
+from .training_base import BatchNorm, ConvGeometry, GradMeans, TrainingBackend, conv_problem
+from .triton import interpreting, why_not_device, why_not_problem, why_not_triton
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -26,6 +26,17 @@ class TritonTraining(TrainingBackend):
             if t is not None and t.dtype not in _DTYPES:
                 return f"triton: activations must be float16, bfloat16 or float32, got {t.dtype}"
         return None
+
+    def why_not_conv_stats(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> str | None:
+        return why_not_problem(conv_problem(x, weight, None, geometry))
+
+    def conv_stats(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from ..kernels import conv_stats_launch
+
+        with torch.cuda.device_of(x):
+            return conv_stats_launch.conv_bn_stats(conv_problem(x, weight, bias, geometry), x, weight, bias)
 
     def stats(self, y: Tensor) -> tuple[Tensor, Tensor]:
         from ..kernels import bn_launch

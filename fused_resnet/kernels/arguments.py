@@ -43,6 +43,11 @@ class Conv:
 COUNTERS = 1024
 
 
+#: Tiles of a column whose statistics are merged together before the groups are. Large batches have thousands of tiles:
+#: with one merge, the last program would be alone on the device for as long as the convolution takes.
+STATS_GROUP = 64
+
+
 @dataclass(frozen=True)
 class Tile:
     """One program's share of the output, and how it computes it."""
@@ -78,6 +83,29 @@ class Tile:
     def halve_epilogue(self) -> bool:
         """From 128 accumulators a thread on, the whole tile's residual, scale and shift beside them would spill."""
         return self.m * self.n >= 128 * 32 * self.warps
+
+    @property
+    def record(self) -> int:
+        """32-bit words of a tile's statistics: pivot, mean and M2 of n channels, and the count, in whole 16 bytes."""
+        return 3 * self.n + 4
+
+    @property
+    def stats_group(self) -> int:
+        return STATS_GROUP
+
+    @property
+    def stats_chunk(self) -> int:
+        """Records merged at once: a field of them takes 32 registers of a thread at 4 warps."""
+        return min(STATS_GROUP, 4096 // self.n)
+
+
+class StatsTensors(NamedTuple):
+    """Where a convolution with statistics leaves them, and what its programs share while they run."""
+
+    mean: Any
+    var: Any
+    records: Any  # for each column of tiles the tiles' records, then the groups'; float32, any content
+    counters: Any  # for each column of tiles one for its groups, then one for every group; zero, and left zero
 
 
 class BatchNorm(NamedTuple):

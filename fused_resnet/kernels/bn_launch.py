@@ -23,7 +23,7 @@ BLOCK_M = 32
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def _tickets(device: torch.device, columns: int) -> Tensor:
+def tickets(device: torch.device, columns: int) -> Tensor:
     """Counters that are zero, and left zero by the kernels; one set per stream, since launches must not share it."""
     if device.type != "cuda":
         return torch.zeros(columns, dtype=torch.int32, device=device)
@@ -46,7 +46,7 @@ class _Reduction:
         parts = max(1, min(PROGRAMS // columns, triton.cdiv(self.rows, BLOCK_M)))
         self.rows_per_part = triton.cdiv(triton.cdiv(self.rows, parts), BLOCK_M) * BLOCK_M
         self.grid = (columns, triton.cdiv(self.rows, self.rows_per_part))
-        self.tickets = _tickets(y.device, columns)
+        self.tickets = tickets(y.device, columns)
         partial = self.grid[0] * self.grid[1] * sums * BLOCK_C
         self.partial = torch.empty(partial, dtype=torch.float32, device=y.device)
         self.blocks: dict[str, Any] = {"BLOCK_M": BLOCK_M, "BLOCK_C": BLOCK_C, "WIDE": _wide(y), "num_warps": 4}

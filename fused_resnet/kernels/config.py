@@ -152,3 +152,12 @@ def candidates(problem: Problem, capability: int, sms: int, deterministic: bool)
         return rounds * (loop + fixed) * (1.001 if config.persistent or config.tma or not config.ordered else 1.0)
 
     return sorted(found, key=cost)
+
+
+def stats_candidates(problem: Problem, capability: int, sms: int) -> list[TailConfig]:
+    """The configurations of the training convolution, the expected best first.
+
+    None splits the K-loop: the statistics are of the rounded sum over all of it, so they could only follow a second
+    hand-over between programs, and a training batch has tiles enough to fill a device.
+    """
+    return [c for c in candidates(problem, capability, sms, deterministic=True) if c.split_k == 1]

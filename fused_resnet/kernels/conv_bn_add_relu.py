@@ -141,6 +141,24 @@ def split_range(steps: tl.constexpr, split, SPLIT_K: tl.constexpr):
 
 
 @triton.jit
+def place_tile(index, M, P, Q, conv: tl.constexpr, tile: tl.constexpr):
+    """Tile `index`: its row and column of tiles, its first image, image (counted from it), row and column of every
+    output pixel, and its filters. Past the end the last pixel or filter is repeated.
+    """
+    K: tl.constexpr = conv.k
+    NUM_N: tl.constexpr = (K + tile.n - 1) // tile.n
+    tile_m, tile_n = tile_coordinates(index, tl.cdiv(M, tile.m), NUM_N, tile.group_m)
+    first = tile_m * tile.m
+    m = tl.minimum(first + tl.arange(0, tile.m), M - 1)
+    k = tile_n * tile.n + tl.arange(0, tile.n)
+    if K % tile.n != 0:
+        k = tl.minimum(k, K - 1)
+    first_n = first // (P * Q)
+    n = m // (P * Q) - first_n  # the 64-bit part of every offset is scalar: the tile's first image, or its first pixel
+    return tile_m, tile_n, first_n, n, m // Q % P, m % Q, k
+
+
+@triton.jit
 def tail_tile(
     index,
     split,
@@ -162,25 +180,11 @@ def tail_tile(
     proj_conv: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """One tile, or one split of its K-loop. Rows past the end repeat the last pixel or filter and are not stored."""
+    """One tile, or one split of its K-loop. What lies past the end is not stored."""
     K: tl.constexpr = conv.k
     SPLIT_K: tl.constexpr = tile.split_k
-    index = tl.cast(index, tl.int32)  # the interpreter counts a loop in plain Python integers
-    NUM_N: tl.constexpr = (K + tile.n - 1) // tile.n
-    num_m = tl.cdiv(M, tile.m)
-    tile_m, tile_n = tile_coordinates(index, num_m, NUM_N, tile.group_m)
+    tile_m, tile_n, first_n, n, p, q, k = place_tile(index, M, P, Q, conv, tile)
     first = tile_m * tile.m
-    rows = tl.arange(0, tile.m)
-    m = tl.minimum(first + rows, M - 1)
-    columns = tile_n * tile.n + tl.arange(0, tile.n)
-    if K % tile.n != 0:
-        k = tl.minimum(columns, K - 1)
-    else:
-        k = columns
-    first_n = first // (P * Q)
-    n = m // (P * Q) - first_n  # the 64-bit part of every offset is scalar: the tile's first image, or its first pixel
-    p = m // Q % P
-    q = m % Q
 
     STEPS: tl.constexpr = conv.steps(tile.k)
     begin, end = split_range(STEPS, split, SPLIT_K)
@@ -219,6 +223,7 @@ def tail_tile(
             shift += proj_shift
         else:
             scale, shift = bn_scale_shift(tile_n * tile.n, bn, K, tile)
+        rows = tl.arange(0, tile.m)
         finish_tile(z, scale, shift, y_ptr, residual_ptr, first, rows, rows < M - first, tile_n * tile.n, K, tile)
 
 
@@ -247,7 +252,7 @@ def conv_bn_add_relu_kernel(
         num_tiles = tl.cdiv(M, tile.m) * ((conv.k + tile.n - 1) // tile.n)
         for index in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=1):
             tail_tile(
-                index,
+                tl.cast(index, tl.int32),  # the interpreter counts a loop in plain Python integers
                 tl.program_id(1),
                 x_ptr,
                 w_ptr,

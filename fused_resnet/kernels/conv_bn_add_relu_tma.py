@@ -43,21 +43,37 @@ def boxed_gemm(x_desc, w_desc, n, h0, w0, first_k, begin, end, conv: tl.constexp
 
 
 @triton.jit
+def place_box(index, N, P, Q, conv: tl.constexpr, tile: tl.constexpr):
+    """Tile `index`: its box and its column of tiles, and the box's first image, row and column of output pixels."""
+    NUM_N: tl.constexpr = (conv.k + tile.n - 1) // tile.n
+    boxes_w = tl.cdiv(Q, tile.box[2])
+    boxes_h = tl.cdiv(P, tile.box[1])
+    box, tile_n = tile_coordinates(index, tl.cdiv(N, tile.box[0]) * boxes_h * boxes_w, NUM_N, tile.group_m)
+    n0 = box // (boxes_h * boxes_w) * tile.box[0]
+    p0 = box // boxes_w % boxes_h * tile.box[1]
+    q0 = box % boxes_w * tile.box[2]
+    return box, tile_n, n0, p0, q0
+
+
+@triton.jit
+def box_pixels(n0, p0, q0, N, P, Q, tile: tl.constexpr):
+    """A box's first output pixel, all of them counted from it, and which of them exist."""
+    i = tl.arange(0, tile.m)
+    n = i // (tile.box[1] * tile.box[2])
+    p = i // tile.box[2] % tile.box[1]
+    q = i % tile.box[2]
+    inside = (n < N - n0) & (p < P - p0) & (q < Q - q0)
+    first = (n0 * P + p0).to(tl.int64) * Q + q0
+    return first, (n * P + p) * Q + q, inside
+
+
+@triton.jit
 def boxed_tile(index, split, x_desc, w_desc, y_ptr, residual_ptr, bn, proj, workspace_ptr, N, P, Q,
                conv: tl.constexpr, proj_conv: tl.constexpr, tile: tl.constexpr):  # fmt: skip
     """One box of output pixels by tile.n filters, or one split of its K-loop."""
     K: tl.constexpr = conv.k
     SPLIT_K: tl.constexpr = tile.split_k
-    BOX_H: tl.constexpr = tile.box[1]
-    BOX_W: tl.constexpr = tile.box[2]
-    NUM_N: tl.constexpr = (K + tile.n - 1) // tile.n
-    boxes_w = tl.cdiv(Q, BOX_W)
-    boxes_h = tl.cdiv(P, BOX_H)
-    index = tl.cast(index, tl.int32)  # the interpreter counts a loop in plain Python integers
-    box, tile_n = tile_coordinates(index, tl.cdiv(N, tile.box[0]) * boxes_h * boxes_w, NUM_N, tile.group_m)
-    n0 = box // (boxes_h * boxes_w) * tile.box[0]
-    p0 = box // boxes_w % boxes_h * BOX_H
-    q0 = box % boxes_w * BOX_W
+    _, tile_n, n0, p0, q0 = place_box(index, N, P, Q, conv, tile)
     first_k = tile_n * tile.n
 
     STEPS: tl.constexpr = conv.steps(tile.k)
@@ -80,13 +96,8 @@ def boxed_tile(index, split, x_desc, w_desc, y_ptr, residual_ptr, bn, proj, work
             shift += proj_shift
         else:
             scale, shift = bn_scale_shift(first_k, bn, K, tile)
-        i = tl.arange(0, tile.m)
-        n = i // (BOX_H * BOX_W)
-        p = i // BOX_W % BOX_H
-        q = i % BOX_W
-        inside = (n < N - n0) & (p < P - p0) & (q < Q - q0)
-        first = (n0 * P + p0).to(tl.int64) * Q + q0
-        finish_tile(z, scale, shift, y_ptr, residual_ptr, first, (n * P + p) * Q + q, inside, first_k, K, tile)
+        first, rows, inside = box_pixels(n0, p0, q0, N, P, Q, tile)
+        finish_tile(z, scale, shift, y_ptr, residual_ptr, first, rows, inside, first_k, K, tile)
 
 
 @triton.jit(do_not_specialize=["N", "P", "Q"])
@@ -97,6 +108,7 @@ def conv_bn_add_relu_tma_kernel(x_desc, w_desc, y_ptr, residual_ptr, bn, proj, w
         boxes = tl.cdiv(N, tile.box[0]) * tl.cdiv(P, tile.box[1]) * tl.cdiv(Q, tile.box[2])
         num_tiles = boxes * ((conv.k + tile.n - 1) // tile.n)
         for index in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=1):
+            index = tl.cast(index, tl.int32)  # the interpreter counts a loop in plain Python integers
             boxed_tile(index, tl.program_id(1), x_desc, w_desc, y_ptr, residual_ptr, bn, proj, workspace_ptr, N, P, Q,
                        conv, proj_conv, tile)  # fmt: skip
     else:

@@ -20,7 +20,7 @@ from .arguments import BatchNorm, ProjectionTensors
 from .config import SHARED_LIMIT, TailConfig, candidates
 from .conv_bn_add_relu import conv_bn_add_relu_kernel
 from .conv_bn_add_relu_tma import conv_bn_add_relu_tma_kernel
-from .plan import TailPlan, plan
+from .plan import Descriptor, TailPlan, plan
 
 #: TRITON_INTERPRET=1 was set when Triton was imported: kernels run in its interpreter, on tensors of any device.
 INTERPRETING = not isinstance(conv_bn_add_relu_kernel, triton.JITFunction)
@@ -92,6 +92,20 @@ def _hooked() -> bool:
     return bool(getattr(hook, "calls", hook))
 
 
+def described(t: Tensor, descriptor: Descriptor) -> TensorDescriptor:
+    """``t`` as the kernel's tensor descriptor, which wants its memory aligned to 16 bytes."""
+    if t.data_ptr() % 16:
+        t = t.clone(memory_format=torch.preserve_format)
+    return TensorDescriptor(t, list(descriptor.shape), list(descriptor.strides), list(descriptor.box))
+
+
+def persistent_programs(problem: Problem, config: TailConfig, device: torch.device) -> int:
+    """Programs of `config` that the device runs at once."""
+    shared = config.shared_bytes(problem.dtype.itemsize)
+    resident = max(1, min(2, SHARED_LIMIT.get(capability(device), 99 << 10) // shared))
+    return sm_count(device) * resident
+
+
 class BoundTail:
     """The tail for tensors of one signature: planned once, then only pointers change.
 
@@ -103,11 +117,9 @@ class BoundTail:
         self.device = tail.x.device
         if config is None:
             config = preferred(problem, self.device)[0]
-        shared = config.shared_bytes(problem.dtype.itemsize)
-        resident = max(1, min(2, SHARED_LIMIT.get(capability(self.device), 99 << 10) // shared))
         self.problem = problem
         self.config = config
-        self.plan: TailPlan = plan(problem, config, sm_count(self.device) * resident, INTERPRETING)
+        self.plan: TailPlan = plan(problem, config, persistent_programs(problem, config, self.device), INTERPRETING)
         self.output_shape = problem.output_shape
         self.output_dtype = problem.output_dtype
         self.memory_format = output_memory_format(tail.x, tail.conv.weight)
@@ -132,12 +144,7 @@ class BoundTail:
 
     def _described(self, index: int, t: Tensor) -> Any:
         """`t`, or its tensor descriptor where this configuration loads through one."""
-        if not self.config.tma:
-            return t
-        if t.data_ptr() % 16:
-            t = t.clone(memory_format=torch.preserve_format)
-        d = self.plan.descriptors[index]
-        return TensorDescriptor(t, list(d.shape), list(d.strides), list(d.box))
+        return described(t, self.plan.descriptors[index]) if self.config.tma else t
 
     def _launch(self, tail: Tail, y: Tensor) -> Tensor:
         x, weight = channels_last(tail.x), channels_last(tail.conv.weight)

@@ -31,6 +31,7 @@ class TailPlan:
     tile: Tile
     grid: tuple[int, int]
     sizes: tuple[int, ...]  # M, H, W, P, Q, and the projection's H and W; with tensor descriptors N, P, Q
+    tiles: int
     workspace_bytes: int  # zero before the first launch; a launch leaves what must be zero so
     descriptors: tuple[Descriptor, ...] = ()  # of x, weight, proj_x and proj_weight
 
@@ -96,6 +97,7 @@ def plan(problem: Problem, config: TailConfig, programs: int, interpreting: bool
         _tile(problem, config, precision(problem, interpreting)),
         (min(tiles, programs) if config.persistent else tiles, config.split_k),
         (pixels, problem.h, problem.w, problem.p, problem.q, proj.h if proj else 0, proj.w if proj else 0),
+        tiles,
         _workspace_bytes(config, tiles),
     )
 
@@ -153,6 +155,7 @@ def _plan_tma(problem: Problem, config: TailConfig, programs: int, interpreting:
         _tile(problem, config, precision(problem, interpreting), box),
         (min(tiles, programs) if config.persistent else tiles, config.split_k),
         (n, p, q),
+        tiles,
         _workspace_bytes(config, tiles),
         tuple(descriptors),
     )
