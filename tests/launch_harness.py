@@ -131,6 +131,14 @@ def interpreter() -> Any:
     return ptxi
 
 
+def triton_device(capability: int) -> Any:
+    """Triton compiles for this capability and launches in the interpreter: blocks at random, races reported."""
+    interpreter()
+    import triton_device as stand_in
+
+    return stand_in.activate(capability, mode=2, seed=7, race=1, global_race=1, block_order=2, resident=3, strict=1)
+
+
 def run_ptx(launch: Launch, ptx: str, tail: Tail, *, seed: int = 0, memory: Memory | None = None) -> Tensor:
     """y of one launch in the interpreter: warps and blocks in random order and interleaved, races reported."""
     module = interpreter().load(ptx)

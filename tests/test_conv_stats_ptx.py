@@ -6,8 +6,6 @@ decided by the compiled code alone.
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +26,7 @@ from tests.conv_stats_checks import (
     far_from_zero,
     launch,
 )
+from tests.launch_harness import triton_device
 
 pytestmark = [pytest.mark.ptx]
 
@@ -40,14 +39,7 @@ SMALL = TailConfig(32, 32, 32, 4, 3)
 
 @pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
 def device(request: pytest.FixtureRequest) -> Any:
-    home = os.environ["PTXI_HOME"]
-    if home not in sys.path:
-        sys.path.insert(0, home)
-    import triton_device
-
-    return triton_device.activate(
-        request.param, mode=2, seed=7, race=1, global_race=1, block_order=2, resident=3, strict=1
-    )
+    return triton_device(request.param)
 
 
 @pytest.fixture

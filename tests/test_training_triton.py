@@ -124,8 +124,12 @@ class ByteCounter:
         return sum(self.moved.pop(a) for a in inside)
 
 
-def test_activation_traffic_is_ten_tensors_and_three_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward of the tail in units of the tensor: eager 16, here 10 (see functional_training).
+@pytest.mark.parametrize("conv_stats", [True, False], ids=["conv+stats", "stats"])
+def test_activation_traffic_is_nine_or_ten_tensors_and_three_masks(
+    conv_stats: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward of the tail in units of the tensor: eager 16, here 9 with the statistics taken in the
+    convolution's epilogue and 10 without (see functional_training).
 
     The mask's words are each needed by 32 elements, which are one memory sector's neighbours: they count once a pass.
     """
@@ -139,12 +143,18 @@ def test_activation_traffic_is_ten_tensors_and_three_masks(monkeypatch: pytest.M
     def activations(*tensors: Tensor) -> int:
         return sum(counter.of(t) for t in tensors)
 
-    mean, var = OPS.bn_stats(y, "triton")
-    # Each program reads one pixel more, its pivot: less than a tile of 32 rows.
-    pivots = 4 * 64 * 3
-    stats = activations(y)
-    assert tensor <= stats <= tensor + pivots
-    total += tensor
+    if conv_stats:
+        x, filters = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last), torch.randn(64, 8, 1, 1)
+        y, mean, var = OPS.conv_bn_stats(x, filters, None, (1, 1), (0, 0), (1, 1), 1, "triton")
+        # The convolution's own store, and nothing is read back.
+        assert activations(y) == tensor
+    else:
+        mean, var = OPS.bn_stats(y, "triton")
+        # Each program reads one pixel more, its pivot: less than a tile of 32 rows.
+        pivots = 4 * 64 * 3
+        stats = activations(y)
+        assert tensor <= stats <= tensor + pivots
+        total += tensor
     invstd = torch.rsqrt(var + 1e-5)
     out, mask = OPS.bn_apply_add_relu(y, mean, invstd, weight, bias, residual, *[None] * 5, "relu", True, "triton")
     forward = activations(y, residual, out)
@@ -162,7 +172,7 @@ def test_activation_traffic_is_ten_tensors_and_three_masks(monkeypatch: pytest.M
     backward = activations(grad, y, d_y, d_residual)
     assert backward == 4 * tensor
     total += backward
-    assert total == 10 * tensor
+    assert total == (9 if conv_stats else 10) * tensor
 
 
 def test_many_parts_are_merged() -> None:

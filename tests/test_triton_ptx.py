@@ -8,8 +8,6 @@ interpreter can see.
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -22,6 +20,7 @@ from fused_resnet.kernels.config import FP32, HALF, TF32, TailConfig, fits
 from fused_resnet.problem import Problem
 from fused_resnet.reference import reference
 from fused_resnet.testing import PROBLEMS, check_tail, in_dtype, make_tail
+from tests.launch_harness import triton_device
 
 pytest.importorskip("triton")
 
@@ -35,14 +34,7 @@ PROJECTED = Problem.parse("n=2,h=5,w=4,c=24,k=33,r=3,s=3,padding=1,proj=16x9x8x2
 @pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
 def device(request: pytest.FixtureRequest) -> Any:
     """The stand-in driver, with blocks interleaved at random and races between blocks reported."""
-    home = os.environ["PTXI_HOME"]
-    if home not in sys.path:
-        sys.path.insert(0, home)
-    import triton_device
-
-    return triton_device.activate(
-        request.param, mode=2, seed=7, race=1, global_race=1, block_order=2, resident=3, strict=1
-    )
+    return triton_device(request.param)
 
 
 @pytest.fixture
