@@ -86,12 +86,12 @@ def test_refusals_are_sentences(text: str, message: str, tmp_path: Path) -> None
 # ---- the gate: what ptxas made of every shipped configuration ------------------------------------------
 
 GATE = [(arch, *kernel) for arch in (80, 90) for kernel in gate.kernels(arch)]
-#: The other architectures in CI by a sample; `make static` takes all.
+#: The other architectures in CI by a sample, without the training convolutions; `make static` takes all.
 SAMPLE = [
     (arch, problem, config, stats)
     for arch in (86, 89, 100, 120)
     for problem, config, stats in gate.kernels(arch)
-    if str(config).removesuffix("_tma") in ("128x128x64_w8_s3", "64x64x64_w4_s4", "64x64x32_w4_s3")
+    if not stats and str(config).removesuffix("_tma") in ("128x128x64_w8_s3", "64x64x64_w4_s4", "64x64x32_w4_s3")
 ]
 
 
