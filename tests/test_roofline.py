@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet import devices, surgery
+from fused_resnet.nn import FusedConvBNReLU
 from fused_resnet.problem import Problem
 from fused_resnet.roofline import Roofline, Row, Work, measure, roofline, seconds
 from fused_resnet.traffic import Kernel, count
@@ -111,6 +113,14 @@ def test_compulsory_bytes_of_the_fused_operator_are_the_problems(resnet18: tuple
     assert [k.bytes + vectors for k in kernels] == pytest.approx(
         [plain.compulsory_bytes, tail.compulsory_bytes], rel=1e-2
     )
+
+
+def test_a_batch_norm_without_running_statistics_is_counted() -> None:
+    """In evaluation mode it normalises with the batch's, so the training tail runs: two launches."""
+    block = FusedConvBNReLU(16, 32, norm_layer=partial(nn.BatchNorm2d, track_running_stats=False))
+    kernels = {k.operator: k for k in count(block, (2, 16, 8, 8))}
+    assert kernels["fused_resnet::conv_bn_stats"].flops == 2 * (2 * 8 * 8 * 32) * (16 * 9)
+    assert "fused_resnet::bn_apply_add_relu" in kernels
 
 
 @pytest.mark.parametrize(
