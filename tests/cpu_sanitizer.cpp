@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/direct_kernel.h"
+#include "cpu/weight_gradient_kernel.h"
 #include "cpu/winograd_fresh.h"
 #include "cpu/winograd_kernel.h"
 
@@ -98,6 +99,38 @@ void run(const char* name, const ConvKernel& kernel, ConvShape s, bool residual,
   }
 }
 
+void run_weight_gradient(const char* name, const WeightGradientKernel& kernel, ConvShape s, int threads,
+                         float tolerance) {
+  s.p = s.h + 2 * s.pad_h - 2, s.q = s.w + 2 * s.pad_w - 2;
+  Floats x(s.n * s.h * s.w * s.c), grad_y(s.n * s.p * s.q * s.k);
+  fill(x), fill(grad_y);
+  const WeightGradientProblem problem{
+      s, x.data, {s.h * s.w * s.c, s.w * s.c, s.c}, grad_y.data, {s.p * s.q * s.k, s.q * s.k, s.k}};
+  const WeightGradientPlan plan = kernel.plan(s, threads);
+  Floats splits(plan.splits * s.k * 9 * s.c), scratch(plan.scratch_floats);
+  for (Floats* a : {&splits, &scratch}) std::fill_n(a->data, a->size, NAN);
+  for (int64_t piece = 0; piece < plan.pieces(); ++piece) {
+    kernel.run_piece(problem, plan, piece, splits.data, scratch.data);
+  }
+  for (int64_t i = 0; i < s.k * 9 * s.c; ++i) {
+    const int64_t c = i % s.c, tap = i / s.c % 9, k = i / s.c / 9;
+    float got = 0, want = 0;
+    for (int64_t split = 0; split < plan.splits; ++split) got += splits.data[split * s.k * 9 * s.c + i];
+    for (int64_t pixel = 0; pixel < s.n * s.p * s.q; ++pixel) {
+      const int64_t n = pixel / s.q / s.p, h = pixel / s.q % s.p + tap / 3 - s.pad_h,
+                    w = pixel % s.q + tap % 3 - s.pad_w;
+      if (h < 0 || h >= s.h || w < 0 || w >= s.w) continue;
+      want += x.data[((n * s.h + h) * s.w + w) * s.c + c] * grad_y.data[pixel * s.k + k];
+    }
+    if (!(std::fabs(got - want) <= tolerance * (1 + std::fabs(want)))) {
+      std::printf("%s: weight gradient [%ld %ld %ld] got %g, expected %g\n", name, long(k), long(tap),
+                  long(c), got, want);
+      ++failures;
+      return;
+    }
+  }
+}
+
 template <class Block>
 void run_all(const char* name) {
   const ConvKernel direct = DirectImpl<Block>::kernel();
@@ -105,6 +138,8 @@ void run_all(const char* name) {
                    f4 = WinogradImpl<Block, Winograd<4>>::kernel();
   const ConvKernel fresh2 = FreshWinogradImpl<Block, Winograd<2>>::kernel(),
                    fresh4 = FreshWinogradImpl<Block, Winograd<4>>::kernel();
+  const WeightGradientKernel gradient2 = WeightGradientImpl<Block, Winograd<2>>::kernel(),
+                             gradient4 = WeightGradientImpl<Block, Winograd<4>>::kernel();
   const int64_t shapes[][7] = {// n, h, w, c, k, pad_h, pad_w
                                {1, 1, 1, 1, 1, 1, 1},    {2, 5, 6, 3, 5, 1, 1},   {1, 7, 7, 17, 33, 1, 1},
                                {3, 9, 4, 20, 12, 0, 0},  {1, 3, 8, 15, 31, 2, 2}, {1, 6, 5, 8, 16, 3, 0},
@@ -119,6 +154,10 @@ void run_all(const char* name) {
         run(name, fresh2, s, residual, threads, 0);
         run(name, fresh4, s, residual, threads, 1e-3f);
       }
+      if (a[5] > 2 || a[6] > 2) continue;  // beyond the filter: left to torch in training
+      const ConvShape s{a[0], a[1], a[2], a[3], a[4], 3, 3, 0, 0, 1, 1, a[5], a[6], 1, 1};
+      run_weight_gradient(name, gradient2, s, threads, 0);
+      run_weight_gradient(name, gradient4, s, threads, 1e-3f);
     }
   }
   const ConvShape others[] = {
