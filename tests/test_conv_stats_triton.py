@@ -165,7 +165,7 @@ MUTANTS = {
     "the accumulator's statistics": ("column_statistics(stored", "column_statistics(z"),
     "means without their pivots": ('cache_modifier=".cg") - pivot[None, :]', 'cache_modifier=".cg") * 0'),
     "pivots without their means": ("    return pivot, mean, tl.sum", "    return pivot, mean * 0, tl.sum"),
-    "no spread between tiles": ("spread * spread * n[:, None]", "0 * spread"),
+    "tiles without their own spread": ("mean, m2, count, part, part_m2, n)", "mean, m2, count, part, part_m2 * 0, n)"),
 }
 
 

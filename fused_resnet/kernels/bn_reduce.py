@@ -82,13 +82,8 @@ def bn_stats_kernel(
             tile, valid = partial_tile(column, i, parts, 2, BLOCK_C)
             part_mean = tl.load(partial_ptr + tile, mask=valid, other=0.0, cache_modifier=".cg")
             part_m2 = tl.load(partial_ptr + tile + BLOCK_C, mask=valid, other=0.0, cache_modifier=".cg")
-            # The parts of a tile together: their mean, then M2 around it.
-            tile_n = tl.sum(n, 0)
-            tile_mean = tl.sum(part_mean * n[:, None], 0) / tile_n
-            spread = part_mean - tile_mean[None, :]
-            tile_m2 = tl.sum(part_m2 + spread * spread * n[:, None], 0)
             done = (first * rows_per_part).to(tl.float32)
-            mean, m2 = merge(mean, m2, done, tile_mean, tile_m2, tile_n)
+            mean, m2 = merge_parts(mean, m2, done, part_mean, part_m2, n)
         tl.store(mean_ptr + c, pivot + mean, mask=in_channels)
         tl.store(var_ptr + c, m2 / num_rows, mask=in_channels)
 
@@ -99,6 +94,16 @@ def merge(mean, m2, count, other_mean, other_m2, other_count):
     share = other_count / (count + other_count)
     delta = other_mean - mean
     return mean + delta * share, m2 + other_m2 + delta * delta * (count * share)
+
+
+@triton.jit
+def merge_parts(mean, m2, count, part_mean, part_m2, n):
+    """The same with the parts of a tile, [parts, channels], `n` rows each: their own mean first, then M2 around it."""
+    tile_n = tl.sum(n, 0)
+    tile_mean = tl.sum(part_mean * n[:, None], 0) / tile_n
+    spread = part_mean - tile_mean[None, :]
+    tile_m2 = tl.sum(part_m2 + spread * spread * n[:, None], 0)
+    return merge(mean, m2, count, tile_mean, tile_m2, tile_n)
 
 
 @triton.jit

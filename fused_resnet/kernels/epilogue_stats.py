@@ -11,7 +11,7 @@ than a small share of the records. All means are differences from a pivot, so th
 import triton
 import triton.language as tl
 
-from fused_resnet.kernels.bn_reduce import is_last, merge
+from fused_resnet.kernels.bn_reduce import is_last, merge_parts
 from fused_resnet.kernels.epilogue import round_to
 
 
@@ -56,12 +56,8 @@ def merge_records(record_ptr, records, tile: tl.constexpr):
         part += tl.load(at + tile.n, mask=inside, other=0.0, cache_modifier=".cg")
         part = tl.where(inside, part, 0.0)
         part_m2 = tl.load(at + 2 * tile.n, mask=inside, other=0.0, cache_modifier=".cg")
-        chunk_n = tl.sum(n, 0)
-        chunk_mean = tl.sum(part * n[:, None], 0) / chunk_n
-        spread = part - chunk_mean[None, :]
-        chunk_m2 = tl.sum(part_m2 + spread * spread * n[:, None], 0)
-        mean, m2 = merge(mean, m2, count, chunk_mean, chunk_m2, chunk_n)
-        count += chunk_n
+        mean, m2 = merge_parts(mean, m2, count, part, part_m2, n)
+        count += tl.sum(n, 0)
     return pivot, mean, m2, count
 
 
