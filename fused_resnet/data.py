@@ -349,7 +349,7 @@ class Batches:
         if len(self) == 0:
             raise DataError(
                 f"data: {self.data.name} has {len(self.data.train)} training images, fewer than one batch of "
-                f"{self.batch_size * self.world}; lower --batch-size"
+                f"{self.batch_size * self.world}; take smaller batches"
             )
 
     def __len__(self) -> int:

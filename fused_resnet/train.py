@@ -94,6 +94,8 @@ class _Run:
         self.best_accuracy = -1.0
         self.per_class: dict[str, float] = {}
         self.progress = Progress(config.progress and group.leads)
+        if config.amp == "fp16" and group.device.type == "cpu":
+            self.progress.say("torch computes float16 gradients on the CPU some hundred times slower than bfloat16's")
 
     @property
     def judged(self) -> nn.Module:

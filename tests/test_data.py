@@ -93,7 +93,7 @@ def test_augment_crops_and_flips() -> None:
 
 
 def test_more_images_a_batch_than_there_are(digits: Data) -> None:
-    with pytest.raises(DataError, match=r"training images, fewer than one batch of 4000; lower --batch-size"):
+    with pytest.raises(DataError, match=r"training images, fewer than one batch of 4000; take smaller batches"):
         Batches(digits, 2000, world=2)
 
 
