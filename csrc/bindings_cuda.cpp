@@ -56,6 +56,7 @@ const Field kFields[] = {
     FIELD(tile_m, 0),
     FIELD(tile_n, 0),
     FIELD(splits, 0),
+    FIELD(statistics, 0),
     {"bias_dtype", offsetof(PlanRequest, norm.bias_dtype), kAbsent},
     {"norm_dtype", offsetof(PlanRequest, norm.norm_dtype), kAbsent},
     {"affine", offsetof(PlanRequest, norm.affine), 1},
@@ -206,6 +207,7 @@ py::dict kernel_dict(const KernelInfo& kernel) {
   d["park_bytes"] = kernel.park_bytes;
   d["math"] = kMathNames[static_cast<int>(kernel.math)];
   d["load"] = kernel.load == Load::kVector ? "vector" : "gather";
+  d["epilogue"] = kernel.epilogue == Epilogue::kTail ? "tail" : "statistics";
   return d;
 }
 

@@ -52,9 +52,12 @@ struct ConvParams {
   const void* residual;  // null where there is none
   void* y;
   void* workspace;  // split-K: one uint32_t counter per tile (zero before and after each launch), then the
-                    // partial sums
-  int64_t partials_offset;  // bytes from workspace to the partial sums
-  int32_t pixels;           // N * P * Q
+                    // partial sums; statistics: one counter per column of tiles and group of its tiles, then
+                    // the partial results
+  int64_t partials_offset;  // bytes from workspace to them
+  float* mean;              // statistics of y, [k]; null: none wanted
+  float* var;
+  int32_t pixels;  // N * P * Q
   int32_t p, q, k;
   int32_t sources;  // 1 or 2
   int32_t splits;   // blocks that share one tile's steps; gridDim.y
@@ -70,7 +73,7 @@ struct ConvParams {
 static_assert(sizeof(void*) == 8, "the argument bytes are written for 64-bit devices");
 static_assert(sizeof(ConvSource) == 112 && sizeof(ChannelNorm) == 56,
               "no padding: plans are compared byte by byte");
-static_assert(sizeof(ConvParams) == 2 * 112 + 2 * 56 + 4 * 8 + 12 * 4,
+static_assert(sizeof(ConvParams) == 2 * 112 + 2 * 56 + 6 * 8 + 12 * 4,
               "no padding: plans are compared byte by byte");
 
 }  // namespace fused_resnet

@@ -37,11 +37,12 @@ pytestmark = [pytest.mark.ptx, pytest.mark.aot]
 HERE = Path(__file__).parent
 #: These kernels are compiled; the others are empty functions, which nothing here launches.
 COMPILED = (
-    "kernels_f16", "kernels_gather_f16", "kernels_f32", "kernels_gather_f32",
+    "kernels_f16", "kernels_gather_f16", "kernels_f32", "kernels_gather_f32", "kernels_stats_f16", "kernels_stats_f32",
     "bn_stats", "bn_apply", "bn_backward_reduce", "bn_backward_apply",
 )  # fmt: skip
 SOURCES = (
-    "plan", "schedule", "launch", "tensors", "workspace", "conv_bn_add_relu", "bn_plan", "bn_launch", "bn_training",
+    "plan", "schedule", "launch", "tensors", "workspace", "conv_call", "conv_bn_add_relu", "conv_stats",
+    "bn_plan", "bn_launch", "bn_training",
 )  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def _compile(folder: Path, csrc: Path) -> Path:
     ]  # fmt: skip
     (folder / "empty.cpp").write_text(
         '#include "cuda/tiles.h"\n'
-        '#define EMPTY(symbol, tile, math, load) extern "C" __attribute__((weak)) void symbol() {}\n'
+        '#define EMPTY(symbol, ...) extern "C" __attribute__((weak)) void symbol() {}\n'
         "FUSED_RESNET_KERNELS(EMPTY)\n"
     )
     # The stand-in's constructors must run before those that register kernels with it: it is linked first.
@@ -113,7 +114,7 @@ def module() -> Path:
     return out
 
 
-@pytest.mark.parametrize("check", ["operator", "errors", "direct", "training", "training_errors"])
+@pytest.mark.parametrize("check", ["operator", "errors", "direct", "statistics", "training", "training_errors"])
 def test_operator(check: str) -> None:
     sys.path.insert(0, str(Path(os.environ["PTXI_HOME"]) / "fake_cudart"))
     import fake_cudart

@@ -12,11 +12,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from conv_stats_cases import cases as conv_cases
+from conv_stats_cases import check_statistics, symbols
 from training_calls import Case, Values, branch_of, cases, check, means_of
 
 from fused_resnet.aot.training import OPS
 from fused_resnet.backends import training_dispatch
-from fused_resnet.backends.training_base import TrainingBackend, mask_words
+from fused_resnet.backends.training_base import ConvGeometry, TrainingBackend, mask_words
+from fused_resnet.reference import reference
+from fused_resnet.testing import assert_bitexact, make_tail
 
 pytestmark = pytest.mark.gpu
 CHANNELS_LAST = torch.channels_last
@@ -80,6 +84,24 @@ def test_pass_of_a_real_size(op: str, name: str) -> None:
     for case in cases(op)[:6]:
         large = dataclasses.replace(case.call, n=32, h=56, w=56, c=64)
         check(lambda case, values: run(name, case, values), dataclasses.replace(case, call=large))
+
+
+@pytest.mark.parametrize("symbol", symbols())
+def test_conv_stats(symbol: str) -> None:
+    """Every case of every kernel; the tile is the planner's choice."""
+    for case in conv_cases(symbol):
+        problem = case.problem
+        before = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = problem.tf32
+        try:
+            tail = make_tail(problem, "integers", device="cuda")
+            geometry = ConvGeometry(problem.stride, problem.padding, problem.dilation, 1)
+            ours = backend("cuda", {"x": tail.x})
+            y, mean, var = ours.conv_stats(tail.x, tail.conv.weight, tail.conv.bias, geometry)
+        finally:
+            torch.backends.cudnn.allow_tf32 = before
+        assert_bitexact(y, reference(make_tail(problem, "integers").to(torch.float64)), str(problem))
+        check_statistics(y.cpu(), mean.cpu(), var.cpu(), str(problem))
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])

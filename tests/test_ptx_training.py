@@ -18,13 +18,19 @@ if reason := why_not("g++", "nvcc"):
     pytest.skip(reason, allow_module_level=True)
 
 import host_cuda.host  # noqa: F401  (names the cache of compiled artefacts)
+from conv_stats_cases import ConvCase, check_statistics, symbols
+from conv_stats_cases import cases as conv_cases
 from launch_harness import Memory, interpret, interpreter
 from training_calls import HALF, SMALL, Case, Values, cases, check, values_of
 
 from fused_resnet import aot
 from fused_resnet.aot.cuda import compile_kernel
 from fused_resnet.aot.launch_json import Launch
+from fused_resnet.aot.planner import planner
 from fused_resnet.aot.training import OPS, TrainingCall, training_planner
+from fused_resnet.problem import Problem
+from fused_resnet.reference import Tail, reference
+from fused_resnet.testing import assert_bitexact, check_tail, make_tail
 
 pytestmark = [pytest.mark.ptx, pytest.mark.aot]
 
@@ -90,6 +96,38 @@ def test_artifacts(text: str, tmp_path: Path) -> None:
         return outputs(memory)
 
     check(from_files, Case(TrainingCall.parse(text), SMALL, 16, 7))
+
+
+# ---- the convolution with statistics
+
+
+@pytest.mark.parametrize("symbol", symbols())
+def test_conv_stats(symbol: str) -> None:
+    loaded = interpreter().load(compile_kernel(planner().kernels[symbol], "sm_80")[0])
+    for case in conv_cases(symbol):
+
+        def run_conv(tail: Tail, case: ConvCase = case) -> torch.Tensor:
+            launch = planner().plan(case.problem, "sm_80", tile=case.tile, statistics=True)
+            memory = Memory(launch, tail)
+            for seed in range(2):  # the second launch finds the workspace as the first left it
+                interpret(launch, loaded, memory, case.seed + seed)
+                check_statistics(memory.y, memory.tensor("mean"), memory.tensor("var"), launch.problem)
+            return memory.y
+
+        check_tail(run_conv, case.problem, kinds=("integers",), label=f"{symbol} {case.problem}")
+
+
+def test_artifacts_of_a_convolution_with_statistics(tmp_path: Path) -> None:
+    text = "op=conv_bn_stats,n=2,h=9,w=9,c=16,k=72,padding=1,dtype=float16,bias=1"
+    aot.compile("cuda", "sm_80", text, tmp_path)
+    launch = Launch.from_json((tmp_path / "launch.json").read_text())
+    assert aot.compile("cuda", "sm_80", launch.problem, tmp_path) == launch, "the text says all"
+    problem = Problem.parse(launch.problem.partition(",")[2])
+    tail = make_tail(problem, "integers")
+    memory = Memory(launch, tail)
+    interpret(launch, interpreter().load((tmp_path / "kernel.ptx").read_text()), memory, 5)
+    assert_bitexact(memory.y, reference(tail.to(torch.float64)), text)
+    check_statistics(memory.y, memory.tensor("mean"), memory.tensor("var"), text)
 
 
 @pytest.mark.parametrize(

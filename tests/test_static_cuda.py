@@ -44,7 +44,7 @@ def test_main_architectures(symbol: str, arch: str) -> None:
 
 
 def _features(kernel: Kernel) -> set[str]:
-    return {kernel.tile, kernel.math, kernel.load}
+    return {kernel.tile, kernel.math, kernel.load, kernel.epilogue}
 
 
 def _subset(arch: str) -> list[str]:

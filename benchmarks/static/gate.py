@@ -25,6 +25,8 @@ def read(kernel: Kernel, arch: str) -> table.KernelReport:
     """One kernel's machine code for ``arch``, as the extension holds it."""
     (found,) = sass.read_cubin(assemble_kernel(kernel, arch))
     name = f"{_MATH[kernel.math]} {kernel.tile} {kernel.load}"
+    if kernel.epilogue == "statistics":
+        name += " with statistics"
     return table.report(found, threads=kernel.threads, dynamic_shared=kernel.shared_bytes, name=name)
 
 

@@ -53,17 +53,6 @@ struct Part {
   }
 };
 
-// For the last block of a column: its threads as quads of channels by groups of parts.
-struct Finish {
-  Slots slots;
-  int group, quad;
-  __device__ __forceinline__ explicit Finish(int width) : slots((width + 3) / 4, kBnThreads) {
-    group = static_cast<int>(threadIdx.x) / slots.lanes;
-    quad = static_cast<int>(threadIdx.x) - group * slots.lanes;
-  }
-  __device__ __forceinline__ int first(int parts) const { return group < slots.slots ? group : parts; }
-};
-
 // ---- statistics ----
 
 // Adds the next kRows rows: their own mean, M2 around it, then one merge.
@@ -122,24 +111,11 @@ __device__ __forceinline__ void bn_stats(const BnParams& params) {
   publish<2>(part.template partial<2>(params, part.part), kPitch, part.width, plane, kPlaneBytes);
   if (!last_to_arrive(static_cast<uint32_t*>(params.workspace) + part.column, params.parts, flag)) return;
 
-  const Finish finish(part.width);
-  Moments<4> sums;
-  sums.clear();
-#pragma unroll 1
-  for (int i = finish.first(params.parts); i < params.parts; i += finish.slots.slots) {
-    const char* const from = part.template partial<2>(params, i) + finish.quad * 16;
-    const Words4 mean = workspace_load_16(from), m2 = workspace_load_16(from + kPitch * 4);
-    const float n = static_cast<float>(Part<kPacket>::rows_of(params, i));
-    const float total = add_rn(sums.count, n), share = div_rn(n, total), cross = mul_rn(sums.count, share);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      merge_moments(sums.mean[e], sums.m2[e], div_rn(float_of(mean.w[e]), n), float_of(m2.w[e]), share,
-                    cross);
-    }
-    sums.count = total;
-  }
   const float rows = static_cast<float>(params.rows);
-  merge_slots<kBnThreads>(sums, rows, plane, kPlaneBytes, finish.slots);
+  merge_parts<kBnThreads>(
+      part.template partial<2>(params, 0), 2 * kPitch * 4, kPitch, 0, params.parts,
+      [&](int i) { return static_cast<float>(Part<kPacket>::rows_of(params, i)); }, rows, part.width, plane,
+      kPlaneBytes);
   const int c = part.channel0 + static_cast<int>(threadIdx.x);
   if (static_cast<int>(threadIdx.x) >= part.width || c >= params.channels) return;
   const float mean = div_rn(shared_load_f32(plane + threadIdx.x * 4), rows);
@@ -230,11 +206,11 @@ __device__ __forceinline__ void bn_backward_reduce(const BnParams& params) {
   publish<kSums>(mine, kPitch, part.width, plane, kPlaneBytes);
   if (!last_to_arrive(static_cast<uint32_t*>(params.workspace) + part.column, params.parts, flag)) return;
 
-  const Finish finish(part.width);
+  const Quads quads(part.width, kBnThreads);
   float total[kSums][4] = {};
 #pragma unroll 1
-  for (int i = finish.first(params.parts); i < params.parts; i += finish.slots.slots) {
-    const char* const from = part.template partial<kSums>(params, i) + finish.quad * 16;
+  for (int i = quads.first(0, params.parts); i < params.parts; i += quads.slots.slots) {
+    const char* const from = part.template partial<kSums>(params, i) + quads.quad * 16;
     Words4 v[kSums];
 #pragma unroll
     for (int s = 0; s < kSums; ++s) v[s] = workspace_load_16(from + s * kPitch * 4);
@@ -245,8 +221,8 @@ __device__ __forceinline__ void bn_backward_reduce(const BnParams& params) {
     }
   }
 #pragma unroll
-  for (int s = 0; s < kSums; ++s) put<4>(plane + s * kPlaneBytes, finish.slots, total[s]);
-  add_slots<kBnThreads, kSums>(plane, kPlaneBytes, finish.slots, 4);
+  for (int s = 0; s < kSums; ++s) put<4>(plane + s * kPlaneBytes, quads.slots, total[s]);
+  add_slots<kBnThreads, kSums>(plane, kPlaneBytes, quads.slots, 4);
   const int c = part.channel0 + static_cast<int>(threadIdx.x);
   if (static_cast<int>(threadIdx.x) >= part.width || c >= params.channels) return;
   const uint32_t at = plane + threadIdx.x * 4;

@@ -7,7 +7,11 @@
 //   2 projection   the same again for the second source, its 1x1 convolution (projection.cuh)
 //   3 reduce       split-K: the last block of a tile to arrive adds the partial sums (split_k.cuh)
 //   4 store        scale, shift, residual, activation; one rounding (epilogue.cuh)
+// With Epilogue::kStatistics phases 2 and 3 are left out, and phase 4 stores the convolution as it is and
+// takes the statistics of what was stored (statistics.cuh).
 #pragma once
+
+#include <type_traits>
 
 #include "../conv_params.h"
 #include "addressing.cuh"
@@ -17,6 +21,7 @@
 #include "primitives.cuh"
 #include "projection.cuh"
 #include "split_k.cuh"
+#include "statistics.cuh"
 #include "tiles.h"
 #include "warp_fma.cuh"
 #include "warp_mma.cuh"
@@ -104,19 +109,31 @@ __device__ __forceinline__ void conv_tile(const ConvParams& params) {
   store_tile<Tile, Warp>(params, acc, warp, pixel0, channel0, shared, norm);
 }
 
-// The body of every kernel: picks the warp's arithmetic and the loader.
-template <class Tile, Math kMath, Load kLoad>
+template <class Tile, class Warp, class Loader>
+__device__ __forceinline__ void conv_stats_tile(const ConvParams& params) {
+  const uint32_t shared = shared_base(), norm = shared + Tile::kNormOffset;
+  const uint32_t tile_m = blockIdx.x / params.tiles_n, tile_n = blockIdx.x - tile_m * params.tiles_n;
+  const int pixel0 = static_cast<int>(tile_m) * Tile::kM, channel0 = static_cast<int>(tile_n) * Tile::kN;
+  const Warp warp;
+  float acc[Warp::kFragments][4];
+  clear<Warp>(acc);
+  const ConvSource& source = params.source[0];
+  Loader loader(params, source, pixel0, channel0, 0, shared + Tile::kRowsOffset);
+  accumulate<Tile, Warp>(acc, warp, loader, source.steps, shared, [&] {
+    load_norm<Tile>(params, channel0, norm);  // the convolution's bias
+  });
+  store_with_statistics<Tile, Warp, 16 / Warp::kElementBytes>(params, acc, warp, tile_m, tile_n);
+}
+
+// The body of every kernel: picks the warp's arithmetic, the loader and the epilogue.
+template <class Tile, Math kMath, Load kLoad, Epilogue kEpilogue>
 __device__ __forceinline__ void conv_kernel(const ConvParams& params) {
-  if constexpr (kMath == Math::kFloat32) {
-    using Warp = WarpFma<Tile>;
-    if constexpr (kLoad == Load::kVector) conv_tile<Tile, Warp, VectorLoad<Tile, 4>, kLoad>(params);
-    if constexpr (kLoad == Load::kGather) conv_tile<Tile, Warp, GatherLoad<Tile, 4>, kLoad>(params);
-  } else {
-    using Warp = WarpMma<Tile, kMath>;
-    constexpr int kBytes = Warp::kElementBytes;
-    if constexpr (kLoad == Load::kVector) conv_tile<Tile, Warp, VectorLoad<Tile, kBytes>, kLoad>(params);
-    if constexpr (kLoad == Load::kGather) conv_tile<Tile, Warp, GatherLoad<Tile, kBytes>, kLoad>(params);
-  }
+  using Warp = std::conditional_t<kMath == Math::kFloat32, WarpFma<Tile>, WarpMma<Tile, kMath>>;
+  constexpr int kBytes = Warp::kElementBytes;
+  using Loader =
+      std::conditional_t<kLoad == Load::kVector, VectorLoad<Tile, kBytes>, GatherLoad<Tile, kBytes>>;
+  if constexpr (kEpilogue == Epilogue::kTail) conv_tile<Tile, Warp, Loader, kLoad>(params);
+  if constexpr (kEpilogue == Epilogue::kStatistics) conv_stats_tile<Tile, Warp, Loader>(params);
 }
 
 }  // namespace fused_resnet

@@ -3,8 +3,9 @@
 
 #include "implicit_gemm.cuh"
 
-#define FUSED_RESNET_DEFINE_KERNEL(symbol, tile, math, load)                                              \
+#define FUSED_RESNET_DEFINE_KERNEL(symbol, tile, math, load, epilogue)                                    \
   extern "C" __global__ void __launch_bounds__(fused_resnet::tile::kThreads, fused_resnet::tile::kBlocks) \
       symbol(const __grid_constant__ fused_resnet::ConvParams params) {                                   \
-    fused_resnet::conv_kernel<fused_resnet::tile, fused_resnet::math, fused_resnet::load>(params);        \
+    fused_resnet::conv_kernel<fused_resnet::tile, fused_resnet::math, fused_resnet::load,                 \
+                              fused_resnet::epilogue>(params);                                            \
   }

@@ -6,14 +6,13 @@
 #include <cstdio>
 
 // The host side of each kernel: its address names it to the CUDA runtime.
-#define FUSED_RESNET_DECLARE_KERNEL(symbol, tile, math, load) \
-  extern "C" void symbol(fused_resnet::ConvParams);
+#define FUSED_RESNET_DECLARE_KERNEL(symbol, ...) extern "C" void symbol(fused_resnet::ConvParams);
 FUSED_RESNET_KERNELS(FUSED_RESNET_DECLARE_KERNEL)
 
 namespace fused_resnet {
 namespace {
 
-#define FUSED_RESNET_KERNEL_ADDRESS(symbol, tile, math, load) reinterpret_cast<const void*>(&::symbol),
+#define FUSED_RESNET_KERNEL_ADDRESS(symbol, ...) reinterpret_cast<const void*>(&::symbol),
 const void* const kKernels[] = {FUSED_RESNET_KERNELS(FUSED_RESNET_KERNEL_ADDRESS)};
 constexpr int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
 

@@ -113,4 +113,47 @@ __device__ __forceinline__ void publish(char* partial, int pitch, int width, uin
   }
 }
 
+// Threads that read partial results: quads of channels by groups of parts, so that a part is read 16 bytes a
+// lane and many parts at a time.
+struct Quads {
+  Slots slots;
+  int group, quad;
+
+  __device__ __forceinline__ Quads(int width, int threads) : slots((width + 3) / 4, threads) {
+    group = static_cast<int>(threadIdx.x) / slots.lanes;
+    quad = static_cast<int>(threadIdx.x) - group * slots.lanes;
+  }
+  // Of the parts [begin, end) this thread reads every slots-th from here on.
+  __device__ __forceinline__ int first(int begin, int end) const {
+    return group < slots.slots ? begin + group : end;
+  }
+};
+
+// Merges the parts [begin, end) of `width` channels: `parts` is what part 0 published, part_bytes apart from
+// the next, count_of(part) the number of its values, `total` that of all of them. All threads; the result is
+// as merge_slots leaves it.
+template <int kThreads, class Count>
+__device__ __forceinline__ void merge_parts(const char* parts, int64_t part_bytes, int pitch, int begin,
+                                            int end, Count count_of, float total, int width, uint32_t plane,
+                                            uint32_t plane_bytes) {
+  const Quads quads(width, kThreads);
+  Moments<4> sums;
+  sums.clear();
+#pragma unroll 1
+  for (int i = quads.first(begin, end); i < end; i += quads.slots.slots) {
+    const char* const from = parts + i * part_bytes + quads.quad * 16;
+    const Words4 mean = workspace_load_16(from), m2 = workspace_load_16(from + pitch * 4);
+    const float n = count_of(i);
+    const float total_n = add_rn(sums.count, n), share = div_rn(n, total_n),
+                cross = mul_rn(sums.count, share);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      merge_moments(sums.mean[e], sums.m2[e], div_rn(float_of(mean.w[e]), n), float_of(m2.w[e]), share,
+                    cross);
+    }
+    sums.count = total_n;
+  }
+  merge_slots<kThreads>(sums, total, plane, plane_bytes, quads.slots);
+}
+
 }  // namespace fused_resnet

@@ -11,10 +11,10 @@
 namespace fused_resnet {
 namespace {
 
-#define FUSED_RESNET_KERNEL_INFO(symbol, tile, math, load)                    \
+#define FUSED_RESNET_KERNEL_INFO(symbol, tile, math, load, epilogue)          \
   {#symbol,          tile::kM,       tile::kN,      tile::kDepthBytes,        \
    tile::kStages,    tile::kThreads, tile::kBlocks, tile::kSharedBytes<load>, \
-   tile::kParkBytes, math,           load},
+   tile::kParkBytes, math,           load,          epilogue},
 constexpr KernelInfo kCatalogue[] = {FUSED_RESNET_KERNELS(FUSED_RESNET_KERNEL_INFO)};
 #undef FUSED_RESNET_KERNEL_INFO
 
@@ -39,6 +39,8 @@ constexpr Tensor kTensors[kTensorCount] = {
     {"residual", offsetof(ConvParams, residual)},
     {"y", offsetof(ConvParams, y)},
     {"workspace", offsetof(ConvParams, workspace)},
+    {"mean", offsetof(ConvParams, mean)},
+    {"var", offsetof(ConvParams, var)},
 };
 #undef FUSED_RESNET_NORM_TENSORS
 
@@ -87,6 +89,11 @@ void check(const PlanRequest& q, const DeviceProperties& device) {
   }
   if (q.projection && q.residual_dtype != kAbsent)
     refuse("cuda: expected a residual or a projection, got both");
+  if (q.statistics && (q.projection || q.residual_dtype != kAbsent || q.norm.norm_dtype != kAbsent ||
+                       q.activation != kActivationNone || q.splits > 1)) {
+    refuse(
+        "cuda: statistics are those of a convolution alone: expected no BN, addition, activation or split-K");
+  }
   check_norm("", q.norm);
   check_norm("proj_", q.proj_norm);
   const struct {
@@ -179,6 +186,10 @@ Math math_of(const PlanRequest& q) {
   return q.tf32 ? Math::kTensorFloat32 : Math::kFloat32;
 }
 
+Epilogue epilogue_of(const PlanRequest& q) {
+  return q.statistics ? Epilogue::kStatistics : Epilogue::kTail;
+}
+
 // Everything that does not depend on the tile.
 ConvParams fill_params(const PlanRequest& q) {
   ConvParams params;
@@ -225,7 +236,8 @@ ConvParams fill_params(const PlanRequest& q) {
   std::string tiles;
   bool exists = q.tile_m == 0 && q.tile_n == 0;
   for (const KernelInfo& kernel : kCatalogue) {
-    if (kernel.math != math_of(q) || kernel.load != Load::kVector) continue;
+    if (kernel.math != math_of(q) || kernel.load != Load::kVector || kernel.epilogue != epilogue_of(q))
+      continue;
     const std::string name = std::to_string(kernel.tile_m) + "x" + std::to_string(kernel.tile_n);
     tiles += (tiles.empty() ? "" : ", ") + name;
     exists = exists || (kernel.tile_m == q.tile_m && kernel.tile_n == q.tile_n);
@@ -256,6 +268,15 @@ void fill_alignment(const PlanRequest& q, Plan& plan) {
     plan.alignment[kTensorResidual] = bytes_of(params.residual_dtype) * params.y_vector;
   plan.alignment[kTensorY] = bytes_of(params.y_dtype) * params.y_vector;
   if (plan.workspace_bytes) plan.alignment[kTensorWorkspace] = 16;
+  if (q.statistics) plan.alignment[kTensorMean] = plan.alignment[kTensorVar] = 4;
+}
+
+// Counters and partial results of the columns of tiles; statistics.cuh has the layout.
+void fill_statistics(const KernelInfo& kernel, Plan& plan) {
+  const int64_t tiles = ceil_div(plan.params.pixels, kernel.tile_m), groups = ceil_div(tiles, kGroupTiles);
+  plan.counter_bytes = round_up(plan.params.tiles_n * (groups + 1) * 4, kCounterBytes);
+  plan.params.partials_offset = plan.counter_bytes;
+  plan.workspace_bytes = plan.counter_bytes + plan.params.tiles_n * (groups + tiles) * 2 * kernel.tile_n * 4;
 }
 
 void fill_plan(const PlanRequest& q, const DeviceProperties& device, Plan& plan) {
@@ -267,7 +288,8 @@ void fill_plan(const PlanRequest& q, const DeviceProperties& device, Plan& plan)
   for (int i = 0; i < params.sources; ++i) vector = vector && suits_vector_load(params.source[i]);
   if (q.splits < 0 || q.splits > 65535) refuse("cuda: splitk must be between 1 and 65535, got %d", q.splits);
   const Load load = vector ? Load::kVector : Load::kGather;
-  const Schedule choice = choose_schedule(params, math_of(q), load, device, {q.tile_m, q.tile_n, q.splits});
+  const Forced forced = {q.tile_m, q.tile_n, q.statistics ? 1 : q.splits};
+  const Schedule choice = choose_schedule(params, math_of(q), load, epilogue_of(q), device, forced);
   if (choice.kernel < 0) refuse_tile(q, device);
   const KernelInfo& kernel = kCatalogue[choice.kernel];
   plan.kernel = choice.kernel;
@@ -290,6 +312,7 @@ void fill_plan(const PlanRequest& q, const DeviceProperties& device, Plan& plan)
     params.partials_offset = plan.counter_bytes;
     plan.workspace_bytes = plan.counter_bytes + tiles * params.splits * kernel.tile_m * kernel.tile_n * 4;
   }
+  if (q.statistics && tiles > 0) fill_statistics(kernel, plan);
   fill_alignment(q, plan);
 }
 

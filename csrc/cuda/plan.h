@@ -38,6 +38,7 @@ struct PlanRequest {
                       // enough)
   int32_t tile_m, tile_n;  // 0: the planner's choice
   int32_t splits;          // 0: the planner's choice
+  int32_t statistics;  // 1: y is the convolution alone (no BN, no activation), and mean and var are wanted
 };
 
 struct DeviceProperties {
@@ -66,6 +67,8 @@ enum TensorSlot : int32_t {
   kTensorResidual,
   kTensorY,
   kTensorWorkspace,
+  kTensorMean,  // statistics of y, fp32
+  kTensorVar,
   kTensorCount
 };
 
@@ -81,6 +84,7 @@ struct KernelInfo {
   int32_t park_bytes;  // more, with a projection
   Math math;
   Load load;
+  Epilogue epilogue;
 };
 
 struct Plan {

@@ -67,14 +67,14 @@ int64_t steps_of(const ConvParams& params, const KernelInfo& kernel) {
 
 }  // namespace
 
-Schedule choose_schedule(const ConvParams& params, Math math, Load load, const DeviceProperties& device,
-                         const Forced& forced) {
+Schedule choose_schedule(const ConvParams& params, Math math, Load load, Epilogue epilogue,
+                         const DeviceProperties& device, const Forced& forced) {
   constexpr int kSplits[] = {1, 2, 3, 4, 6, 8, 12, 16};
   Schedule best{-1, 1};
   double best_cycles = 0;
   for (int i = 0; i < kernel_count(); ++i) {
     const KernelInfo& kernel = kernel_info(i);
-    if (kernel.math != math || kernel.load != load) continue;
+    if (kernel.math != math || kernel.load != load || kernel.epilogue != epilogue) continue;
     if (forced.tile_m && kernel.tile_m != forced.tile_m) continue;
     if (forced.tile_n && kernel.tile_n != forced.tile_n) continue;
     const int shared_bytes = kernel.shared_bytes + (params.sources == 2 ? kernel.park_bytes : 0);

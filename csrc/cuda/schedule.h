@@ -21,7 +21,7 @@ struct Forced {  // 0: free
 };
 
 // The fastest by a model of one SM; `params` needs all but the fields that depend on the tile.
-Schedule choose_schedule(const ConvParams& params, Math math, Load load, const DeviceProperties& device,
-                         const Forced& forced);
+Schedule choose_schedule(const ConvParams& params, Math math, Load load, Epilogue epilogue,
+                         const DeviceProperties& device, const Forced& forced);
 
 }  // namespace fused_resnet

@@ -6,6 +6,8 @@ namespace fused_resnet {
 
 enum class Math : int { kFloat16 = 0, kBFloat16 = 1, kTensorFloat32 = 2, kFloat32 = 3 };
 enum class Load : int { kVector = 0, kGather = 1 };
+// What follows the product: the whole tail, or y as it is and its statistics.
+enum class Epilogue : int { kTail = 0, kStatistics = 1 };
 
 // One block computes kM pixels x kN channels with kWarpsM x kWarpsN warps. Per step it takes kDepthBytes of
 // the depth from every row (so 16-bit types go twice as deep as 32-bit ones), through kStages buffers.
@@ -31,6 +33,9 @@ struct Tile {
       M * N * 4;  // behind all others, where there is a projection (projection.cuh)
 };
 
+// Statistics: so many tiles of a column are merged by one block, then the groups of them.
+constexpr int kGroupTiles = 64;
+
 // 64 x 64 per warp in the two largest: per product, a warp reads half the shared memory that 32 x 32 reads.
 using Tile32x32 = Tile<32, 32, 128, 4, 2, 2, 4>;
 using Tile64x64 = Tile<64, 64, 128, 3, 2, 2, 3>;
@@ -41,18 +46,18 @@ using Tile256x128 = Tile<256, 128, 64, 4, 4, 2, 1>;
 // fp32 on the FMA units, where a warp's lanes are 4 rows x 8 columns (warp_fma.cuh).
 using TileFma128x64 = Tile<128, 64, 128, 3, 4, 1, 2>;
 
-// X(symbol, tile, math, load): every tile with 16-byte copies, and for any other alignment.
-#define FUSED_RESNET_TILES(X, prefix, math, load)          \
-  X(prefix##_32x32, Tile32x32, Math::math, Load::load)     \
-  X(prefix##_64x64, Tile64x64, Math::math, Load::load)     \
-  X(prefix##_128x64, Tile128x64, Math::math, Load::load)   \
-  X(prefix##_64x128, Tile64x128, Math::math, Load::load)   \
-  X(prefix##_128x128, Tile128x128, Math::math, Load::load) \
-  X(prefix##_256x128, Tile256x128, Math::math, Load::load)
-#define FUSED_RESNET_FMA_TILES(X, prefix, math, load)  \
-  X(prefix##_32x32, Tile32x32, Math::math, Load::load) \
-  X(prefix##_64x64, Tile64x64, Math::math, Load::load) \
-  X(prefix##_128x64, TileFma128x64, Math::math, Load::load)
+// X(symbol, tile, math, load, epilogue): every tile with 16-byte copies, and for any other alignment.
+#define FUSED_RESNET_TILES(X, prefix, math, load)                           \
+  X(prefix##_32x32, Tile32x32, Math::math, Load::load, Epilogue::kTail)     \
+  X(prefix##_64x64, Tile64x64, Math::math, Load::load, Epilogue::kTail)     \
+  X(prefix##_128x64, Tile128x64, Math::math, Load::load, Epilogue::kTail)   \
+  X(prefix##_64x128, Tile64x128, Math::math, Load::load, Epilogue::kTail)   \
+  X(prefix##_128x128, Tile128x128, Math::math, Load::load, Epilogue::kTail) \
+  X(prefix##_256x128, Tile256x128, Math::math, Load::load, Epilogue::kTail)
+#define FUSED_RESNET_FMA_TILES(X, prefix, math, load)                   \
+  X(prefix##_32x32, Tile32x32, Math::math, Load::load, Epilogue::kTail) \
+  X(prefix##_64x64, Tile64x64, Math::math, Load::load, Epilogue::kTail) \
+  X(prefix##_128x64, TileFma128x64, Math::math, Load::load, Epilogue::kTail)
 
 #define FUSED_RESNET_KERNELS_F16(X) FUSED_RESNET_TILES(X, conv_f16, kFloat16, kVector)
 #define FUSED_RESNET_KERNELS_BF16(X) FUSED_RESNET_TILES(X, conv_bf16, kBFloat16, kVector)
@@ -63,6 +68,23 @@ using TileFma128x64 = Tile<128, 64, 128, 3, 4, 1, 2>;
 #define FUSED_RESNET_KERNELS_GATHER_TF32(X) FUSED_RESNET_TILES(X, conv_gather_tf32, kTensorFloat32, kGather)
 #define FUSED_RESNET_KERNELS_GATHER_F32(X) FUSED_RESNET_FMA_TILES(X, conv_gather_f32, kFloat32, kGather)
 
+// Convolution with the statistics of its output: fewer tiles, since training has large batches.
+#define FUSED_RESNET_STATISTICS(X, symbol, tile, math, load) \
+  X(symbol, tile, Math::math, Load::load, Epilogue::kStatistics)
+#define FUSED_RESNET_KERNELS_STATS_F16(X)                                            \
+  FUSED_RESNET_STATISTICS(X, conv_f16_stats_64x64, Tile64x64, kFloat16, kVector)     \
+  FUSED_RESNET_STATISTICS(X, conv_f16_stats_128x128, Tile128x128, kFloat16, kVector) \
+  FUSED_RESNET_STATISTICS(X, conv_gather_f16_stats_64x64, Tile64x64, kFloat16, kGather)
+#define FUSED_RESNET_KERNELS_STATS_BF16(X)                                             \
+  FUSED_RESNET_STATISTICS(X, conv_bf16_stats_64x64, Tile64x64, kBFloat16, kVector)     \
+  FUSED_RESNET_STATISTICS(X, conv_bf16_stats_128x128, Tile128x128, kBFloat16, kVector) \
+  FUSED_RESNET_STATISTICS(X, conv_gather_bf16_stats_64x64, Tile64x64, kBFloat16, kGather)
+#define FUSED_RESNET_KERNELS_STATS_F32(X)                                                      \
+  FUSED_RESNET_STATISTICS(X, conv_tf32_stats_64x64, Tile64x64, kTensorFloat32, kVector)        \
+  FUSED_RESNET_STATISTICS(X, conv_f32_stats_64x64, Tile64x64, kFloat32, kVector)               \
+  FUSED_RESNET_STATISTICS(X, conv_gather_tf32_stats_64x64, Tile64x64, kTensorFloat32, kGather) \
+  FUSED_RESNET_STATISTICS(X, conv_gather_f32_stats_64x64, Tile64x64, kFloat32, kGather)
+
 #define FUSED_RESNET_KERNELS(X)       \
   FUSED_RESNET_KERNELS_F16(X)         \
   FUSED_RESNET_KERNELS_BF16(X)        \
@@ -71,6 +93,9 @@ using TileFma128x64 = Tile<128, 64, 128, 3, 4, 1, 2>;
   FUSED_RESNET_KERNELS_GATHER_F16(X)  \
   FUSED_RESNET_KERNELS_GATHER_BF16(X) \
   FUSED_RESNET_KERNELS_GATHER_TF32(X) \
-  FUSED_RESNET_KERNELS_GATHER_F32(X)
+  FUSED_RESNET_KERNELS_GATHER_F32(X)  \
+  FUSED_RESNET_KERNELS_STATS_F16(X)   \
+  FUSED_RESNET_KERNELS_STATS_BF16(X)  \
+  FUSED_RESNET_KERNELS_STATS_F32(X)
 
 }  // namespace fused_resnet

@@ -36,8 +36,9 @@ def compile(  # the name of the command: fused-resnet compile
     arguments, ``proj`` adds a projection (``CxHxWxSTRIDE``), ``splitk`` fixes the number of blocks that share one
     tile's sum, ``tile`` the tile configuration (``"128x64"``); by default the planner chooses both. The two eps are
     BatchNorm's. A text that begins with ``op=`` asks for a training pass instead, such as
-    ``"op=bn_stats,n=8,h=14,w=14,c=64,dtype=float16"`` (see :mod:`.training`). Raises ValueError for what the backend
-    refuses and RuntimeError where a compiler is missing.
+    ``"op=bn_stats,n=8,h=14,w=14,c=64,dtype=float16"`` (see :mod:`.training`), and ``op=conv_bn_stats`` before the
+    text of a problem for its convolution alone, with the statistics of its output. Raises ValueError for what the
+    backend refuses and RuntimeError where a compiler is missing.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -60,12 +61,22 @@ def compile(  # the name of the command: fused-resnet compile
     return launch
 
 
-def _compile_training(backend: str, arch: str, text: str, out_dir: Path, **options: object) -> Launch:
+def _compile_training(
+    backend: str, arch: str, text: str, out_dir: Path, *, proj: str | None, splitk: int | None, tile: str | None
+) -> Launch:
     from . import cuda, training
+    from .planner import CONV_STATS
 
     if backend != "cuda":
         raise ValueError(f"{backend}: no artifacts of training passes, expected the backend cuda")
-    for name, value in options.items():
+    op, _, rest = text.partition(",")
+    if op.strip() == f"op={CONV_STATS}" and proj is None:
+        problem, in_text = _split_options(rest)
+        problem = dataclasses.replace(problem, bn=False, activation="none", device_type="cuda")
+        return cuda.compile(
+            problem, arch, out_dir, splitk=splitk, tile=tile or in_text.get("tile"), statistics=True
+        )  # fmt: skip
+    for name, value in (("proj", proj), ("splitk", splitk), ("tile", tile)):
         if value is not None:
             raise ValueError(f"{name}: a training pass has none, got {value!r}")
     return cuda.compile_training(training.TrainingCall.parse(text), arch, out_dir)

@@ -30,11 +30,12 @@ def compile(
     tile: str | None = None,
     eps: float = 1e-5,
     proj_eps: float = 1e-5,
+    statistics: bool = False,
 ) -> Launch:
     """Plan ``problem``, compile the one kernel of the plan, and write the three files to ``out_dir``."""
     if problem.n == 0:
         raise ValueError("problem: n is 0, expected at least one image: for an empty batch nothing is launched")
-    launch = planner().plan(problem, arch, splitk=splitk, tile=tile, eps=eps, proj_eps=proj_eps)
+    launch = planner().plan(problem, arch, splitk=splitk, tile=tile, eps=eps, proj_eps=proj_eps, statistics=statistics)
     ptx, cubin = compile_kernel(planner().kernels[launch.kernel], arch)
     write(out_dir, launch, ptx, cubin)
     return launch

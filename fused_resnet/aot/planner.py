@@ -23,11 +23,13 @@ import platformdirs
 import torch
 
 from ..problem import Problem, dtype_name
-from .launch_json import Launch, by_value, default_bn_dtype, tensor_specs, workspace_spec
+from .launch_json import Launch, TensorSpec, by_value, default_bn_dtype, tensor_specs, workspace_spec
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 _ABSENT = -1
+#: The operation that a launch.json's problem names where the tail's kernel takes statistics instead.
+CONV_STATS = "conv_bn_stats"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class PlanRequest(ctypes.Structure):
         ("norm", _NormRequest),
         *_int32("projection proj_c proj_h proj_w proj_stride_h proj_stride_w"),
         ("proj_norm", _NormRequest),
-        *_int32("alignment tile_m tile_n splits"),
+        *_int32("alignment tile_m tile_n splits statistics"),
     ]
 
 
@@ -79,8 +81,8 @@ class DeviceProperties(ctypes.Structure):
     _fields_ = _int32("sm_count capability shared_bytes_per_block shared_bytes_per_sm")
 
 
-_TENSORS = 17
-_PARAMS_BYTES = 416
+_TENSORS = 19
+_PARAMS_BYTES = 432
 
 
 class Plan(ctypes.Structure):
@@ -99,7 +101,7 @@ class Plan(ctypes.Structure):
 class _KernelInfo(ctypes.Structure):
     _fields_ = [
         ("symbol", ctypes.c_char_p),
-        *_int32("tile_m tile_n depth_bytes stages threads blocks_per_sm shared_bytes park_bytes math load"),
+        *_int32("tile_m tile_n depth_bytes stages threads blocks_per_sm shared_bytes park_bytes math load epilogue"),
     ]
 
 
@@ -123,12 +125,14 @@ class Kernel(Entry):
     park_bytes: int
     math: str
     load: str
+    epilogue: str  # "tail" or "statistics"
     header = "kernel_entry.cuh"
     parameters = "ConvParams"
 
 
 _MATHS = ("float16", "bfloat16", "tf32", "float32")
 _LOADS = ("vector", "gather")
+_EPILOGUES = ("tail", "statistics")
 
 _SOURCES = ("plan.cpp", "schedule.cpp", "bn_plan.cpp", "c_api.cpp")
 # c_api.cpp also offers to launch; that part needs the CUDA runtime and is not wanted here.
@@ -248,6 +252,7 @@ class Planner:
             kernels[symbol] = Kernel(
                 symbol, f"FUSED_RESNET_DEFINE_KERNEL({' '.join(row.split())})", info.threads, info.shared_bytes,
                 f"{info.tile_m}x{info.tile_n}", info.park_bytes, _MATHS[info.math], _LOADS[info.load],
+                _EPILOGUES[info.epilogue],
             )  # fmt: skip
         return kernels
 
@@ -263,10 +268,12 @@ class Planner:
         alignment: int = 16,
         bn_dtype: torch.dtype | None = None,
         device: Device | None = None,
+        statistics: bool = False,
     ) -> Launch:
         """What the extension would launch for dense channels_last tensors at multiples of ``alignment`` bytes.
 
-        ValueError with the planner's sentence where it refuses.
+        With ``statistics`` it is the convolution of a training tail: y alone, and the mean and variance of its
+        channels. ValueError with the planner's sentence where it refuses.
         """
         device = device or device_for(arch)
         bn_dtype = bn_dtype or default_bn_dtype(problem)
@@ -275,6 +282,9 @@ class Planner:
         if tile is not None:
             request.tile_m, request.tile_n = _tile(tile)
         request.splits = splitk or 0
+        request.statistics = int(statistics)
+        if statistics:
+            specs |= {name: TensorSpec("float32", (problem.k,), (1,), 4) for name in ("mean", "var")}
         plan = self.ask(request, device)
         used = {name: slot for slot, name in enumerate(self.tensor_names) if plan.alignment[slot]}
         if plan.workspace_bytes:
@@ -290,7 +300,7 @@ class Planner:
             tensors={
                 name: dataclasses.replace(spec, alignment=plan.alignment[used[name]]) for name, spec in specs.items()
             },
-            problem=str(problem),
+            problem=f"op={CONV_STATS},{problem}" if statistics else str(problem),
             eps=eps,
             proj_eps=proj_eps,
             workspace_initial="zeros" if plan.counter_bytes else None,

@@ -189,6 +189,39 @@ def direct(module: ModuleType, runtime: ctypes.CDLL) -> None:
     assert 10 < straight < 50
 
 
+def statistics(module: ModuleType, runtime: ctypes.CDLL) -> None:
+    """The convolution with statistics, on tensors of any strides and alignment: one launch, y to the bit."""
+    rng = random.Random(4)
+    count = 0
+    while count < 16:
+        tail = make_call(rng)._replace(residual=None, proj_x=None, proj=None, activation="none")
+        tail = tail._replace(conv=ConvBN(tail.conv.weight, bias=tail.conv.bias))
+        if tail.x.numel() == 0:
+            continue
+        count += 1
+        conv = tail.conv
+        y, mean, var = torch.ops.fused_resnet_C.cuda_conv_stats(
+            tail.x, conv.weight, conv.bias, tail.stride, tail.padding, tail.dilation, 1, False
+        )
+        expect_exact(tail, y)
+        assert y.is_contiguous(memory_format=CHANNELS_LAST)
+        exact = torch.var_mean(y.double(), dim=(0, 2, 3), correction=0)
+        torch.testing.assert_close(mean.double(), exact[1], rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(var.double(), exact[0], rtol=1e-5, atol=1e-5)
+        assert runtime.ptxi_cudart_launches() == count
+    x, weight = torch.zeros(1, 8, 4, 4), torch.zeros(8, 4, 1, 1)
+
+    def message(x: torch.Tensor) -> str:
+        try:
+            torch.ops.fused_resnet_C.cuda_conv_stats(x, weight, None, [1, 1], [0, 0], [1, 1], 2, False)
+        except ValueError as error:
+            return str(error)
+        raise AssertionError("no error")
+
+    assert "x: expected at least one element" in message(x[:0])
+    assert "cuda: groups must be 1, got 2" in message(x)
+
+
 def training(module: ModuleType, runtime: ctypes.CDLL) -> None:
     """The training backend: any mix of dtypes and alignments, one launch a pass, to the bit what eager gives."""
     rng = random.Random(3)
@@ -270,9 +303,7 @@ def training_errors(module: ModuleType, runtime: ctypes.CDLL) -> None:
     assert runtime.ptxi_cudart_launches() == 0
 
 
-CHECKS = {
-    "operator": operator, "errors": errors, "direct": direct, "training": training, "training_errors": training_errors,
-}  # fmt: skip
+CHECKS = {check.__name__: check for check in (operator, errors, direct, statistics, training, training_errors)}
 
 if __name__ == "__main__":
     loaded = load(sys.argv[1])

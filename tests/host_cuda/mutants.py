@@ -17,7 +17,7 @@ class Mutant:
     find: str
     put: str
     test: str  # "host:kernel:<symbol>", "host:banks:<symbol>", "host:split", "ptx:kernel:<symbol>", "ptx:split", "static:<symbol>";
-    # of the training passes "host:pass:<op>", "host:parts:<op>", "host:mean", "host:pass_nan:<op>", "ptx:pass:<op>", "ptx:parts:<op>", "static:pass:<op>"
+    # of the training passes "host:pass:<op>", "host:parts:<op>", "host:mean", "host:pass_nan:<op>", "host:stats:<symbol>", "host:stats_groups", "ptx:pass:<op>", "ptx:parts:<op>", "static:pass:<op>"
 
 
 GEMM, VECTOR, GATHER, MMA = "implicit_gemm.cuh", "load_vector.cuh", "load_gather.cuh", "warp_mma.cuh"
@@ -31,6 +31,7 @@ WALK, REDUCE, MOMENTS, BN_PLAN, BN_LIST = (
     "bn_plan.cpp",
     "bn_kernels.h",
 )
+STATISTICS, F16_STATS = "statistics.cuh", "host:stats:conv_f16_stats_64x64"
 STATS, APPLY, SUMS, BACKWARD = "bn_stats", "bn_apply_add_relu", "bn_backward_reduce", "bn_backward_apply"
 F16, F16_SMALL, F16_LARGE = "host:kernel:conv_f16_64x64", "host:kernel:conv_f16_32x32", "host:kernel:conv_f16_128x128"
 GATHERED = "host:kernel:conv_gather_f16_32x32"
@@ -156,4 +157,16 @@ MUTANTS = (
     Mutant("parts_counter_not_reset", PRIMITIVES, '"r"(blocks - 1)', '"r"(blocks)', f"ptx:parts:{STATS}"),
     Mutant("registers_for_four_blocks", BN_LIST, "kBackwardReduce, 2, 2)", "kBackwardReduce, 4, 4)", f"static:pass:{SUMS}"),
     Mutant("packets_of_four_halves", BN_LIST, "X(prefix##_f16, pass, 8, kFloat16, 1, one)", "X(prefix##_f16, pass, 4, kFloat16, 1, one)", f"static:pass:{APPLY}"),
+    # ---- the convolution with statistics
+    Mutant("pixels_behind_the_last_stored", STATISTICS, "exists[b] = pixel < params.pixels;", "exists[b] = true;", F16_STATS),
+    Mutant("pixels_behind_the_last_counted", STATISTICS, "if (exists[b]) sum =", "sum =", F16_STATS),
+    Mutant("last_tile_whole", STATISTICS, "end == tiles ? pixels : end * Tile::kM", "end * Tile::kM", F16_STATS),
+    Mutant("moments_over_the_staged_rows", STATISTICS, "__syncthreads();  // the last pass has been read: its memory now takes the moments", "", F16_STATS),
+    Mutant("bias_not_added", STATISTICS, "add_rn(float_of(words.w[e]), bias[i + e])", "float_of(words.w[e])", F16_STATS),
+    Mutant("mean_of_the_batch_over_all_rows", STATISTICS, "inverse = div_rn(1.0f, rows)", "inverse = 1.0f / kBatch", F16_STATS),
+    Mutant("group_behind_the_end", STATISTICS, "return end < tiles ? end : tiles;", "return end;", "host:stats_groups"),
+    Mutant("first_group_forgotten", STATISTICS, "kPartBytes, kPitch, 0, column.groups,", "kPartBytes, kPitch, 1, column.groups,", "host:stats_groups"),
+    Mutant("groups_share_their_parts", STATISTICS, "column.group_parts + int64_t{group} * kPartBytes", "column.group_parts", "host:stats_groups"),
+    Mutant("no_room_for_the_groups", PLAN, "plan.params.tiles_n * (groups + tiles) * 2", "plan.params.tiles_n * tiles * 2", F16_STATS),
+    Mutant("statistics_of_a_wide_odd_row", PLAN, "q.k % count == 0 && alignment", "alignment", F16_STATS),
 )  # fmt: skip

@@ -19,6 +19,7 @@ from toolchain import why_not
 if reason := why_not("g++"):
     pytest.skip(reason, allow_module_level=True)
 
+import test_host_conv_stats
 import test_host_cuda
 import test_host_training
 from host_cuda.host import HostCuda, HostCudaError
@@ -46,11 +47,16 @@ def run_host(test: str, csrc: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(test_host_cuda, "host", lambda: mutated)
     patch.setattr(test_host_cuda, "planner", lambda: mutated.planner)
     patch.setattr(test_host_training, "host", lambda: mutated)
+    patch.setattr(test_host_conv_stats, "host", lambda: mutated)
     kind, _, symbol = test.partition(":")
     if kind == "pass":
         test_host_training.test_pass(symbol)
     elif kind == "passes":
         test_host_training.test_activation_traffic_is_ten_tensors_and_three_masks(test_host_training.HALF)
+    elif kind == "stats":
+        test_host_conv_stats.test_kernel(symbol)
+    elif kind == "stats_groups":
+        test_host_conv_stats.test_groups_of_tiles_in_any_order()
     elif kind == "pass_nan":
         test_host_training.test_nan_as_in_eager(symbol)
     elif kind == "parts":

@@ -1,0 +1,3 @@
+#include "kernel_entry.cuh"
+
+FUSED_RESNET_KERNELS_STATS_BF16(FUSED_RESNET_DEFINE_KERNEL)
