@@ -53,6 +53,20 @@ struct ConvKernel {
   void (*run_piece)(const ConvProblem& problem, const ConvPlan& plan, int64_t piece, float* scratch);
 };
 
+// A max pool after the convolution: p x q windows, padded with minus infinity.
+struct Pool {
+  int64_t window_h, window_w, stride_h, stride_w, pad_h, pad_w, p, q;
+};
+constexpr int64_t kMaxWindow = 8;  // rows of a window
+
+// Convolution, epilogue and max pool in one pass, with the weights of the direct kernel.
+struct PooledKernel {
+  int64_t (*scratch_floats)(const ConvShape& shape, const Pool& pool);
+  // Rows [first, last) of windows of one image; problem.y is the pooled output, dense.
+  void (*run)(const ConvProblem& problem, const Pool& pool, int64_t image, int64_t first, int64_t last,
+              float* scratch);
+};
+
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }

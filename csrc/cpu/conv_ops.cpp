@@ -1,7 +1,8 @@
-// fused_resnet_C::conv_pack and conv_fused: arguments -> problem -> threads.
+// fused_resnet_C::conv_pack, conv_fused and conv_max_pool: arguments -> problem -> threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -52,18 +53,16 @@ void pixel_strides(const Tensor& t, int64_t out[3]) {
   out[0] = t.stride(0), out[1] = t.stride(2), out[2] = t.stride(3);
 }
 
-Tensor conv_fused(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter, int64_t m,
-                  const std::string& isa, const std::vector<int64_t>& stride,
-                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                  const OptionalTensor& bias, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
-                  const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
-                  const OptionalTensor& residual, int64_t activation, bool fresh) {
+// Sizes and pointers of x and the weights; the rest of the problem is for the caller.
+ConvProblem read_problem(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter,
+                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                         const std::vector<int64_t>& dilation) {
   check(x.dim() == 4, "x", "4 dimensions", x.dim());
   check(x.scalar_type() == ScalarType::Float, "x", "dtype float32", "another one");
   check(filter.size() == 3, "filter", "K, R and S", filter.size(), " numbers");
   check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, "stride, padding, dilation",
         "two numbers each", stride.size(), ", ", padding.size(), ", ", dilation.size());
-  ConvProblem problem;
+  ConvProblem problem{};
   ConvShape& shape = problem.shape;
   shape.n = x.size(0), shape.c = x.size(1), shape.h = x.size(2), shape.w = x.size(3);
   shape.k = filter[0], shape.r = filter[1], shape.s = filter[2];
@@ -75,17 +74,36 @@ Tensor conv_fused(const Tensor& x, const Tensor& packed, const std::vector<int64
   const int64_t room_w = shape.w + 2 * shape.pad_w - shape.dilation_w * (shape.s - 1) - 1;
   check(room_h >= 0 && room_w >= 0, "x", "an image no smaller than the filter", shape_of(x));
   shape.p = room_h / shape.stride_h + 1, shape.q = room_w / shape.stride_w + 1;
+  check(shape.c == 1 || x.stride(1) == 1, "x", "channels innermost", "channel stride ", x.stride(1));
+  problem.x = static_cast<const float*>(x.const_data_ptr());
+  pixel_strides(x, problem.x_stride);
+  problem.weights = static_cast<const float*>(packed.const_data_ptr());
+  return problem;
+}
+
+void check_packed(const Tensor& packed, const ConvKernel& kernel, const ConvShape& shape) {
+  check(packed.numel() == kernel.weight_floats(shape), "packed", "what conv_pack made for this filter",
+        packed.numel(), " values");
+}
+
+Tensor empty_output(int64_t n, int64_t k, int64_t p, int64_t q) {
+  return torch::stable::empty({n, k, p, q}, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
+                              MemoryFormat::ChannelsLast);
+}
+
+Tensor conv_fused(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter, int64_t m,
+                  const std::string& isa, const std::vector<int64_t>& stride,
+                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                  const OptionalTensor& bias, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+                  const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
+                  const OptionalTensor& residual, int64_t activation, bool fresh) {
+  ConvProblem problem = read_problem(x, packed, filter, stride, padding, dilation);
+  const ConvShape& shape = problem.shape;
   const ConvKernel& kernel = kernel_for(m, fresh, isa, shape);
   check(m == 0 ||
             (shape.stride_h == 1 && shape.stride_w == 1 && shape.dilation_h == 1 && shape.dilation_w == 1),
         "m", "0 unless stride and dilation are 1", m);
-  check(shape.c == 1 || x.stride(1) == 1, "x", "channels innermost", "channel stride ", x.stride(1));
-  check(packed.numel() == kernel.weight_floats(shape), "packed", "what conv_pack made for this filter",
-        packed.numel(), " values");
-  problem.x = static_cast<const float*>(x.const_data_ptr());
-  pixel_strides(x, problem.x_stride);
-  problem.weights = static_cast<const float*>(packed.const_data_ptr());
-  problem.residual = nullptr;
+  check_packed(packed, kernel, shape);
   if (residual.has_value()) {
     const Tensor& t = *residual;
     check(t.scalar_type() == ScalarType::Float, "residual", "dtype float32", "another one");
@@ -103,8 +121,7 @@ Tensor conv_fused(const Tensor& x, const Tensor& packed, const std::vector<int64
   problem.shift = bn.shift.data();
   problem.activation = activation_from(activation);
 
-  Tensor y = torch::stable::empty({shape.n, shape.k, shape.p, shape.q}, ScalarType::Float, std::nullopt,
-                                  std::nullopt, std::nullopt, MemoryFormat::ChannelsLast);
+  Tensor y = empty_output(shape.n, shape.k, shape.p, shape.q);
   if (shape.n == 0) return y;
   problem.y = static_cast<float*>(y.mutable_data_ptr());
   problem.y_stride[0] = shape.p * shape.q * shape.k;
@@ -119,10 +136,59 @@ Tensor conv_fused(const Tensor& x, const Tensor& packed, const std::vector<int64
   return y;
 }
 
+// pool: window, stride and padding, two numbers each.
+Tensor conv_max_pool(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter,
+                     const std::string& isa, const std::vector<int64_t>& stride,
+                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                     const OptionalTensor& bias, const OptionalTensor& bn_weight,
+                     const OptionalTensor& bn_bias, const OptionalTensor& running_mean,
+                     const OptionalTensor& running_var, double eps, int64_t activation,
+                     const std::vector<int64_t>& pool_sizes) {
+  ConvProblem problem = read_problem(x, packed, filter, stride, padding, dilation);
+  const ConvShape& shape = problem.shape;
+  check_packed(packed, kernel_for(0, false, isa, shape), shape);
+  check(pool_sizes.size() == 6, "pool", "window, stride and padding, two numbers each", pool_sizes.size(),
+        " numbers");
+  Pool pool{pool_sizes[0], pool_sizes[1], pool_sizes[2], pool_sizes[3], pool_sizes[4], pool_sizes[5], 0, 0};
+  check(pool.window_h > 0 && pool.window_w > 0 && pool.window_h <= kMaxWindow, "pool window",
+        "1 to 8 rows and at least one column", pool.window_h, " x ", pool.window_w);
+  check(pool.stride_h > 0 && pool.stride_w > 0, "pool stride", "positive numbers", pool.stride_h, ", ",
+        pool.stride_w);
+  // Half a window at most, as torch has it: so every window holds a pixel.
+  check(pool.pad_h >= 0 && pool.pad_w >= 0 && 2 * pool.pad_h <= pool.window_h &&
+            2 * pool.pad_w <= pool.window_w,
+        "pool padding", "at most half the window", pool.pad_h, ", ", pool.pad_w);
+  const int64_t room_h = shape.p + 2 * pool.pad_h - pool.window_h,
+                room_w = shape.q + 2 * pool.pad_w - pool.window_w;
+  check(room_h >= 0 && room_w >= 0, "pool window", "no larger than the padded image", pool.window_h, " x ",
+        pool.window_w);
+  pool.p = room_h / pool.stride_h + 1, pool.q = room_w / pool.stride_w + 1;
+  const ScaleShift bn({bias, bn_weight, bn_bias, running_mean, running_var, eps}, shape.k);
+  problem.scale = bn.scale.data();
+  problem.shift = bn.shift.data();
+  problem.activation = activation_from(activation);
+
+  Tensor y = empty_output(shape.n, shape.k, pool.p, pool.q);
+  if (shape.n == 0) return y;
+  problem.y = static_cast<float*>(y.mutable_data_ptr());
+  const PooledKernel& kernel = (isa.empty() ? kernels() : *kernels_for(isa.c_str())).pooled;
+  // Parts of one image share a row or two of the convolution, so there are no more than the threads need.
+  const int64_t parts = std::min(pool.p, ceil_div(torch::stable::get_num_threads(), shape.n));
+  torch::stable::parallel_for(0, shape.n * parts, 1, [&](int64_t begin, int64_t end) {
+    float* scratch = thread_scratch(kernel.scratch_floats(shape, pool));
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t part = piece % parts;
+      kernel.run(problem, pool, piece / parts, pool.p * part / parts, pool.p * (part + 1) / parts, scratch);
+    }
+  });
+  return y;
+}
+
 }  // namespace
 }  // namespace fused_resnet::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CPU, m) {
   m.impl("conv_pack", TORCH_BOX(&fused_resnet::cpu::conv_pack));
   m.impl("conv_fused", TORCH_BOX(&fused_resnet::cpu::conv_fused));
+  m.impl("conv_max_pool", TORCH_BOX(&fused_resnet::cpu::conv_max_pool));
 }

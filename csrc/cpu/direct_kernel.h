@@ -103,15 +103,31 @@ struct DirectImpl {
     }
   }
 
+  // An output pixel and where its window begins in the input. Stepping from one to the next saves four
+  // divisions a pixel.
+  struct Window {
+    const ConvShape& shape;
+    int64_t image, p, q;
+    Window(const ConvShape& s, int64_t pixel)
+        : shape(s), image(pixel / (s.p * s.q)), p(pixel / s.q % s.p), q(pixel % s.q) {}
+    void step() {
+      if (++q < shape.q) return;
+      q = 0;
+      if (++p < shape.p) return;
+      p = 0;
+      ++image;
+    }
+    int64_t top() const { return p * shape.stride_h - shape.pad_h; }
+    int64_t left() const { return q * shape.stride_w - shape.pad_w; }
+  };
+
   // The inputs of one output pixel, tap by tap: put(depth index, pointer to C floats, or nullptr for
   // padding).
   template <class Put>
-  static FR_INLINE void visit_taps(const ConvProblem& problem, int64_t pixel, Put&& put) {
+  static FR_INLINE void visit_taps(const ConvProblem& problem, const Window& window, Put&& put) {
     const ConvShape& shape = problem.shape;
-    const int64_t image = pixel / (shape.p * shape.q);
-    const int64_t top = pixel / shape.q % shape.p * shape.stride_h - shape.pad_h;
-    const int64_t left = pixel % shape.q * shape.stride_w - shape.pad_w;
-    const float* x = problem.x + image * problem.x_stride[0];
+    const int64_t top = window.top(), left = window.left();
+    const float* x = problem.x + window.image * problem.x_stride[0];
     int64_t depth = 0;
     for (int64_t r = 0; r < shape.r; ++r) {
       const int64_t h = top + r * shape.dilation_h;
@@ -129,24 +145,22 @@ struct DirectImpl {
   }
 
   // Whole vectors where there is one, the last overlapping the one before: nothing beyond `count` is touched.
-  static void copy(const float* from, float* to, int64_t count) {
+  static FR_INLINE void copy(const float* from, float* to, int64_t count) {
     if (count < kLanes) {
       for (int64_t i = 0; i < count; ++i) to[i] = from[i];
       return;
     }
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const int64_t at = std::min<int64_t>(i, count - kLanes);
-      store<kLanes>(to + at, load<kLanes>(from + at));
-    }
+    for (int64_t i = 0; i + kLanes < count; i += kLanes) store<kLanes>(to + i, load<kLanes>(from + i));
+    store<kLanes>(to + count - kLanes, load<kLanes>(from + count - kLanes));
   }
 
   // The inputs of one output pixel in a line. Where pixels lie side by side, a whole row of the filter is
   // copied at once: a stem's 7 taps of 3 channels are 21 values.
-  static void put_in_line(const ConvProblem& problem, int64_t pixel, float* line) {
+  static FR_INLINE void put_in_line(const ConvProblem& problem, const Window& window, float* line) {
     const ConvShape& shape = problem.shape;
     const int64_t c = shape.c;
     if (shape.dilation_w != 1 || problem.x_stride[2] != c) {
-      visit_taps(problem, pixel, [&](int64_t depth, const float* from) FR_LAMBDA {
+      visit_taps(problem, window, [&](int64_t depth, const float* from) FR_LAMBDA {
         if (from != nullptr) {
           copy(from, line + depth, c);
         } else {
@@ -155,50 +169,88 @@ struct DirectImpl {
       });
       return;
     }
-    const int64_t image = pixel / (shape.p * shape.q);
-    const int64_t top = pixel / shape.q % shape.p * shape.stride_h - shape.pad_h;
-    const int64_t left = pixel % shape.q * shape.stride_w - shape.pad_w;
+    const int64_t top = window.top(), left = window.left();
     const int64_t first = std::clamp<int64_t>(-left, 0, shape.s);  // the taps inside the image
     const int64_t last = std::clamp<int64_t>(shape.w - left, first, shape.s);
-    const float* x = problem.x + image * problem.x_stride[0] + (left + first) * c;
+    const float* x = problem.x + window.image * problem.x_stride[0] + (left + first) * c;
     for (int64_t r = 0; r < shape.r; ++r, line += shape.s * c) {
       const int64_t h = top + r * shape.dilation_h;
       if (h < 0 || h >= shape.h) {
         std::fill_n(line, shape.s * c, 0.0f);
         continue;
       }
-      std::fill_n(line, first * c, 0.0f);
+      if (first > 0) std::fill_n(line, first * c, 0.0f);
       copy(x + h * problem.x_stride[1], line + first * c, (last - first) * c);
-      std::fill_n(line + last * c, (shape.s - last) * c, 0.0f);
+      if (last < shape.s) std::fill_n(line + last * c, (shape.s - last) * c, 0.0f);
     }
   }
 
-  static void gather(const ConvProblem& problem, int64_t pixel, const float* zeros, float* line, float* v,
-                     int64_t v_chunk) {
-    const int64_t c = problem.shape.c;
+  // V of a block of pixels; `lines` has room for all of them.
+  static void gather(const ConvProblem& problem, int64_t first_pixel, int64_t pixels, const float* zeros,
+                     float* lines, float* v) {
+    const int64_t c = problem.shape.c, depth = depth_of(problem.shape), v_chunk = pixels * kChunk;
+    Window window(problem.shape, first_pixel);
     if (c % kChunk == 0) {
-      visit_taps(problem, pixel, [&](int64_t depth, const float* from) FR_LAMBDA {
-        const int64_t step = from != nullptr ? kChunk : 0;
-        if (from == nullptr) from = zeros;
-        float* to = v + depth / kChunk * v_chunk;
-        for (int64_t i = 0; i < c; i += kChunk, from += step, to += v_chunk) copy_chunk(from, to);
-      });
+      for (int64_t i = 0; i < pixels; ++i, v += kChunk, window.step()) {
+        visit_taps(problem, window, [&](int64_t at, const float* from) FR_LAMBDA {
+          const int64_t step = from != nullptr ? kChunk : 0;
+          if (from == nullptr) from = zeros;
+          float* to = v + at / kChunk * v_chunk;
+          for (int64_t j = 0; j < c; j += kChunk, from += step, to += v_chunk) copy_chunk(from, to);
+        });
+      }
       return;
     }
-    put_in_line(problem, pixel, line);
-    const int64_t depth = depth_of(problem.shape);  // beyond the last tap `line` is zero
-    for (int64_t i = 0; i < depth; i += kChunk, v += v_chunk) copy_chunk(line + i, v);
+    // All lines first: a chunk read back at once would wait for the stores that it spans.
+    const int64_t taps = problem.shape.r * problem.shape.s * c;
+    for (int64_t i = 0; i < pixels; ++i, window.step()) {
+      put_in_line(problem, window, lines + i * depth);
+      std::fill_n(lines + i * depth + taps, depth - taps, 0.0f);
+    }
+    for (int64_t i = 0; i < pixels; ++i, v += kChunk) {
+      float* to = v;
+      for (int64_t j = 0; j < depth; j += kChunk, to += v_chunk) copy_chunk(lines + i * depth + j, to);
+    }
   }
 
   static ConvPlan plan(const ConvShape& shape, int threads) {
-    const int64_t cache = level2_cache_bytes() / int64_t(sizeof(float)), depth = depth_of(shape);
+    const int64_t cache = level2_cache_bytes() / int64_t(sizeof(float));
     // Weights that stay in the cache are read again for each group of pixels, whose inputs stay in the
     // first-level cache meanwhile. Weights from beyond it are worth a few groups.
     const bool weights_stay = weight_floats(shape) <= cache / 2;
     ConvPlan plan = cut(shape.n * shape.p * shape.q, (weights_stay ? 1 : 4) * Block::kRows,
                         ceil_div(shape.k, kPanel), threads, weights_stay);
-    plan.scratch_floats = kChunk + depth + plan.rows_per_block * depth;
+    plan.scratch_floats = scratch_floats(shape, plan.rows_per_block);
     return plan;
+  }
+
+  static int64_t scratch_floats(const ConvShape& shape, int64_t pixels) {
+    return kChunk + (shape.c % kChunk == 0 ? 1 : 2) * pixels * depth_of(shape);
+  }
+
+  // Output pixels [first_pixel, first_pixel + pixels) and panels [first_panel, last_panel); the first pixel
+  // is written to problem.y + out.
+  static void compute(const ConvProblem& problem, int64_t first_pixel, int64_t pixels, int64_t first_panel,
+                      int64_t last_panel, int64_t out, float* scratch) {
+    const int64_t depth = depth_of(problem.shape), k = problem.shape.k;
+    float* zeros = scratch;
+    float* v = zeros + kChunk;
+    float* lines = v + pixels * depth;
+
+    std::fill_n(zeros, kChunk, 0.0f);
+    gather(problem, first_pixel, pixels, zeros, lines, v);
+    const OutputBounds bounds(problem.activation);
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const float* u = problem.weights + panel * depth * kPanel;
+      const float* next =
+          panel + 1 < last_panel ? u + depth * kPanel : problem.weights + first_panel * depth * kPanel;
+      for_groups<Block, FinishProducts>(
+          pixels, [&](auto kernel, int64_t first, int64_t group, int64_t groups) {
+            kernel(v + first * kChunk, pixels * kChunk, depth / kChunk, u,
+                   fetch_panel<Block>(next, depth * kPanel, group, groups), problem, panel * kPanel, bounds,
+                   out + first * k + panel * kPanel);
+          });
+    }
   }
 
   static void run_piece(const ConvProblem& problem, const ConvPlan& plan, int64_t piece, float* scratch) {
@@ -206,27 +258,7 @@ struct DirectImpl {
     const int64_t pixels = std::min(plan.rows_per_block, plan.rows - first_pixel);
     const int64_t first_panel = piece % plan.k_blocks * plan.panels_per_block;
     const int64_t last_panel = std::min(first_panel + plan.panels_per_block, plan.panels);
-    const int64_t depth = depth_of(problem.shape), k = problem.shape.k;
-    float* zeros = scratch;
-    float* line = zeros + kChunk;
-    float* v = line + depth;
-
-    std::fill_n(zeros, kChunk + depth, 0.0f);
-    for (int64_t i = 0; i < pixels; ++i) {
-      gather(problem, first_pixel + i, zeros, line, v + i * kChunk, pixels * kChunk);
-    }
-    const OutputBounds bounds(problem.activation);
-    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      const float* u = problem.weights + panel * depth * kPanel;
-      const float* next =
-          panel + 1 < last_panel ? u + depth * kPanel : problem.weights + first_panel * depth * kPanel;
-      for_groups<Block, FinishProducts>(pixels, [&](auto kernel, int64_t first, int64_t group,
-                                                    int64_t groups) {
-        const int64_t out = (first_pixel + first) * k + panel * kPanel;
-        kernel(v + first * kChunk, pixels * kChunk, depth / kChunk, u,
-               fetch_panel<Block>(next, depth * kPanel, group, groups), problem, panel * kPanel, bounds, out);
-      });
-    }
+    compute(problem, first_pixel, pixels, first_panel, last_panel, first_pixel * problem.shape.k, scratch);
   }
 
   static constexpr ConvKernel kernel() { return {kPanel, &weight_floats, &pack_weights, &plan, &run_piece}; }

@@ -10,6 +10,7 @@ namespace fused_resnet::cpu {
 struct Kernels {
   const char* isa;  // "avx512", "avx2" or "portable"
   ConvKernel direct, winograd2, winograd4, fresh_winograd2, fresh_winograd4;
+  PooledKernel pooled;
   EpilogueKernel epilogue;
 };
 

@@ -17,6 +17,7 @@
   #endif
   #include "direct_kernel.h"
   #include "epilogue_kernel.h"
+  #include "pooled_kernel.h"
   #include "winograd_fresh.h"
   #include "winograd_kernel.h"
 
@@ -28,6 +29,7 @@ const Kernels kKernelsAvx2 = {"avx2",
                               WinogradImpl<Avx2, Winograd<4>>::kernel(),
                               FreshWinogradImpl<Avx2, Winograd<2>>::kernel(),
                               FreshWinogradImpl<Avx2, Winograd<4>>::kernel(),
+                              PooledImpl<Avx2>::kernel(),
                               EpilogueImpl<Avx2::kLanes>::kernel()};
 }  // namespace fused_resnet::cpu
   #if defined(__clang__)

@@ -18,6 +18,7 @@
   #endif
   #include "direct_kernel.h"
   #include "epilogue_kernel.h"
+  #include "pooled_kernel.h"
   #include "winograd_fresh.h"
   #include "winograd_kernel.h"
 
@@ -29,6 +30,7 @@ const Kernels kKernelsAvx512 = {"avx512",
                                 WinogradImpl<Avx512, Winograd<4>>::kernel(),
                                 FreshWinogradImpl<Avx512, Winograd<2>>::kernel(),
                                 FreshWinogradImpl<Avx512, Winograd<4>>::kernel(),
+                                PooledImpl<Avx512>::kernel(),
                                 EpilogueImpl<Avx512::kLanes>::kernel()};
 }  // namespace fused_resnet::cpu
   #if defined(__clang__)

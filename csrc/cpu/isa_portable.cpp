@@ -2,6 +2,7 @@
 #include "direct_kernel.h"
 #include "epilogue_kernel.h"
 #include "isa.h"
+#include "pooled_kernel.h"
 #include "winograd_fresh.h"
 #include "winograd_kernel.h"
 
@@ -13,5 +14,6 @@ const Kernels kKernelsPortable = {"portable",
                                   WinogradImpl<Portable, Winograd<4>>::kernel(),
                                   FreshWinogradImpl<Portable, Winograd<2>>::kernel(),
                                   FreshWinogradImpl<Portable, Winograd<4>>::kernel(),
+                                  PooledImpl<Portable>::kernel(),
                                   EpilogueImpl<Portable::kLanes>::kernel()};
 }  // namespace fused_resnet::cpu
