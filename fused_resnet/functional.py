@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops as _ops  # registers the operators
@@ -24,6 +25,7 @@ __all__ = [
     "bn_add_relu",
     "bn_add_relu_train",
     "conv_bn_add_relu",
+    "conv_bn_add_relu_max_pool",
     "conv_bn_add_relu_train",
     "conv_bn_branch",
     "conv_bn_proj_add_relu",
@@ -118,6 +120,59 @@ def conv_bn_add_relu(
     if tail is not None:
         _direct.remember(tail, backend)
     return y
+
+
+def conv_bn_add_relu_max_pool(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    window: Pair,
+    pool_stride: Pair,
+    pool_padding: Pair = 0,
+    eps: float = 1e-5,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    activation: str = "relu",
+    backend: str = "auto",
+    cache_weights: bool = False,
+    winograd: str = "auto",
+) -> Tensor:
+    """``max_pool2d(conv_bn_add_relu(x, ...), window, pool_stride, pool_padding)``: the stem of a network.
+
+    On the CPU, in float32 and without gradients, one pass from the third call of a signature on: the convolution's
+    output, the largest tensor of a ResNet, never goes to memory. Elsewhere it is the two functions one after the
+    other. The result is the same to the bit.
+
+    Args:
+        window, pool_stride, pool_padding: of the max pool, as in :func:`torch.nn.functional.max_pool2d`.
+
+    All other arguments, gradients and errors are those of :func:`conv_bn_add_relu`; the result has shape
+    ``[N, K, P', Q']`` with the pool's ``P' x Q'``.
+    """
+    pool = (pair("window", window), pair("pool_stride", pool_stride), pair("pool_padding", pool_padding))
+    stride, padding, dilation = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
+    if not torch.compiler.is_compiling() and _direct.quiet():
+        conv = ConvBN(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
+        tail = Tail(
+            x, conv, None, stride, padding, dilation, groups, activation,
+            None, None, (1, 1), cache_weights, winograd,
+        )  # fmt: skip
+        run = _direct.find_with_max_pool(tail, backend, pool)
+        if run is not None:
+            return run(tail)
+    y = conv_bn_add_relu(
+        x, weight, bias, bn_weight, bn_bias, running_mean, running_var,
+        eps=eps, stride=stride, padding=padding, dilation=dilation, groups=groups, activation=activation,
+        backend=backend, cache_weights=cache_weights, winograd=winograd,
+    )  # fmt: skip
+    return F.max_pool2d(y, *pool)
 
 
 def conv_bn_proj_add_relu(

@@ -123,12 +123,17 @@ class ResNet(_Fused):
         yield "bn1", self.bn1
         yield "relu", self.relu
 
+    def _stem(self, x: Tensor) -> Tensor:
+        options = ("relu", self.backend, self.winograd)
+        if tails.is_plain_max_pool(self.maxpool) and tails.why_not_bypassed(self.maxpool) is None:
+            return tails.conv_bn_act_max_pool(self.conv1, self.bn1, self.maxpool, x, *options)  # type: ignore[arg-type]
+        return self.maxpool(tails.conv_bn_act(self.conv1, self.bn1, x, None, *options))
+
     def forward(self, x: Tensor) -> Tensor:
         if self.why_not_fused() is None:
-            x = tails.conv_bn_act(self.conv1, self.bn1, x, None, "relu", self.backend, self.winograd)
+            x = self._stem(x)
         else:
-            x = self.relu(self.bn1(self.conv1(x)))
-        x = self.maxpool(x)
+            x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for i in range(1, 5):
             x = getattr(self, f"layer{i}")(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))

@@ -181,6 +181,38 @@ def conv_bn_act(
     )  # fmt: skip
 
 
+def is_plain_max_pool(module: Any) -> bool:
+    """Whether ``module`` is an ``nn.MaxPool2d`` of which a window, a stride and a padding say it all."""
+    return (
+        type(module) is nn.MaxPool2d and not module.return_indices and not module.ceil_mode and _is_one(module.dilation)
+    )
+
+
+def _is_one(value: Any) -> bool:
+    return value in (1, (1, 1))
+
+
+def conv_bn_act_max_pool(
+    conv: nn.Conv2d,
+    bn: Any,
+    pool: nn.MaxPool2d,
+    x: Tensor,
+    activation: str = "relu",
+    backend: str = "auto",
+    winograd: str = "auto",
+) -> Tensor:
+    """``pool(act(bn(conv(x))))``, a network's stem; one pass on the CPU where BN is fixed."""
+    if uses_batch_statistics(bn) or not is_plain_max_pool(pool):
+        return pool(conv_bn_act(conv, bn, x, None, activation, backend, winograd))
+    weight, bias, mean, var = _bn_tensors(bn)
+    return functional.conv_bn_add_relu_max_pool(
+        x, conv.weight, conv.bias, weight, bias, mean, var,
+        window=pool.kernel_size, pool_stride=pool.stride, pool_padding=pool.padding,
+        eps=_eps(bn), activation=activation, backend=backend, winograd=winograd,
+        cache_weights=not conv.training, **_geometry(conv),
+    )  # fmt: skip
+
+
 def conv_bn_proj_act(
     conv: nn.Conv2d,
     bn: Any,

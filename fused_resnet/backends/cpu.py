@@ -163,6 +163,37 @@ def _fused_conv(
     )  # fmt: skip
 
 
+#: Window, stride and padding of a max pool, two numbers each.
+Pool = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+
+_LARGEST_WINDOW = 8  # kMaxWindow in csrc/cpu/conv.h
+
+
+def with_max_pool(run: Callable[[Tail], Tensor], pool: Pool) -> Callable[[Tail], Tensor] | None:
+    """What :meth:`CpuBackend.bind` returned, with the max pool of its result in the same pass; None if it cannot be."""
+    (height, width), _, padding = pool
+    possible = height <= _LARGEST_WINDOW and 2 * padding[0] <= height and 2 * padding[1] <= width
+    if not possible or not isinstance(run, partial) or run.func is not _run_fused:
+        return None
+    memory_format, algorithm, otherwise = run.args
+    return partial(_run_max_pool, memory_format, pool, otherwise) if algorithm == DIRECT else None
+
+
+def _run_max_pool(
+    memory_format: torch.memory_format, pool: Pool, otherwise: Callable[[Tail], Tensor], tail: Tail
+) -> Tensor:
+    if not tail.cache_weights:
+        return F.max_pool2d(otherwise(tail), *pool)
+    conv = tail.conv
+    k, _, r, s = conv.weight.shape
+    packed = packing.get(conv.weight, ("fused", DIRECT), packing.NO_VECTORS, partial(_pack, conv.weight, DIRECT))
+    y: Tensor = torch.ops.fused_resnet_C.conv_max_pool.default(
+        tail.x.contiguous(memory_format=torch.channels_last), packed, (k, r, s), "", tail.stride, tail.padding,
+        tail.dilation, *conv[1:], _ACTIVATION_CODES[tail.activation], (*pool[0], *pool[1], *pool[2]),
+    )  # fmt: skip
+    return y if memory_format is torch.channels_last else y.contiguous()
+
+
 def _pack(weight: Tensor, algorithm: Algorithm) -> Tensor:
     return torch.ops.fused_resnet_C.conv_pack.default(weight.detach(), algorithm.m, "", algorithm.fresh)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, profiler
 from torch.nn import Parameter
 
+from ..backends import cpu
 from ..reference import Tail
 from . import plans
 
@@ -103,6 +104,12 @@ def find(tail: Tail, backend: str) -> plans.Runner | None:
     if entry is None or entry.options != _options(tail, backend) or not entry.same_tensors(*_tensors(tail)):
         return None
     return entry.run
+
+
+def find_with_max_pool(tail: Tail, backend: str, pool: cpu.Pool) -> plans.Runner | None:
+    """As :func:`find`, with the max pool of the result in the same pass; None as well where that has no kernel."""
+    run = find(tail, backend)
+    return None if run is None else cpu.with_max_pool(run, pool)
 
 
 def remember(tail: Tail, backend: str) -> None:

@@ -42,6 +42,8 @@ class Tail:
     nodes: list[fx.Node] = field(repr=False, compare=False, default_factory=list)
     source: fx.Node | None = field(repr=False, compare=False, default=None)
     residual: fx.Node | None = field(repr=False, compare=False, default=None)
+    pool: str | None = None
+    """The max pool right after it, which joins the pass on the CPU."""
 
     def __str__(self) -> str:
         parts = [self.conv] + ([self.bn] if self.bn else [])
@@ -84,6 +86,11 @@ class Matcher:
         self.graph = traced.graph
         self.modules = traced.modules
         self.claimed: set[fx.Node] = set()
+        self._position = {node: i for i, node in enumerate(self.graph.nodes)}
+
+    def order(self, node: fx.Node) -> int:
+        """The place of ``node`` in the graph."""
+        return self._position[node]
 
     # -- what a node is --
 
@@ -191,8 +198,7 @@ class Matcher:
         for node in self.graph.nodes:
             if node not in self.claimed and isinstance(self.module(node), nn.Conv2d):
                 found += self._claim(self._plain_tail(node))
-        order = {node: i for i, node in enumerate(self.graph.nodes)}
-        return sorted(found, key=lambda tail: max(order[n] for n in tail.nodes))
+        return sorted(found, key=lambda tail: max(map(self.order, tail.nodes)))
 
     def _claim(self, tail: Tail | None) -> list[Tail]:
         if tail is None:
@@ -206,6 +212,13 @@ class Matcher:
             return "none", []
         activation = self.activation(user)
         return ("none", []) if activation is None else (activation, [*passed, user])
+
+    def _then_max_pool(self, end: fx.Node) -> fx.Node | None:
+        """The max pool that is the only user of ``end``."""
+        user = next(iter(end.users)) if len(end.users) == 1 else None
+        if user is None or user in self.claimed or not tails.is_plain_max_pool(self.module(user)):
+            return None
+        return user
 
     def _residual_tail(self, node: fx.Node) -> Tail | None:
         operands = self.added(node)
@@ -284,7 +297,12 @@ class Matcher:
             bypassed, nodes = [conv], [node]
         nodes += act_nodes
         bypassed += [str(n.target) for n in act_nodes if n.op == "call_module"]
-        return Tail(conv, bn, activation, False, None, tuple(bypassed), nodes, source)
+        pool = self._then_max_pool(max(nodes, key=self.order)) if activation != "none" else None
+        if pool is not None:
+            bypassed.append(str(pool.target))
+            nodes.append(pool)
+        path = None if pool is None else str(pool.target)
+        return Tail(conv, bn, activation, False, None, tuple(bypassed), nodes, source, pool=path)
 
 
 def _depth(node: fx.Node) -> int:
@@ -341,7 +359,10 @@ def rewrite(traced: Traced, found: list[Tail]) -> fx.Graph:
 
             call: Callable[..., Any]
             args: tuple[Any, ...]
-            if tail.projection is not None:
+            if tail.pool is not None:
+                call = tails.conv_bn_act_max_pool
+                args = (get(tail.conv), get(tail.bn), get(tail.pool), tail.source)
+            elif tail.projection is not None:
                 call = tails.conv_bn_proj_act
                 proj = (get(tail.projection[0]), get(tail.projection[1]), tail.residual)
                 args = (get(tail.conv), get(tail.bn), tail.source, *proj)

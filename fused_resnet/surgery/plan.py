@@ -13,7 +13,7 @@ import functools
 import linecache
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -174,6 +174,8 @@ def _is_work(node: fx.Node) -> bool:
 
 
 def _name(node: fx.Node) -> str:
+    if node.target is tails.conv_bn_act_max_pool:  # the pool is part of the pass on the CPU only
+        node = cast(fx.Node, node.args[2])
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
