@@ -92,20 +92,18 @@ def test_per_class_accuracy_is_that_of_the_exported_model(tmp_path: Path) -> Non
 
 
 def test_fused_and_plain_training_go_the_same_way(tmp_path: Path) -> None:
-    """The same seed gives the same start and the same batches: the first epoch's losses agree to rounding."""
+    """The same seed gives the same start and the same batches: the first epoch's losses agree to rounding.
+
+    In float64: at this size (1x1 pixels in the last stage) a float32 run of eager's moves by a percent with the number
+    of threads alone.
+    """
     pytest.importorskip("torchvision")
-    runs = [
-        train(
-            config(
-                tmp_path, model="resnet18", fused=fused, epochs=1, batch_size=256, lr=0.02, output=tmp_path / str(fused)
-            )
-        )
-        for fused in (True, False)
-    ]
+    common = {"model": "resnet18", "epochs": 1, "batch_size": 256, "lr": 0.02, "dtype": torch.float64}
+    runs = [train(config(tmp_path, fused=fused, output=tmp_path / str(fused), **common)) for fused in (True, False)]
     kinds = [type(run.model).__module__ for run in runs]
     assert kinds[0].startswith("fused_resnet")
     assert kinds[1].startswith("torchvision")
-    assert runs[0].history[0].train_loss == pytest.approx(runs[1].history[0].train_loss, rel=1e-3)
+    assert runs[0].history[0].train_loss == pytest.approx(runs[1].history[0].train_loss, rel=1e-9)
 
 
 def test_a_run_is_a_function_of_its_configuration(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""A small ResNet written with the training functions themselves, for tests of the loop around them."""
+"""A small ResNet of the tails that the fused blocks run, for tests of the loop around them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.functional import bn_add_relu
+from fused_resnet import tails
 
 
 class Block(nn.Module):
@@ -21,8 +21,8 @@ class Block(nn.Module):
         self.bn_proj = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = bn_add_relu(self.conv1(x), self.bn1)
-        return bn_add_relu(self.conv2(h), self.bn2, residual=(self.conv_proj(x), self.bn_proj))
+        h = tails.conv_bn_act(self.conv1, self.bn1, x)
+        return tails.conv_bn_proj_act(self.conv2, self.bn2, h, self.conv_proj, self.bn_proj, x)
 
 
 class SmallResNet(nn.Module):
@@ -35,7 +35,7 @@ class SmallResNet(nn.Module):
         self.fc = nn.Linear(4 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = bn_add_relu(self.conv1(x), self.bn1)
+        x = tails.conv_bn_act(self.conv1, self.bn1, x)
         return self.fc(torch.flatten(self.layer2(self.layer1(x)).mean((2, 3)), 1))
 
 
