@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import fused_resnet
 from fused_resnet import _extension, ops
 from fused_resnet.backends import training_winograd as winograd
+from fused_resnet.backends.cpu import Algorithm
 from fused_resnet.backends.training_base import ConvGeometry, TrainingBackend
 from fused_resnet.backends.training_cpu import BACKEND
 from fused_resnet.testing import assert_bitexact, assert_within_bar
@@ -21,6 +22,7 @@ if _extension.cpu() is None:
 
 assert ops.NAMESPACE == "fused_resnet"  # the import registers the public operators
 OPS = torch.ops.fused_resnet_C
+F2 = Algorithm(2)
 PUBLIC = torch.ops.fused_resnet
 
 # n, c, h, w, k, padding: every remainder of lanes, chunks and panels in C and K, of tiles in P and Q; blocks of more
@@ -90,15 +92,18 @@ def test_weight_gradient_is_exact_on_integers(shape: tuple, isa: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_input_gradient_is_exact_on_integers(shape: tuple, memory_format: torch.memory_format, isa: str) -> None:
+def test_input_gradient_is_exact_on_integers(
+    shape: tuple, memory_format: torch.memory_format, fresh: bool, isa: str
+) -> None:
     """conv_fused of grad_y with the weights that conv_pack_input_gradient made, whatever the weight's strides."""
     x, weight, grad_y = tensors(shape, integers=True)
     padding = shape[-1]
-    packed = OPS.conv_pack_input_gradient(weight.contiguous(memory_format=memory_format), 2, isa)
+    packed = OPS.conv_pack_input_gradient(weight.contiguous(memory_format=memory_format), 2, isa, fresh)
     d_x = OPS.conv_fused(
         grad_y, packed, (x.shape[1], 3, 3), 2, isa, (1, 1), (2 - padding[0], 2 - padding[1]), (1, 1),
-        None, None, None, None, None, 0.0, None, 0,
+        None, None, None, None, None, 0.0, None, 0, fresh,
     )  # fmt: skip
     assert_bitexact(d_x, reference(grad_y, x, weight, padding, torch.float64)[1], str(shape))
 
@@ -120,8 +125,8 @@ def test_any_number_of_threads(count: int, threads: None) -> None:
         x, weight, grad_y = tensors(shape, integers=True)
         exact = reference(grad_y, x, weight, (1, 1), torch.float64)
         geometry = geometry_of((1, 1))
-        assert_bitexact(winograd.forward(x, weight, None, geometry, 2), exact[0], "y")
-        assert_bitexact(winograd.input_gradient(grad_y, weight, geometry, 2), exact[1], "d_x")
+        assert_bitexact(winograd.forward(x, weight, None, geometry, F2), exact[0], "y")
+        assert_bitexact(winograd.input_gradient(grad_y, weight, geometry, F2), exact[1], "d_x")
         d_weight = winograd.weight_gradient(grad_y, x, geometry, 2)
         assert_bitexact(d_weight, exact[2], "d_weight")
         assert torch.equal(d_weight, winograd.weight_gradient(grad_y, x, geometry, 2))
@@ -137,8 +142,8 @@ def test_any_strides(strided: str) -> None:
         grad_y = torch.ones(()).expand(grad_y.shape)
     exact = reference(grad_y, x, weight, (1, 1), torch.float64)
     geometry = geometry_of((1, 1))
-    assert_bitexact(winograd.forward(x, weight, None, geometry, 2), exact[0], "y")
-    assert_bitexact(winograd.input_gradient(grad_y, weight, geometry, 2), exact[1], "d_x")
+    assert_bitexact(winograd.forward(x, weight, None, geometry, F2), exact[0], "y")
+    assert_bitexact(winograd.input_gradient(grad_y, weight, geometry, F2), exact[1], "d_x")
     assert_bitexact(winograd.weight_gradient(grad_y, x, geometry, 2), exact[2], "d_weight")
 
 
@@ -148,6 +153,7 @@ REAL = {
     (8, 70, 13, 15, 80, (1, 1)): (4, 2),
     (17, 128, 17, 17, 96, (0, 1)): (4, 4),
     (5, 32, 30, 31, 40, (1, 1)): (2, 4),
+    (32, 260, 5, 4, 256, (1, 1)): (4, 2),
 }
 
 
@@ -158,7 +164,9 @@ def test_errors_against_float64(shape: tuple, choice: str) -> None:
     x, weight, grad_y = tensors(shape, integers=False)
     geometry = geometry_of(shape[-1])
     backend = BACKEND.with_winograd(choice)
-    tiles = winograd.tile(x, weight, geometry, choice), winograd.weight_gradient_tile(x, weight, geometry, choice)
+    algorithm = winograd.algorithm(x, weight, geometry, choice)
+    tiles = algorithm.m, winograd.weight_gradient_tile(x, weight, geometry, choice)
+    assert algorithm.fresh == (shape[1] >= 256)
     assert tiles == (REAL[shape] if choice == "auto" else (2, 2))
     exact = reference(grad_y, x, weight, shape[-1], torch.float64)
     eager = reference(grad_y, x, weight, shape[-1], torch.float32)
@@ -181,8 +189,8 @@ def test_nan_is_where_eager_has_it() -> None:
     eager = reference(grad_y, x, weight, (1, 1), torch.float32)
     geometry = geometry_of((1, 1))
     for ours, theirs in (
-        (winograd.forward(x, weight, None, geometry, 2), eager[0]),
-        (winograd.input_gradient(grad_y, weight, geometry, 2), eager[1]),
+        (winograd.forward(x, weight, None, geometry, F2), eager[0]),
+        (winograd.input_gradient(grad_y, weight, geometry, F2), eager[1]),
     ):
         assert torch.equal(ours.isnan(), theirs.isnan())
     d_weight = winograd.weight_gradient(grad_y, x, geometry, 2)
@@ -344,13 +352,13 @@ def chosen(n: int, c: int, size: int, winograd_option: str = "auto") -> tuple[in
     """The tiles of the forward pass and of d_weight for ``c`` channels of ``size`` x ``size`` pixels."""
     x = torch.empty(n, c, size, size, device="meta").to(memory_format=torch.channels_last)
     weight, geometry = torch.empty(c, c, 3, 3, device="meta"), geometry_of((1, 1))
-    rules = (winograd.tile, winograd.weight_gradient_tile)
-    return tuple(rule(x, weight, geometry, winograd_option) for rule in rules)  # type: ignore[return-value]
+    algorithm = winograd.algorithm(x, weight, geometry, winograd_option)
+    return algorithm.m, winograd.weight_gradient_tile(x, weight, geometry, winograd_option)
 
 
 def test_the_rule_weighs_transforms_against_multiplications(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [chosen(64, c, size) for c, size in ((64, 32), (128, 16), (256, 8))] == [(4, 4)] * 3
-    assert chosen(64, 512, 4) == (2, 2), "64 tiles do not repay the 36 products of F(4x4) for each of 2^18 filters"
+    assert chosen(64, 512, 4) == (4, 2), "64 tiles repay a filter's 36 products only if they are not stored"
     assert chosen(1, 512, 4) == (0, 0)
     assert chosen(1, 64, 12) == (0, 2), "the transform of a filter's gradient costs less than that of a filter"
     assert chosen(64, 16, 32) == (0, 4), "16 channels do not repay the transforms of the images by F(2x2)"

@@ -40,12 +40,14 @@ const WeightGradientKernel& weight_gradient_kernel(int64_t m, const std::string&
 
 // With stride 1 the gradient of x is itself a convolution: of grad_y, padded by 2 - padding, with the filter
 // turned by 180 degrees and its input and output channels exchanged. All of that is a matter of strides.
-Tensor conv_pack_input_gradient(const Tensor& weight, int64_t m, const std::string& isa) {
+Tensor conv_pack_input_gradient(const Tensor& weight, int64_t m, const std::string& isa, bool fresh) {
   check(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, "weight", "a filter [K, C, 3, 3]",
         shape_of(weight));
   check(weight.scalar_type() == ScalarType::Float, "weight", "dtype float32", "another one");
   check_tile(m);
-  const ConvKernel& kernel = m == 2 ? set_called(isa).winograd2 : set_called(isa).winograd4;
+  const Kernels& set = set_called(isa);
+  const ConvKernel& kernel =
+      fresh ? (m == 2 ? set.fresh_winograd2 : set.fresh_winograd4) : (m == 2 ? set.winograd2 : set.winograd4);
   ConvShape shape{};
   shape.k = weight.size(1), shape.c = weight.size(0), shape.r = 3, shape.s = 3;
   Tensor packed = torch::stable::empty({kernel.weight_floats(shape)}, ScalarType::Float);

@@ -49,14 +49,14 @@ class CpuTraining(TrainingBackend):
 
     def why_not_conv_stats(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> str | None:
         reason = winograd.why_not(x, weight, geometry)
-        if reason is None and not winograd.tile(x, weight, geometry, self._winograd):
+        if reason is None and not winograd.algorithm(x, weight, geometry, self._winograd).m:
             reason = f"cpu: Winograd is off or does not pay for x {list(x.shape)} and weight {list(weight.shape)}"
         return reason
 
     def conv_stats(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y = winograd.forward(x, weight, bias, geometry, winograd.tile(x, weight, geometry, self._winograd))
+        y = winograd.forward(x, weight, bias, geometry, winograd.algorithm(x, weight, geometry, self._winograd))
         return y, *self.stats(y)
 
     def conv_backward(
@@ -69,18 +69,19 @@ class CpuTraining(TrainingBackend):
         output_mask: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         need_x, need_weight, need_bias = output_mask
-        x_tile = weight_tile = 0
+        own_x = own_weight = False
         if winograd.why_not(x, weight, geometry) is None:
-            x_tile = need_x and winograd.tile(x, weight, geometry, self._winograd)
-            weight_tile = need_weight and winograd.weight_gradient_tile(x, weight, geometry, self._winograd)
-        own_bias = need_bias and bool(weight_tile)  # torch computes the bias's along with the weight's
-        left = (need_x and not x_tile, need_weight and not weight_tile, need_bias and not own_bias)
+            algorithm = winograd.algorithm(x, weight, geometry, self._winograd)
+            weight_tile = winograd.weight_gradient_tile(x, weight, geometry, self._winograd)
+            own_x, own_weight = need_x and algorithm.m != 0, need_weight and weight_tile != 0
+        own_bias = need_bias and own_weight  # torch computes the bias's along with the weight's
+        left = (need_x and not own_x, need_weight and not own_weight, need_bias and not own_bias)
         d_x = d_weight = d_bias = None
         if any(left):
             d_x, d_weight, d_bias = super().conv_backward(grad_y, x, weight, has_bias, geometry, left)
-        if x_tile:
-            d_x = winograd.input_gradient(grad_y, weight, geometry, x_tile)
-        if weight_tile:
+        if own_x:
+            d_x = winograd.input_gradient(grad_y, weight, geometry, algorithm)
+        if own_weight:
             d_weight = winograd.weight_gradient(grad_y, x, geometry, weight_tile)
         if own_bias:
             d_bias = grad_y.sum(dim=(0, 2, 3))

@@ -2,7 +2,7 @@
 
 float32 on the CPU, F(4x4, 3x3) or F(2x2, 3x3): for each tile of m x m outputs (m + 2)^2 multiply-adds instead of 9 m^2.
 The weights are new in every step, so their transform is paid in every step, twice: for the forward pass, and turned by
-180 degrees with input and output channels exchanged for the input's gradient. :func:`tile` weighs that.
+180 degrees with input and output channels exchanged for the input's gradient. :func:`algorithm` weighs that.
 
 Accuracy. F(2x2) rounds no more than direct convolution. F(4x4) is taken where sums are long, so that its transforms add
 little to what summing costs anyway: at most 2.4 times oneDNN's largest error in all three results, 3 times its rms.
@@ -23,14 +23,20 @@ from torch import Tensor
 
 from .. import _extension
 from ..layout import output_memory_format
+from .cpu import Algorithm
 from .training_base import ConvGeometry
 
 _NO_BN = (None, None, None, None, 0.0)
 
-#: Transforming one filter costs as much as so many tiles' multiply-adds with it.
+#: Transforming one filter once and for all costs as much as so many tiles' multiply-adds with it.
 _TILES_PER_FILTER = 100
 #: The same of d_weight's transform, which writes 9 values a filter rather than 16 or 36.
 _TILES_PER_FILTER_GRADIENT = 20
+#: Multiply-adds in whose time a filter is copied for the kernels that transform it as they go ...
+_FRESH_COPY = 1000
+#: ... and those which that takes for each tile, by m. (They transform in float32: only where sums are longest.)
+_FRESH_TILE = {2: 3, 4: 11}
+_FRESH_CHANNELS = 256
 #: Transforming one input (output) tile costs as much as multiplying its positions for so many output (input) channels.
 _TRANSFORM_CHANNELS = 10
 #: Channels and, for d_weight, output pixels from which on F(4x4) keeps the bound on its error.
@@ -38,12 +44,16 @@ _F4_CHANNELS = 64
 _F4_PIXELS = 4096
 
 
-def _cheapest(outputs: int, tiles: dict[int, int], c: int, k: int, overhead: int) -> int:
-    """The tile m of fewest multiply-adds among the keys of ``tiles``, their numbers; 0 for direct convolution."""
-    cost = {0: 9 * outputs * c * k}
+def _cheapest(outputs: int, tiles: dict[int, int], c: int, k: int, overhead: int, fresh: bool) -> Algorithm:
+    """What takes fewest multiply-adds; the keys of ``tiles`` are the m to choose from, with their numbers of tiles."""
+    cost = {Algorithm(0): 9 * outputs * c * k}
     for m, count in tiles.items():
-        cost[m] = (m + 2) ** 2 * ((count + overhead) * c * k + count * _TRANSFORM_CHANNELS * (c + k))
-    return min(cost, key=lambda m: cost[m])
+        positions = (m + 2) ** 2
+        transforms = positions * count * _TRANSFORM_CHANNELS * (c + k)
+        cost[Algorithm(m)] = positions * (count + overhead) * c * k + transforms
+        if fresh:
+            cost[Algorithm(m, fresh=True)] = ((positions + _FRESH_TILE[m]) * count + _FRESH_COPY) * c * k + transforms
+    return min(cost, key=lambda algorithm: cost[algorithm])
 
 
 def why_not(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> str | None:
@@ -65,17 +75,19 @@ def why_not(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> str | None:
     return _extension.why_not_cpu()
 
 
-def tile(x: Tensor, weight: Tensor, geometry: ConvGeometry, winograd: str = "auto") -> int:
-    """The tile m of F(m x m, 3 x 3) expected to be fastest for the forward pass and for d_x; 0: leave it to torch."""
+def algorithm(x: Tensor, weight: Tensor, geometry: ConvGeometry, winograd: str = "auto") -> Algorithm:
+    """What is expected to be fastest for the forward pass and for d_x; m = 0: leave it to torch."""
     k, c = weight.shape[:2]
-    return _tile(*_sizes(x, geometry), c, k, min(c, k) >= _F4_CHANNELS, _TILES_PER_FILTER, _resolve(winograd))
+    f4, fresh = min(c, k) >= _F4_CHANNELS, min(c, k) >= _FRESH_CHANNELS
+    return _choose(*_sizes(x, geometry), c, k, f4, _TILES_PER_FILTER, fresh, _resolve(winograd))
 
 
 def weight_gradient_tile(x: Tensor, weight: Tensor, geometry: ConvGeometry, winograd: str = "auto") -> int:
-    """The same for d_weight."""
+    """The tile m that is expected to be fastest for d_weight; 0: leave it to torch."""
     k, c = weight.shape[:2]
     n, p, q = _sizes(x, geometry)
-    return _tile(n, p, q, c, k, n * p * q >= _F4_PIXELS, _TILES_PER_FILTER_GRADIENT, _resolve(winograd))
+    f4 = n * p * q >= _F4_PIXELS
+    return _choose(n, p, q, c, k, f4, _TILES_PER_FILTER_GRADIENT, False, _resolve(winograd)).m
 
 
 def _resolve(winograd: str) -> str:
@@ -91,34 +103,34 @@ def _sizes(x: Tensor, geometry: ConvGeometry) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=1024)
-def _tile(n: int, p: int, q: int, c: int, k: int, f4: bool, overhead: int, winograd: str) -> int:
+def _choose(n: int, p: int, q: int, c: int, k: int, f4: bool, overhead: int, fresh: bool, winograd: str) -> Algorithm:
     if winograd == "off":
-        return 0
+        return Algorithm(0)
     sizes = (2, 4) if f4 and winograd != "f2" else (2,)
-    return _cheapest(n * p * q, {m: n * -(-p // m) * -(-q // m) for m in sizes}, c, k, overhead)
+    return _cheapest(n * p * q, {m: n * -(-p // m) * -(-q // m) for m in sizes}, c, k, overhead, fresh)
 
 
 def _convolve(
-    x: Tensor, packed: Tensor, channels: int, m: int, padding: tuple[int, int], bias: Tensor | None = None
+    x: Tensor, packed: Tensor, channels: int, how: Algorithm, padding: tuple[int, int], bias: Tensor | None = None
 ) -> Tensor:
     y: Tensor = torch.ops.fused_resnet_C.conv_fused.default(
-        x.contiguous(memory_format=torch.channels_last), packed, (channels, 3, 3), m, "", (1, 1), padding, (1, 1),
-        bias, *_NO_BN, None, 0,
+        x.contiguous(memory_format=torch.channels_last), packed, (channels, 3, 3), how.m, "", (1, 1), padding,
+        (1, 1), bias, *_NO_BN, None, 0, how.fresh,
     )  # fmt: skip
     return y
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, m: int) -> Tensor:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, how: Algorithm) -> Tensor:
     """``conv2d(x, weight, bias)`` in channels_last."""
-    packed = torch.ops.fused_resnet_C.conv_pack.default(weight, m, "")
-    return _convolve(x, packed, weight.shape[0], m, geometry.padding, bias)
+    packed = torch.ops.fused_resnet_C.conv_pack.default(weight, how.m, "", how.fresh)
+    return _convolve(x, packed, weight.shape[0], how, geometry.padding, bias)
 
 
-def input_gradient(grad_y: Tensor, weight: Tensor, geometry: ConvGeometry, m: int) -> Tensor:
+def input_gradient(grad_y: Tensor, weight: Tensor, geometry: ConvGeometry, how: Algorithm) -> Tensor:
     """The gradient of x in channels_last."""
-    packed = torch.ops.fused_resnet_C.conv_pack_input_gradient.default(weight, m, "")
+    packed = torch.ops.fused_resnet_C.conv_pack_input_gradient.default(weight, how.m, "", how.fresh)
     padding = (2 - geometry.padding[0], 2 - geometry.padding[1])
-    return _convolve(grad_y, packed, weight.shape[1], m, padding)
+    return _convolve(grad_y, packed, weight.shape[1], how, padding)
 
 
 def weight_gradient(grad_y: Tensor, x: Tensor, geometry: ConvGeometry, m: int) -> Tensor:
