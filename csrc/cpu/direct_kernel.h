@@ -41,14 +41,19 @@ struct FinishProducts {
     const int64_t k_count = problem.shape.k;
     float* y = problem.y + out;
     const float* residual = problem.residual ? problem.residual + out : nullptr;
-    unroll<kRows>([&](auto row) FR_LAMBDA {
-      for (int j = 0; j < Block::kPanel; j += 16) {  // both will be needed when the products are ready
-        __builtin_prefetch(y + row * k_count + j, 1);
-        if (residual) __builtin_prefetch(residual + row * k_count + j);
+    // What the end will need is fetched meanwhile, a row or a few with each chunk: all at once would hold up
+    // the loads of the products.
+    const int64_t rows_at_once = ceil_div(kRows, chunks);
+    Vec<kLanes> sum[kRows][kCols] = {};
+    multiply<Block, kRows>(v, v_chunk_stride, chunks, u, ahead, sum, [&](int64_t chunk) FR_LAMBDA {
+      const int64_t end = std::min<int64_t>((chunk + 1) * rows_at_once, kRows);
+      for (int64_t at = chunk * rows_at_once * k_count; at < end * k_count; at += k_count) {
+        for (int j = 0; j < Block::kPanel; j += kCacheLine) {
+          __builtin_prefetch(y + at + j, 1);
+          if (residual) __builtin_prefetch(residual + at + j);
+        }
       }
     });
-    Vec<kLanes> sum[kRows][kCols] = {};
-    multiply<Block, kRows>(v, v_chunk_stride, chunks, u, ahead, sum);
     const Vec<kLanes> lower = Vec<kLanes>{} + bounds.lower, upper = Vec<kLanes>{} + bounds.upper;
     unroll<kCols>([&](auto j) FR_LAMBDA {
       const int64_t offset = j * kLanes, count = k_count - k - offset;
@@ -247,7 +252,7 @@ struct DirectImpl {
       for_groups<Block, FinishProducts>(
           pixels, [&](auto kernel, int64_t first, int64_t group, int64_t groups) {
             kernel(v + first * kChunk, pixels * kChunk, depth / kChunk, u,
-                   fetch_panel<Block>(next, depth * kPanel, group, groups), problem, panel * kPanel, bounds,
+                   fetch_panel<Block>(next, depth / kChunk, group, groups), problem, panel * kPanel, bounds,
                    out + first * k + panel * kPanel);
           });
     }

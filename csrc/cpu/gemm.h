@@ -39,10 +39,10 @@ constexpr int kCacheLine = 16;  // floats
 // 4,600 products, which oneDNN's kernels for small images reach as well.
 constexpr int64_t kSegment = 6;
 
-// sum[row][j] = the products of kRows rows with one panel.
-template <class Block, int kRows>
+// sum[row][j] = the products of kRows rows with one panel; before_chunk(number of the chunk) may fetch more.
+template <class Block, int kRows, class BeforeChunk>
 FR_INLINE void multiply(const float* v, int64_t v_chunk_stride, int64_t chunks, const float* u, Ahead ahead,
-                        Vec<Block::kLanes> (&sum)[kRows][Block::kCols]) {
+                        Vec<Block::kLanes> (&sum)[kRows][Block::kCols], BeforeChunk&& before_chunk) {
   using V = Vec<Block::kLanes>;
   V total[kRows][Block::kCols];  // in memory: the registers are taken
   for (int64_t begin = 0;; begin += kSegment) {
@@ -50,6 +50,7 @@ FR_INLINE void multiply(const float* v, int64_t v_chunk_stride, int64_t chunks, 
                       FR_LAMBDA { unroll<Block::kCols>([&](auto j) FR_LAMBDA { sum[row][j] = V{}; }); });
     const int64_t end = begin + kSegment < chunks ? begin + kSegment : chunks;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
+      before_chunk(chunk);
       unroll<kChunk>([&](auto c) FR_LAMBDA {
         __builtin_prefetch(ahead.next + 2 * c * kCacheLine);
         __builtin_prefetch(ahead.next + (2 * c + 1) * kCacheLine);
@@ -99,10 +100,11 @@ FR_INLINE void for_groups(int64_t rows, Run&& run) {
   }
 }
 
-// A panel of weights to be fetched by the first two groups, one half each.
+// A panel of weights to be fetched while `groups` groups work, an equal part by each.
 template <class Block>
-FR_INLINE Ahead fetch_panel(const float* panel, int64_t floats, int64_t group, int64_t groups) {
-  return {panel + (group == 1 ? floats / 2 : 0), kChunk * Block::kPanel / (groups == 1 ? 1 : 2)};
+FR_INLINE Ahead fetch_panel(const float* panel, int64_t chunks, int64_t group, int64_t groups) {
+  const int64_t step = ceil_div(kChunk * Block::kPanel, groups);
+  return {panel + group * chunks * step, step};
 }
 
 // The products, stored or, with `add`, added to what is there.
@@ -111,7 +113,7 @@ struct StoreProducts {
   static void run(const float* v, int64_t v_chunk_stride, int64_t chunks, const float* u, Ahead ahead,
                   float* m, int64_t m_stride, bool add) {
     Vec<Block::kLanes> sum[kRows][Block::kCols] = {};
-    multiply<Block, kRows>(v, v_chunk_stride, chunks, u, ahead, sum);
+    multiply<Block, kRows>(v, v_chunk_stride, chunks, u, ahead, sum, [](int64_t) FR_LAMBDA {});
     if (add) {
       unroll<kRows>([&](auto row) FR_LAMBDA {
         unroll<Block::kCols>([&](auto j) FR_LAMBDA {

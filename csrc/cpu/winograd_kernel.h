@@ -212,7 +212,7 @@ struct WinogradImpl {
         for_groups<Block, StoreProducts>(
             tiles, [&](auto kernel, int64_t first, int64_t group, int64_t groups) {
               kernel(v + position * v_position + first * kChunk, tiles * kChunk, chunks, u,
-                     fetch_panel<Block>(next, u_panel, group, groups),
+                     fetch_panel<Block>(next, chunks, group, groups),
                      m + position * m_position + first * m_tile + panel * kPanel, m_tile, false);
             });
       }
