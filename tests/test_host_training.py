@@ -206,6 +206,14 @@ def test_address_sanitizer() -> None:
     assert f"{sum(len(cases(op)) for op in OPS)} shapes, no report" in done.stdout
 
 
+def test_names_are_unique_in_a_pass() -> None:
+    library = training_planner().library
+    slots = range(library.fused_resnet_bn_tensor_count())
+    for op in range(len(OPS)):
+        names = [library.fused_resnet_bn_tensor_name(op, slot) for slot in slots]
+        assert len(set(names)) == len(names), OPS[op]
+
+
 def test_refusals() -> None:
     planner = training_planner()
     with pytest.raises(ValueError, match="activations must be float16, bfloat16 or float32, got float64"):

@@ -184,15 +184,27 @@ def launcher_library() -> Path:
             shutil.copytree(csrc, copy, ignore=shutil.ignore_patterns("cpu", "__pycache__"))
             # A short catalogue, for the compiler's sake: the launcher neither knows nor cares which kernels are in it.
             tiles = copy / "cuda" / "tiles.h"
-            tiles.write_text(re.sub(r"X\(prefix##_(?!32x32)\w+, [^)]*\)", "", tiles.read_text()))
+            text = re.sub(r"X\(prefix##_(?!32x32)\w+, [^)]*\)", "", tiles.read_text())
+            tiles.write_text(re.sub(r"FUSED_RESNET_STATISTICS\(X, conv_(?!f16)\w+, [^)]*\)", "", text))
             built = build_module(copy).build_launcher(Path(folder) / "build", "8.0", "shared")
             shutil.copy(built, f"{out}.tmp")
             Path(f"{out}.tmp").rename(out)
     return out
 
 
+def run_job(job: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """One launch by the library, in a process of its own above the stand-in for the CUDA runtime."""
+    (directory / "jobs.json").write_text(json.dumps([{"shift": {}, "drop": [], "extra": [], **job}]))
+    script = Path(__file__).parent / "host_cuda" / "launch_path.py"
+    command = [sys.executable, str(script), str(launcher_library()), str(directory / "jobs.json")]
+    done = subprocess.run(command, env=os.environ | {"PTXI_ARCH": "80"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
 def launch_through_the_runtime(problem: Problem, directory: Path, splits: int = 0, **changes: Any) -> dict[str, Any]:
-    """Plan and launch in a process of its own (host_cuda/launch_path.py); adds y to its answer."""
+    """Plan and launch (host_cuda/launch_path.py); adds y to the answer."""
     tail = make_tail(problem, "integers")
     proj_eps = tail.proj.eps if tail.proj else 1e-5
     request = request_for(problem, default_bn_dtype(problem), tail.conv.eps, proj_eps, 16)
@@ -207,13 +219,7 @@ def launch_through_the_runtime(problem: Problem, directory: Path, splits: int = 
     for name, spec in launch.tensors.items():
         (directory / name).write_bytes(memory.content(name))
         buffers[name] = {"file": str(directory / name), "alignment": spec.alignment, "writable": name in WRITABLE}
-    job = {"request": bytes(request).hex(), "buffers": buffers, "shift": {}, "drop": [], "extra": [], **changes}
-    (directory / "jobs.json").write_text(json.dumps([job]))
-    script = Path(__file__).parent / "host_cuda" / "launch_path.py"
-    command = [sys.executable, str(script), str(launcher_library()), str(directory / "jobs.json")]
-    done = subprocess.run(command, env=os.environ | {"PTXI_ARCH": "80"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    answer: dict[str, Any] = json.loads(done.stdout)
+    answer = run_job({"request": bytes(request).hex(), "buffers": buffers, **changes}, directory)
     memory.replace("y", (directory / "y").read_bytes())
     answer |= {"y": memory.y, "exact": reference(tail.to(torch.float64)), "symbol": launch.kernel}
     return answer

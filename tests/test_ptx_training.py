@@ -27,7 +27,7 @@ from fused_resnet import aot
 from fused_resnet.aot.cuda import compile_kernel
 from fused_resnet.aot.launch_json import Launch
 from fused_resnet.aot.planner import planner
-from fused_resnet.aot.training import OPS, TrainingCall, training_planner
+from fused_resnet.aot.training import OPS, TrainingCall, request_for, training_planner
 from fused_resnet.problem import Problem
 from fused_resnet.reference import Tail, reference
 from fused_resnet.testing import assert_bitexact, check_tail, make_tail
@@ -96,6 +96,48 @@ def test_artifacts(text: str, tmp_path: Path) -> None:
         return outputs(memory)
 
     check(from_files, Case(TrainingCall.parse(text), SMALL, 16, 7))
+
+
+# ---- the launch path: planner and launcher behind the C API, above a stand-in for the CUDA runtime
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "message"),
+    [
+        ("op=bn_stats,n=2,h=19,w=17,c=72,dtype=float16", {}, ""),
+        ("op=bn_apply_add_relu,n=2,h=9,w=7,c=13,dtype=bfloat16,residual=1", {}, ""),
+        ("op=bn_backward_reduce,n=2,h=9,w=7,c=24,proj=1", {}, ""),
+        ("op=bn_backward_apply,n=2,h=9,w=7,c=24,residual=1", {"drop": ["grad_out"]}, "grad_out: expected an address"),
+        ("op=bn_stats,n=2,h=9,w=7,c=24", {"shift": {"y": 4}}, "y: expected an address that is a multiple of 16"),
+        ("op=bn_stats,n=2,h=9,w=7,c=24", {"extra": ["residual"]}, "residual: expected no address"),
+    ],
+)
+def test_launch_path(text: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    from test_ptx_cuda import run_job
+
+    call = TrainingCall.parse(text)
+
+    def launched(case: Case, values: Values) -> Values:
+        memory = Memory(training_planner().plan(call, "sm_80"), values)
+        buffers = {}
+        for name, spec in memory.launch.tensors.items():
+            (tmp_path / name).write_bytes(memory.content(name))
+            writable = name in memory.writable
+            buffers[name] = {"file": str(tmp_path / name), "alignment": spec.alignment, "writable": writable}
+        job = {"request": bytes(request_for(call, 16)).hex(), "pass": OPS.index(call.op), "buffers": buffers}
+        answer = run_job({**job, **changes}, tmp_path)
+        assert answer["error"].startswith(message)
+        assert bool(answer["error"]) == bool(message)
+        assert answer["launches"] == (0 if message else 1)
+        for name in memory.writable:
+            memory.replace(name, (tmp_path / name).read_bytes())
+        return outputs(memory)
+
+    case = Case(call, SMALL, 16, 3)
+    if message:
+        launched(case, values_of(call, "integers", 3))
+    else:
+        check(launched, case, kinds=("integers",))
 
 
 # ---- the convolution with statistics

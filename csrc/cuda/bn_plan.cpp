@@ -247,6 +247,8 @@ const BnKernelInfo& bn_kernel_info(int index) {
   return kCatalogue[index];
 }
 const char* bn_tensor_name(int pass, int slot) {
+  if (pass == static_cast<int>(BnPass::kStats) && slot == kBnMean)
+    return "bn_mean";  // takes none: it is the result
   if (pass == static_cast<int>(BnPass::kStats) && slot == kBnResult0) return "mean";
   if (pass == static_cast<int>(BnPass::kStats) && slot == kBnResult1) return "var";
   if (pass == static_cast<int>(BnPass::kBackwardApply) && slot == kBnOut) return "d_y";

@@ -73,8 +73,8 @@ struct BnPlan {
 
 int bn_kernel_count();
 const BnKernelInfo& bn_kernel_info(int index);
-const char* bn_tensor_name(int pass, int slot);
-int64_t bn_tensor_offset(int slot);  // bytes into BnParams
+const char* bn_tensor_name(int pass, int slot);  // no two of a pass are equal
+int64_t bn_tensor_offset(int slot);              // bytes into BnParams
 
 // Returns 0 and the plan, or 1 and one sentence in `error`.
 int make_bn_plan(const BnRequest& request, const DeviceProperties& device, BnPlan& plan, char* error,

@@ -2,9 +2,10 @@
 
     python launch_path.py LIBRARY JOBS.json      # PTXI_HOME: where the stand-in is
 
-JOBS.json lists the launches: {"request": hex of a PlanRequest, "buffers": {name: {"file", "alignment", "writable"}},
-"shift": {name: bytes}, "drop": [names], "extra": [names]}; each is answered by one line of JSON on stdout, {"error",
-"launches", "device", "kernel"}, and the buffers are written back to their files.
+JOBS.json lists the launches: {"request": hex of a PlanRequest (with "pass", the number of a training pass: of a
+BnRequest), "buffers": {name: {"file", "alignment", "writable"}}, "shift": {name: bytes}, "drop": [names],
+"extra": [names]}; each is answered by one line of JSON on stdout, {"error", "launches", "device", "kernel"}, and the
+buffers are written back to their files.
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ def aligned(data: bytes, alignment: int) -> np.ndarray:
 def run(library: Any, runtime: Any, job: dict[str, Any]) -> dict[str, Any]:
     error = ctypes.create_string_buffer(512)
     sizes, device = (ctypes.c_int32 * 4)(), (ctypes.c_int32 * 4)()
-    library.fused_resnet_sizes(sizes)
-    plan = ctypes.create_string_buffer(sizes[2])
-    failed = library.fused_resnet_query_device(device, error, len(error)) or library.fused_resnet_plan(
+    api = "fused_resnet_bn_" if "pass" in job else "fused_resnet_"
+    which = (job["pass"],) if "pass" in job else ()
+    make_plan, launch = library[f"{api}plan"], library[f"{api}launch"]
+    library[f"{api}sizes"](sizes)
+    plan = ctypes.create_string_buffer(sizes[1 if which else 2])
+    failed = library.fused_resnet_query_device(device, error, len(error)) or make_plan(
         bytes.fromhex(job["request"]), device, plan, error, len(error)
     )
     runtime.reset()
@@ -43,13 +47,15 @@ def run(library: Any, runtime: Any, job: dict[str, Any]) -> dict[str, Any]:
     for name, buffer in buffers.items():
         addresses[name] = runtime.allow(buffer, job["buffers"][name]["writable"], name) + job["shift"].get(name, 0)
     addresses |= dict.fromkeys(job["extra"], 4096)
-    count = library.fused_resnet_tensor_count()
+    count = library[f"{api}tensor_count"]()
+    tensor_name = library[f"{api}tensor_name"]
+    tensor_name.restype = ctypes.c_char_p
     table = (ctypes.c_void_p * count)()
     for slot in range(count):
-        name = library.fused_resnet_tensor_name(slot).decode()
+        name = tensor_name(*which, slot).decode()
         table[slot] = None if name in job["drop"] else addresses.get(name)
     before = runtime.launches()
-    failed = failed or library.fused_resnet_launch(plan, table, None, error, len(error))
+    failed = failed or launch(plan, table, None, error, len(error))
     if not failed:
         runtime.check()
     for name, buffer in buffers.items():
@@ -67,7 +73,6 @@ def main() -> None:
 
     runtime = fake_cudart.activate(int(os.environ.get("PTXI_ARCH", "80")))
     library = ctypes.CDLL(sys.argv[1])
-    library.fused_resnet_tensor_name.restype = ctypes.c_char_p
     for job in json.loads(Path(sys.argv[2]).read_text()):
         print(json.dumps(run(library, runtime, job)), flush=True)
 
