@@ -1,7 +1,7 @@
 """The one timing protocol: command line, demo, tuner and benchmarks all time through :func:`compare`.
 
 What makes two times comparable here: both sides run in one process, in inference mode, with the same number of
-threads, in alternating order, on fresh inputs, and both sides' outputs are checked before and after. Preparation
+threads, in a random order each round, on fresh inputs, and both sides' outputs are checked before and after. Preparation
 (folding, packing, compiling) is timed apart. On CUDA events are used, the callable is followed by a synchronisation
 inside the timed section, and L2 is flushed before it.
 
@@ -13,6 +13,7 @@ about the distribution of times). "At least as fast" means that the interval's l
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -220,7 +221,7 @@ def compare(
         expected: computes the right output from a round's inputs; the first contender by default. An output whose
             :func:`relative_error` exceeds ``max_error`` raises RuntimeError: the time of a wrong answer is no time.
         max_error: coarse on purpose; it tells a wrong result from a rounded one. The errors are in the result.
-        rounds: each contender is called once per round; the order rotates from round to round.
+        rounds: each contender is called once per round, in an order drawn anew for each (from a fixed seed).
         num_threads: torch threads for all; None leaves them as they are.
         pause: seconds of sleep before each timed call, which lets thread pools of other libraries stop spinning.
         timer: replaces the clock of ``device`` (tests).
@@ -266,11 +267,13 @@ def compare(
             running.append((contender, fn))
 
         last: list[tuple[Contender, Any]] = []
+        draw = random.Random(0)
         for round_number in range(1, rounds + 1):
             inputs = make_inputs(round_number)
-            turn = round_number % max(1, len(running))
             last = []
-            for contender, fn in running[turn:] + running[:turn]:
+            # Drawn, not rotated: a contender that always followed the same one would pay for what that one leaves in
+            # the caches and, where it has threads of its own, still spinning.
+            for contender, fn in draw.sample(running, len(running)):
                 own = contender.inputs(*inputs)
                 if pause:
                     time.sleep(pause)
