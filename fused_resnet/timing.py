@@ -1,7 +1,7 @@
 """The one timing protocol: command line, demo, tuner and benchmarks all time through :func:`compare`.
 
 What makes two times comparable here: both sides run in one process, in inference mode, with the same number of
-threads, in a random order each round, on fresh inputs, and both sides' outputs are checked before and after. Preparation
+threads, in a random order each round, on fresh inputs, and both outputs are checked before and after. Preparation
 (folding, packing, compiling) is timed apart. On CUDA events are used, the callable is followed by a synchronisation
 inside the timed section, and L2 is flushed before it.
 

@@ -39,6 +39,10 @@ constexpr int kCacheLine = 16;  // floats
 // 4,600 products, which oneDNN's kernels for small images reach as well.
 constexpr int64_t kSegment = 6;
 
+#if defined(__GNUC__) && !defined(__clang__)
+  #pragma GCC diagnostic push  // GCC does not see that `total` is read only after it has been written
+  #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 // sum[row][j] = the products of kRows rows with one panel; before_chunk(number of the chunk) may fetch more.
 template <class Block, int kRows, class BeforeChunk>
 FR_INLINE void multiply(const float* v, int64_t v_chunk_stride, int64_t chunks, const float* u, Ahead ahead,
@@ -80,6 +84,10 @@ FR_INLINE void multiply(const float* v, int64_t v_chunk_stride, int64_t chunks, 
     });
   }
 }
+
+#if defined(__GNUC__) && !defined(__clang__)
+  #pragma GCC diagnostic pop
+#endif
 
 // Functions by their number of rows, 1 to kRows: Kernel<Block, n>::run.
 template <class Block, template <class, int> class Kernel, int... kIndex>
