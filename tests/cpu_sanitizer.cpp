@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/direct_kernel.h"
+#include "cpu/pooled_kernel.h"
 #include "cpu/weight_gradient_kernel.h"
 #include "cpu/winograd_fresh.h"
 #include "cpu/winograd_kernel.h"
@@ -131,6 +132,53 @@ void run_weight_gradient(const char* name, const WeightGradientKernel& kernel, C
   }
 }
 
+// A stem: convolution, epilogue and max pool, in parts of two rows of windows.
+void run_pooled(const char* name, const ConvKernel& direct, const PooledKernel& kernel, ConvShape s,
+                Pool pool) {
+  s.p = (s.h + 2 * s.pad_h - s.dilation_h * (s.r - 1) - 1) / s.stride_h + 1;
+  s.q = (s.w + 2 * s.pad_w - s.dilation_w * (s.s - 1) - 1) / s.stride_w + 1;
+  pool.p = (s.p + 2 * pool.pad_h - pool.window_h) / pool.stride_h + 1;
+  pool.q = (s.q + 2 * pool.pad_w - pool.window_w) / pool.stride_w + 1;
+  Floats x(s.n * s.h * s.w * s.c), weight(s.k * s.c * s.r * s.s), packed(direct.weight_floats(s));
+  Floats y(s.n * pool.p * pool.q * s.k), scale(ceil_div(s.k, 32) * 32), shift(scale.size);
+  for (Floats* a : {&x, &weight, &scale, &shift}) fill(*a);
+  for (int64_t i = 0; i < y.size; ++i) y.data[i] = NAN;
+  const int64_t stride[4] = {s.c * s.r * s.s, s.r * s.s, s.s, 1};
+  direct.pack_weights(s, weight.data, stride, 0, ceil_div(s.k, direct.panel), packed.data);
+  ConvProblem problem{};
+  problem.shape = s;
+  problem.x = x.data, problem.weights = packed.data, problem.scale = scale.data, problem.shift = shift.data;
+  problem.y = y.data, problem.activation = Activation::kNone;
+  const int64_t in[3] = {s.h * s.w * s.c, s.w * s.c, s.c};
+  std::memcpy(problem.x_stride, in, sizeof(in));
+  Floats scratch(kernel.scratch_floats(s, pool));
+  for (int64_t n = 0; n < s.n; ++n) {
+    for (int64_t p = 0; p < pool.p; p += 2) {
+      for (int64_t i = 0; i < scratch.size; ++i) scratch.data[i] = NAN;
+      kernel.run(problem, pool, n, p, std::min(p + 2, pool.p), scratch.data);
+    }
+  }
+  for (int64_t i = 0; i < y.size; ++i) {
+    const int64_t k = i % s.k, q = i / s.k % pool.q, p = i / s.k / pool.q % pool.p,
+                  n = i / s.k / pool.q / pool.p;
+    float want = -INFINITY;
+    for (int64_t h = p * pool.stride_h - pool.pad_h; h < p * pool.stride_h - pool.pad_h + pool.window_h;
+         ++h) {
+      for (int64_t w = q * pool.stride_w - pool.pad_w; w < q * pool.stride_w - pool.pad_w + pool.window_w;
+           ++w) {
+        if (h < 0 || h >= s.p || w < 0 || w >= s.q) continue;
+        want = std::max(want, expected(problem, weight.data, n, h, w, k));
+      }
+    }
+    if (y.data[i] != want) {
+      std::printf("%s: pooled [%ld %ld %ld %ld] got %g, expected %g\n", name, long(n), long(p), long(q),
+                  long(k), y.data[i], want);
+      ++failures;
+      return;
+    }
+  }
+}
+
 template <class Block>
 void run_all(const char* name) {
   const ConvKernel direct = DirectImpl<Block>::kernel();
@@ -166,6 +214,15 @@ void run_all(const char* name) {
       {1, 9, 10, 12, 20, 5, 2, 0, 0, 3, 3, 4, 4, 1, 1},
   };
   for (const ConvShape& s : others) run(name, direct, s, true, 2, 0);
+  const ConvShape stems[] = {
+      {2, 21, 19, 3, 20, 7, 7, 0, 0, 2, 2, 3, 3, 1, 1}, {1, 9, 12, 3, 33, 3, 3, 0, 0, 1, 1, 1, 1, 1, 1},
+      {1, 12, 9, 3, 7, 3, 2, 0, 0, 3, 1, 2, 0, 2, 1},   {1, 9, 9, 1, 16, 5, 5, 0, 0, 1, 1, 2, 2, 1, 2},
+      {1, 10, 11, 6, 5, 3, 3, 0, 0, 1, 1, 1, 1, 1, 1},
+  };
+  for (const ConvShape& s : stems) {
+    run_pooled(name, direct, PooledImpl<Block>::kernel(), s, {3, 3, 2, 2, 1, 1, 0, 0});
+    run_pooled(name, direct, PooledImpl<Block>::kernel(), s, {2, 1, 3, 1, 0, 0, 0, 0});
+  }
 }
 
 }  // namespace

@@ -278,6 +278,7 @@ def test_projection_in_one_call_equals_two() -> None:
 STEMS = [  # problem, window, stride and padding of the pool
     ("n=2,h=37,w=41,c=3,k=24,r=7,s=7,stride=2,padding=3", (3, 2, 1)),
     ("n=1,h=32,w=32,c=3,k=64,r=3,s=3,padding=1", (3, 2, 1)),
+    ("n=1,h=33,w=20,c=3,k=40,r=3,s=3,stride=3:1,padding=2:1,dilation=2:1", (3, 2, 1)),
     ("n=3,h=9,w=11,c=5,k=17,r=3,s=3,padding=0,activation=relu6", (2, 2, 0)),
     ("n=1,h=7,w=6,c=16,k=33,r=1,s=1,activation=none", ((3, 2), (1, 3), (1, 0))),
     ("n=1,h=40,w=8,c=1,k=5,r=5,s=5,stride=2:1,padding=2", ((8, 1), (5, 1), (4, 0))),

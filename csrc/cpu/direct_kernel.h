@@ -31,8 +31,38 @@ struct OutputBounds {
         upper(activation == Activation::kRelu6 ? 6.0f : __builtin_inff()) {}
 };
 
-// The products of kRows consecutive pixels with one panel, finished. y and residual are dense: a pixel is K
-// floats.
+// Scale, shift, residual, activation and store for kRows consecutive pixels and the panel that begins with
+// channel k. y and residual are dense: a pixel is K floats.
+template <class Block, int kRows>
+FR_INLINE void finish_products(const Vec<Block::kLanes> (&sum)[kRows][Block::kCols],
+                               const ConvProblem& problem, int64_t k, OutputBounds bounds,
+                               const float* residual, float* y) {
+  constexpr int kLanes = Block::kLanes;
+  const int64_t k_count = problem.shape.k;
+  const Vec<kLanes> lower = Vec<kLanes>{} + bounds.lower, upper = Vec<kLanes>{} + bounds.upper;
+  unroll<Block::kCols>([&](auto j) FR_LAMBDA {
+    const int64_t offset = j * kLanes, count = k_count - k - offset;
+    if (count <= 0) return;
+    const Vec<kLanes> scale = load<kLanes>(problem.scale + k + offset);
+    const Vec<kLanes> shift = load<kLanes>(problem.shift + k + offset);
+    unroll<kRows>([&](auto row) FR_LAMBDA {
+      const int64_t at = row * k_count + offset;
+      Vec<kLanes> value = sum[row][j] * scale + shift;
+      if (residual) {
+        value += count >= kLanes ? load<kLanes>(residual + at) : load_partial<kLanes>(residual + at, count);
+      }
+      value = value < lower ? lower : value;
+      value = value > upper ? upper : value;
+      if (count >= kLanes) {
+        store<kLanes>(y + at, value);
+      } else {
+        store_partial<kLanes>(y + at, value, count);
+      }
+    });
+  });
+}
+
+// The products of kRows consecutive pixels with one panel, finished.
 template <class Block, int kRows>
 struct FinishProducts {
   static void run(const float* v, int64_t v_chunk_stride, int64_t chunks, const float* u, Ahead ahead,
@@ -54,27 +84,7 @@ struct FinishProducts {
         }
       }
     });
-    const Vec<kLanes> lower = Vec<kLanes>{} + bounds.lower, upper = Vec<kLanes>{} + bounds.upper;
-    unroll<kCols>([&](auto j) FR_LAMBDA {
-      const int64_t offset = j * kLanes, count = k_count - k - offset;
-      if (count <= 0) return;
-      const Vec<kLanes> scale = load<kLanes>(problem.scale + k + offset);
-      const Vec<kLanes> shift = load<kLanes>(problem.shift + k + offset);
-      unroll<kRows>([&](auto row) FR_LAMBDA {
-        const int64_t at = row * k_count + offset;
-        Vec<kLanes> value = sum[row][j] * scale + shift;
-        if (residual) {
-          value += count >= kLanes ? load<kLanes>(residual + at) : load_partial<kLanes>(residual + at, count);
-        }
-        value = value < lower ? lower : value;
-        value = value > upper ? upper : value;
-        if (count >= kLanes) {
-          store<kLanes>(y + at, value);
-        } else {
-          store_partial<kLanes>(y + at, value, count);
-        }
-      });
-    });
+    finish_products<Block, kRows>(sum, problem, k, bounds, residual, y);
   }
 };
 

@@ -4,12 +4,14 @@
 #pragma once
 
 #include "direct_kernel.h"
+#include "row_kernel.h"
 
 namespace fused_resnet::cpu {
 
 template <class Block>
 struct PooledImpl {
   using Direct = DirectImpl<Block>;
+  using Rows = RowImpl<Block>;
   static constexpr int kLanes = Block::kLanes;
   using V = Vec<kLanes>;
   static constexpr int64_t kPixels = 2 * Block::kRows;  // of a row at a time
@@ -17,7 +19,8 @@ struct PooledImpl {
   static int64_t row_floats(const ConvShape& shape) { return shape.q * shape.k; }
 
   static int64_t scratch_floats(const ConvShape& shape, const Pool& pool) {
-    return pool.window_h * row_floats(shape) + Direct::scratch_floats(shape, kPixels);
+    return pool.window_h * row_floats(shape) +
+           std::max<int64_t>(Direct::scratch_floats(shape, kPixels), Rows::scratch_floats(shape));
   }
 
   // The larger of both; NaN where either is.
@@ -55,16 +58,23 @@ struct PooledImpl {
     const int64_t panels = ceil_div(shape.k, Block::kPanel);
     ConvProblem into_ring = problem;
     into_ring.y = scratch;
-    float* direct_scratch = scratch + pool.window_h * row_floats(shape);
+    float* conv_scratch = scratch + pool.window_h * row_floats(shape);
+    const bool by_rows = Rows::can_run(problem);
+    int64_t seen = 0;  // rows of the input
+    if (by_rows) Rows::start(shape, conv_scratch);
     int64_t done = std::max<int64_t>(first * pool.stride_h - pool.pad_h, 0);  // rows before it are not needed
     for (int64_t p = first; p < last; ++p) {
       const int64_t top = p * pool.stride_h - pool.pad_h, bottom = std::min(top + pool.window_h, shape.p);
       for (done = std::max(done, top); done < bottom; ++done) {
         const int64_t row = (image * shape.p + done) * shape.q,
                       slot = done % pool.window_h * row_floats(shape);
+        if (by_rows) {
+          Rows::compute(problem, image, done, seen, scratch + slot, conv_scratch);
+          continue;
+        }
         for (int64_t q = 0; q < shape.q; q += kPixels) {
           Direct::compute(into_ring, row + q, std::min(kPixels, shape.q - q), 0, panels, slot + q * shape.k,
-                          direct_scratch);
+                          conv_scratch);
         }
       }
       const float* rows[kMaxWindow];

@@ -1,0 +1,123 @@
+// One row of a direct convolution of few channels, without gathering: where the pixels of the input lie side
+// by side, a row of the filter is one run of S C values, and the runs of neighbouring output pixels are
+// stride C apart. The micro-kernel reads them from the input's rows as they are (with the padding put on).
+//
+// The weights are those of DirectImpl, the sums are added in its order: the same bits.
+#pragma once
+
+#include "direct_kernel.h"
+
+namespace fused_resnet::cpu {
+
+// Neighbouring pixels are kStep floats apart.
+template <int kStep>
+struct RowRuns {
+  template <class Block, int kRows>
+  struct Products {
+    // rows[r]: where the run of filter row r begins for the first of kRows pixels.
+    static void run(const float* const* rows, int64_t offset, int64_t run_floats, int64_t depth,
+                    const float* u, const ConvProblem& problem, int64_t k, OutputBounds bounds, float* y) {
+      using V = Vec<Block::kLanes>;
+      constexpr int64_t kSegmentFloats = kSegment * kChunk;
+      V sum[kRows][Block::kCols] = {}, total[kRows][Block::kCols] = {};
+      int64_t r = 0, i = 0;
+      for (int64_t begin = 0; begin < depth; begin += kSegmentFloats) {
+        unroll<kRows>([&](auto row)
+                          FR_LAMBDA { unroll<Block::kCols>([&](auto j) FR_LAMBDA { sum[row][j] = V{}; }); });
+        const int64_t end = std::min(begin + kSegmentFloats, depth);
+        for (int64_t d = begin; d < end;) {
+          const int64_t count = std::min(run_floats - i, end - d);
+          const float* v = rows[r] + offset + i;
+          for (int64_t t = 0; t < count; ++t, u += Block::kPanel) {
+            V weight[Block::kCols];
+            unroll<Block::kCols>([&](auto j)
+                                     FR_LAMBDA { weight[j] = load<Block::kLanes>(u + j * Block::kLanes); });
+            unroll<kRows>([&](auto row) FR_LAMBDA {
+              const float value = v[row * kStep + t];
+              unroll<Block::kCols>([&](auto j) FR_LAMBDA { sum[row][j] += value * weight[j]; });
+            });
+          }
+          d += count;
+          i += count;
+          if (i == run_floats) i = 0, ++r;
+        }
+        if (begin > 0) {
+          unroll<kRows>([&](auto row) FR_LAMBDA {
+            unroll<Block::kCols>([&](auto j) FR_LAMBDA { sum[row][j] += total[row][j]; });
+          });
+        }
+        if (end == depth) break;
+        unroll<kRows>([&](auto row) FR_LAMBDA {
+          unroll<Block::kCols>([&](auto j) FR_LAMBDA { total[row][j] = sum[row][j]; });
+        });
+      }
+      finish_products<Block, kRows>(sum, problem, k, bounds, nullptr, y);
+    }
+  };
+};
+
+template <class Block>
+struct RowImpl {
+  static constexpr int64_t kMostRows = 8;  // of a filter
+
+  static int64_t step(const ConvShape& shape) { return shape.stride_w * shape.c; }
+  // Three channels at stride 1 and 2; elsewhere gathering costs little.
+  static bool can_run(const ConvProblem& problem) {
+    const ConvShape& shape = problem.shape;
+    return (step(shape) == 3 || step(shape) == 6) && shape.dilation_w == 1 && shape.r <= kMostRows &&
+           problem.x_stride[2] == shape.c && problem.residual == nullptr;
+  }
+
+  // Rows of the input with their padding: a ring of those that one row of the output reads, and one of zeros.
+  static int64_t ring(const ConvShape& shape) { return (shape.r - 1) * shape.dilation_h + 1; }
+  static int64_t padded_row(const ConvShape& shape) { return (shape.w + 2 * shape.pad_w) * shape.c; }
+  static int64_t scratch_floats(const ConvShape& shape) { return (ring(shape) + 1) * padded_row(shape); }
+
+  // Before the first row of an image.
+  static void start(const ConvShape& shape, float* scratch) {
+    std::fill_n(scratch, scratch_floats(shape), 0.0f);
+  }
+
+  // Row p of the output to y. `seen`: the number of the input row from which on none is in the ring yet.
+  static void compute(const ConvProblem& problem, int64_t image, int64_t p, int64_t& seen, float* y,
+                      float* scratch) {
+    const ConvShape& shape = problem.shape;
+    const int64_t row_floats = padded_row(shape), top = p * shape.stride_h - shape.pad_h;
+    const float* rows[kMostRows];
+    for (int64_t r = 0; r < shape.r; ++r) {
+      const int64_t h = top + r * shape.dilation_h;
+      if (h < 0 || h >= shape.h) {
+        rows[r] = scratch + ring(shape) * row_floats;  // zeros
+        continue;
+      }
+      for (seen = std::max(seen, top); seen <= h; ++seen) {
+        if (seen < 0) continue;
+        float* to = scratch + seen % ring(shape) * row_floats + shape.pad_w * shape.c;
+        std::copy_n(problem.x + image * problem.x_stride[0] + seen * problem.x_stride[1], shape.w * shape.c,
+                    to);
+      }
+      rows[r] = scratch + h % ring(shape) * row_floats;
+    }
+    if (step(shape) == 3) {
+      multiply_row<RowRuns<3>>(problem, rows, y);
+    } else {
+      multiply_row<RowRuns<6>>(problem, rows, y);
+    }
+  }
+
+  template <class Runs>
+  static void multiply_row(const ConvProblem& problem, const float* const* rows, float* y) {
+    const ConvShape& shape = problem.shape;
+    const int64_t run_floats = shape.s * shape.c, depth = shape.r * run_floats;
+    const int64_t u_panel = DirectImpl<Block>::depth_of(shape) * Block::kPanel;
+    const OutputBounds bounds(problem.activation);
+    for (int64_t k = 0; k < shape.k; k += Block::kPanel) {
+      const float* u = problem.weights + k / Block::kPanel * u_panel;
+      for_groups<Block, Runs::template Products>(shape.q, [&](auto kernel, int64_t first, int64_t, int64_t) {
+        kernel(rows, first * step(shape), run_floats, depth, u, problem, k, bounds, y + first * shape.k + k);
+      });
+    }
+  }
+};
+
+}  // namespace fused_resnet::cpu
