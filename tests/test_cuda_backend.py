@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -35,13 +36,18 @@ def test_refusals_that_need_no_gpu() -> None:
 
 
 @pytest.fixture
-def a100(monkeypatch: pytest.MonkeyPatch) -> None:
+def a100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch and the extension as they look beside an A100, up to the first launch."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 0))
     monkeypatch.setattr(cuda, "_properties", lambda index: A100)
-    cuda._refusal.cache_clear()
+    caches = (cuda._refusal, cuda._too_old)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:  # what was said of a GPU that is not there
+        cache.cache_clear()
 
 
 @needs_extension
