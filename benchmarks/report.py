@@ -1,7 +1,7 @@
 """From benchmark JSON to a Markdown table and a plot.
 
     python -m benchmarks.report benchmarks/results/latest.json              # table.md and plot.png beside it
-    python -m benchmarks.report benchmarks/results/cpu.json --readme README.md
+    python -m benchmarks.report benchmarks/results/cpu_1_thread.json --readme README.md
 
 ``--readme`` replaces what stands between ``<!-- benchmark NAME -->`` and ``<!-- /benchmark -->``, NAME being the
 JSON's file name without its suffix.
@@ -113,8 +113,8 @@ def markdown(document: dict[str, Any], results: Sequence[Result], path: Path) ->
     versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
     where = machine.get("GPU 0") if info["device"] == "cuda" else machine.get("CPU", "unknown CPU")
     lines = [
-        f"Measured on {where}, {document['datetime'][:10]}; {versions}. Medians of {info['rounds']} alternating "
-        "rounds in one process, fresh inputs, outputs checked against float64; the fastest side of a row is bold.",
+        f"Measured on {where}, {document['datetime'][:10]}; {versions}. Medians of {info['rounds']} "
+        "rounds in one process, in random order, fresh inputs, outputs checked against float64; the fastest side of a row is bold.",
         "`of the roof`: the larger of FLOP / peak and compulsory bytes / bandwidth, both measured on this machine, "
         "over the time taken; Winograd's fewer multiplications may carry it past 100 %.",
     ]
