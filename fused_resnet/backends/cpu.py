@@ -42,6 +42,8 @@ _ROWS_TO_HIDE_A_WEIGHT = 36
 _LEAST_ROWS = 7
 #: Transforming one input (output) tile costs as much as multiplying its positions for so many output (input) channels.
 _TRANSFORM_CHANNELS = 10
+#: Below this, gathering the inputs of our direct kernel costs too much: oneDNN has kernels of its own for that.
+_LEAST_CHANNELS = 16
 #: Transforming one 3 x 3 filter in the call costs as much as so many multiply-adds.
 _FRESH_TRANSFORM = {2: 65, 4: 110}
 
@@ -129,6 +131,8 @@ class CpuBackend(Backend):
         otherwise = partial(_run_folded if problem.activation == "none" else _run_pass, memory_format)
         if problem.groups != 1:
             return otherwise
+        if problem.c < _LEAST_CHANNELS:
+            return partial(_run_few_channels, memory_format, otherwise)
         choice = tail.winograd if tail.winograd != "auto" else os.environ.get("FUSED_RESNET_WINOGRAD", "auto")
         algorithm = DIRECT
         if choice != "off" and (problem.r, problem.s, problem.stride, problem.dilation) == (3, 3, (1, 1), (1, 1)):
@@ -160,6 +164,11 @@ def _run_fused(
     return y if memory_format is torch.channels_last else y.contiguous()
 
 
+def _run_few_channels(memory_format: torch.memory_format, otherwise: Callable[[Tail], Tensor], tail: Tail) -> Tensor:
+    """A stem by itself; with its max pool it has a kernel of its own, see :func:`with_max_pool`."""
+    return otherwise(tail)
+
+
 def _fused_conv(
     algorithm: Algorithm, x: Tensor, conv: ConvBN, stride: Any, padding: Any, dilation: Any, residual: Tensor | None,
     activation: str,
@@ -184,10 +193,15 @@ def with_max_pool(run: Callable[[Tail], Tensor], pool: Pool) -> Callable[[Tail],
     """What :meth:`CpuBackend.bind` returned, with the max pool of its result in the same pass; None if it cannot be."""
     (height, width), _, padding = pool
     possible = height <= _LARGEST_WINDOW and 2 * padding[0] <= height and 2 * padding[1] <= width
-    if not possible or not isinstance(run, partial) or run.func is not _run_fused:
+    if not possible or not isinstance(run, partial):
         return None
-    memory_format, algorithm, otherwise = run.args
-    return partial(_run_max_pool, memory_format, pool, otherwise) if algorithm == DIRECT else None
+    if run.func is _run_few_channels:
+        memory_format, otherwise = run.args
+    elif run.func is _run_fused and run.args[1] == DIRECT:
+        memory_format, _, otherwise = run.args
+    else:
+        return None
+    return partial(_run_max_pool, memory_format, pool, otherwise)
 
 
 def _run_max_pool(
