@@ -114,7 +114,8 @@ def markdown(document: dict[str, Any], results: Sequence[Result], path: Path) ->
     where = machine.get("GPU 0") if info["device"] == "cuda" else machine.get("CPU", "unknown CPU")
     lines = [
         f"Measured on {where}, {document['datetime'][:10]}; {versions}. Medians of {info['rounds']} "
-        "rounds in one process, in random order, fresh inputs, outputs checked against float64; the fastest side of a row is bold.",
+        "rounds in one process, in random order, fresh inputs, outputs checked against float64; the fastest side of "
+        "a row is bold.",
         "`of the roof`: the larger of FLOP / peak and compulsory bytes / bandwidth, both measured on this machine, "
         "over the time taken; Winograd's fewer multiplications may carry it past 100 %.",
     ]

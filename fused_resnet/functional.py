@@ -148,7 +148,7 @@ def conv_bn_add_relu_max_pool(
 
     On the CPU, in float32 and without gradients, one pass from the third call of a signature on: the convolution's
     output, the largest tensor of a ResNet, never goes to memory. Elsewhere it is the two functions one after the
-    other. The result is the same to the bit.
+    other, with the same result up to rounding.
 
     Args:
         window, pool_stride, pool_padding: of the max pool, as in :func:`torch.nn.functional.max_pool2d`.
