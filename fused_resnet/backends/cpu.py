@@ -41,7 +41,7 @@ _ROWS_TO_HIDE_A_WEIGHT = 36
 #: A GEMM with fewer rows than this takes as long as one with so many: its multiply-adds wait for one another.
 _LEAST_ROWS = 7
 #: Transforming one input (output) tile costs as much as multiplying its positions for so many output (input) channels.
-_TRANSFORM_CHANNELS = 10
+TRANSFORM_CHANNELS = 10
 #: Below this, gathering the inputs of our direct kernel costs too much: oneDNN has kernels of its own for that.
 _LEAST_CHANNELS = 16
 #: Transforming one 3 x 3 filter in the call costs as much as so many multiply-adds.
@@ -78,11 +78,16 @@ def fastest(problem: Problem, sizes: tuple[int, ...] = (2, 4)) -> Algorithm:
     cost = {DIRECT: float(9 * problem.c * problem.k * max(problem.n * problem.p * problem.q, _ROWS_TO_HIDE_A_WEIGHT))}
     for m in sizes:
         positions, tiles = (m + 2) ** 2, problem.n * -(-problem.p // m) * -(-problem.q // m)
-        transforms = positions * tiles * _TRANSFORM_CHANNELS * (c + k)
+        transforms = positions * tiles * TRANSFORM_CHANNELS * (c + k)
         cost[Algorithm(m)] = c * k * positions * max(tiles, _ROWS_TO_HIDE_A_WEIGHT) + transforms
         fresh = max(positions * max(tiles, _LEAST_ROWS) + _FRESH_TRANSFORM[m], 9 * _ROWS_TO_HIDE_A_WEIGHT)
         cost[Algorithm(m, fresh=True)] = c * k * fresh + transforms
     return min(cost, key=lambda algorithm: cost[algorithm])
+
+
+def winograd_choice(winograd: str) -> str:
+    """``winograd``, or what ``FUSED_RESNET_WINOGRAD`` says where it is ``"auto"``."""
+    return winograd if winograd != "auto" else os.environ.get("FUSED_RESNET_WINOGRAD", "auto")
 
 
 def _onednn_has(dtype: torch.dtype) -> bool:
@@ -133,7 +138,7 @@ class CpuBackend(Backend):
             return otherwise
         if problem.c < _LEAST_CHANNELS:
             return partial(_run_few_channels, memory_format, otherwise)
-        choice = tail.winograd if tail.winograd != "auto" else os.environ.get("FUSED_RESNET_WINOGRAD", "auto")
+        choice = winograd_choice(tail.winograd)
         algorithm = DIRECT
         if choice != "off" and (problem.r, problem.s, problem.stride, problem.dilation) == (3, 3, (1, 1), (1, 1)):
             algorithm = fastest(problem, (2,) if choice == "f2" else (2, 4))
@@ -173,9 +178,8 @@ def _fused_conv(
     algorithm: Algorithm, x: Tensor, conv: ConvBN, stride: Any, padding: Any, dilation: Any, residual: Tensor | None,
     activation: str,
 ) -> Tensor:  # fmt: skip
-    weight = conv.weight
-    packed = packing.get(weight, ("fused", algorithm), packing.NO_VECTORS, partial(_pack, weight, algorithm))
-    k, _, r, s = weight.shape
+    packed = _packed(conv.weight, algorithm)
+    k, _, r, s = conv.weight.shape
     m, fresh = algorithm
     return torch.ops.fused_resnet_C.conv_fused.default(
         x.contiguous(memory_format=torch.channels_last), packed, (k, r, s), m, "", stride, padding, dilation,
@@ -211,12 +215,17 @@ def _run_max_pool(
         return F.max_pool2d(otherwise(tail), *pool)
     conv = tail.conv
     k, _, r, s = conv.weight.shape
-    packed = packing.get(conv.weight, ("fused", DIRECT), packing.NO_VECTORS, partial(_pack, conv.weight, DIRECT))
+    packed = _packed(conv.weight, DIRECT)
     y: Tensor = torch.ops.fused_resnet_C.conv_max_pool.default(
         tail.x.contiguous(memory_format=torch.channels_last), packed, (k, r, s), "", tail.stride, tail.padding,
         tail.dilation, *conv[1:], _ACTIVATION_CODES[tail.activation], (*pool[0], *pool[1], *pool[2]),
     )  # fmt: skip
     return y if memory_format is torch.channels_last else y.contiguous()
+
+
+def _packed(weight: Tensor, algorithm: Algorithm) -> Tensor:
+    """The kept copy of ``weight`` in the order in which ``algorithm`` reads it."""
+    return packing.get(weight, ("fused", algorithm), packing.NO_VECTORS, partial(_pack, weight, algorithm))
 
 
 def _pack(weight: Tensor, algorithm: Algorithm) -> Tensor:

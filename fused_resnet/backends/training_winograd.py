@@ -16,7 +16,6 @@ may leave out the taps that never meet a pixel at the border.
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from .. import _extension
 from ..layout import output_memory_format
-from .cpu import Algorithm
+from .cpu import DIRECT, TRANSFORM_CHANNELS, Algorithm, winograd_choice
 from .training_base import ConvGeometry
 
 _NO_BN = (None, None, None, None, 0.0)
@@ -38,8 +37,6 @@ _FRESH_COPY = 1000
 #: ... and those which that takes for each tile, by m. (They transform in float32: only where sums are longest.)
 _FRESH_TILE = {2: 3, 4: 11}
 _FRESH_CHANNELS = 256
-#: Transforming one input (output) tile costs as much as multiplying its positions for so many output (input) channels.
-_TRANSFORM_CHANNELS = 10
 #: Channels and, for d_weight, output pixels from which on F(4x4) keeps the bound on its error.
 _F4_CHANNELS = 64
 _F4_PIXELS = 4096
@@ -47,10 +44,10 @@ _F4_PIXELS = 4096
 
 def _cheapest(outputs: int, tiles: dict[int, int], c: int, k: int, overhead: int, fresh: bool) -> Algorithm:
     """What takes fewest multiply-adds; the keys of ``tiles`` are the m to choose from, with their numbers of tiles."""
-    cost = {Algorithm(0): 9 * outputs * c * k}
+    cost = {DIRECT: 9 * outputs * c * k}
     for m, count in tiles.items():
         positions = (m + 2) ** 2
-        transforms = positions * count * _TRANSFORM_CHANNELS * (c + k)
+        transforms = positions * count * TRANSFORM_CHANNELS * (c + k)
         cost[Algorithm(m)] = positions * (count + overhead) * c * k + transforms
         if fresh:
             cost[Algorithm(m, fresh=True)] = ((positions + _FRESH_TILE[m]) * count + _FRESH_COPY) * c * k + transforms
@@ -94,7 +91,7 @@ def weight_gradient_tile(x: Tensor, weight: Tensor, geometry: ConvGeometry, wino
 def _resolve(winograd: str) -> str:
     if winograd not in ("auto", "f2", "off"):
         raise ValueError(f"winograd: expected 'auto', 'f2' or 'off', got {winograd!r}")
-    return winograd if winograd != "auto" else os.environ.get("FUSED_RESNET_WINOGRAD", "auto")
+    return winograd_choice(winograd)
 
 
 def _sizes(x: Tensor, geometry: ConvGeometry) -> tuple[int, int, int]:
@@ -106,7 +103,7 @@ def _sizes(x: Tensor, geometry: ConvGeometry) -> tuple[int, int, int]:
 @lru_cache(maxsize=1024)
 def _choose(n: int, p: int, q: int, c: int, k: int, f4: bool, overhead: int, fresh: bool, winograd: str) -> Algorithm:
     if winograd == "off":
-        return Algorithm(0)
+        return DIRECT
     sizes = (2, 4) if f4 and winograd != "f2" else (2,)
     return _cheapest(n * p * q, {m: n * -(-p // m) * -(-q // m) for m in sizes}, c, k, overhead, fresh)
 
