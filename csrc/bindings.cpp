@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/isa.h"
+#include "facts.h"
 
 STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   // cpu/epilogue.cpp: y = act(scale * y + shift + residual) in place
@@ -34,6 +35,9 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   m.def(
       "unchanged(Tensor snapshot, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
       "Tensor? running_mean, Tensor? running_var) -> bool");
+  // cpu/samples.cpp, cpu/chain.cpp: the convolutions of a block; None where a weight is not what it was
+  m.def("samples(Tensor weight) -> Tensor");
+  m.def("conv_chain(Tensor x, Tensor[] tensors, Tensor program) -> Tensor?");
   // cpu/training.cpp: the four passes of a training tail; outputs come allocated
   m.def("cpu_bn_stats(Tensor y, Tensor(a!) mean, Tensor(b!) var) -> ()");
   m.def(
@@ -53,6 +57,7 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
 }
 
 PYBIND11_MODULE(_C, m) {
+  fused_resnet::define_facts(m);
   m.def(
       "build_info",
       [] {

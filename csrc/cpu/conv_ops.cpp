@@ -1,4 +1,6 @@
 // fused_resnet_C::conv_pack, conv_fused and conv_max_pool: arguments -> problem -> threads.
+#include "conv_ops.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -91,12 +93,15 @@ Tensor empty_output(int64_t n, int64_t k, int64_t p, int64_t q) {
                               MemoryFormat::ChannelsLast);
 }
 
-Tensor conv_fused(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter, int64_t m,
-                  const std::string& isa, const std::vector<int64_t>& stride,
-                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                  const OptionalTensor& bias, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
-                  const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
-                  const OptionalTensor& residual, int64_t activation, bool fresh) {
+}  // namespace
+
+OptionalTensor fused_convolution(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter,
+                                 int64_t m, const std::string& isa, const std::vector<int64_t>& stride,
+                                 const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                                 const BatchNormArguments& bn_arguments, const OptionalTensor& residual,
+                                 int64_t activation, bool fresh, const Samples* samples,
+                                 const Tensor* weight) {
+  if (samples != nullptr) samples->prefetch();
   ConvProblem problem = read_problem(x, packed, filter, stride, padding, dilation);
   const ConvShape& shape = problem.shape;
   const ConvKernel& kernel = kernel_for(m, fresh, isa, shape);
@@ -116,9 +121,10 @@ Tensor conv_fused(const Tensor& x, const Tensor& packed, const std::vector<int64
     problem.residual = static_cast<const float*>(t.const_data_ptr());
     pixel_strides(t, problem.residual_stride);
   }
-  const ScaleShift bn({bias, bn_weight, bn_bias, running_mean, running_var, eps}, shape.k);
-  problem.scale = bn.scale.data();
-  problem.shift = bn.shift.data();
+  const ScaleShift bn(bn_arguments, shape.k);
+  if (samples != nullptr && !samples->hold(*weight)) return std::nullopt;
+  problem.scale = bn.scale();
+  problem.shift = bn.shift();
   problem.activation = activation_from(activation);
 
   Tensor y = empty_output(shape.n, shape.k, shape.p, shape.q);
@@ -134,6 +140,19 @@ Tensor conv_fused(const Tensor& x, const Tensor& packed, const std::vector<int64
     for (int64_t piece = begin; piece < end; ++piece) kernel.run_piece(problem, plan, piece, scratch);
   });
   return y;
+}
+
+namespace {
+
+Tensor conv_fused(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter, int64_t m,
+                  const std::string& isa, const std::vector<int64_t>& stride,
+                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                  const OptionalTensor& bias, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+                  const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
+                  const OptionalTensor& residual, int64_t activation, bool fresh) {
+  return *fused_convolution(x, packed, filter, m, isa, stride, padding, dilation,
+                            {bias, bn_weight, bn_bias, running_mean, running_var, eps}, residual, activation,
+                            fresh);
 }
 
 // pool: window, stride and padding, two numbers each.
@@ -164,8 +183,8 @@ Tensor conv_max_pool(const Tensor& x, const Tensor& packed, const std::vector<in
         pool.window_w);
   pool.p = room_h / pool.stride_h + 1, pool.q = room_w / pool.stride_w + 1;
   const ScaleShift bn({bias, bn_weight, bn_bias, running_mean, running_var, eps}, shape.k);
-  problem.scale = bn.scale.data();
-  problem.shift = bn.shift.data();
+  problem.scale = bn.scale();
+  problem.shift = bn.shift();
   problem.activation = activation_from(activation);
 
   Tensor y = empty_output(shape.n, shape.k, pool.p, pool.q);

@@ -53,8 +53,8 @@ void scale_shift_add_act_(const Tensor& y, const OptionalTensor& bias, const Opt
   EpilogueProblem problem;
   problem.y = y.mutable_data_ptr();
   problem.residual = residual.has_value() ? residual->const_data_ptr() : nullptr;
-  problem.scale = bn.scale.data();
-  problem.shift = bn.shift.data();
+  problem.scale = bn.scale();
+  problem.shift = bn.shift();
   problem.scalar = scalar_of(y, "y");
   problem.activation = activation_from(activation);
   problem.channels_last = channels_last;

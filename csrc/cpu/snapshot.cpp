@@ -9,6 +9,7 @@
 
 #include <cstring>
 
+#include "samples.h"
 #include "tensors.h"
 
 namespace fused_resnet::cpu {
@@ -16,27 +17,19 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kSamples = 64;
-
 // Calls visit(pointer, bytes) for every run of bytes that a snapshot holds, until it returns false.
 template <class Visit>
 bool visit_bytes(const Tensor& weight, const OptionalTensor* vectors, Visit&& visit) {
-  const int64_t item = static_cast<int64_t>(weight.element_size()), count = weight.numel(),
-                dims = weight.dim();
+  const int64_t item = static_cast<int64_t>(weight.element_size());
   const auto* data = static_cast<const unsigned char*>(weight.const_data_ptr());
-  const auto sizes = weight.sizes(), strides = weight.strides();
   // All addresses first, so that their cache misses and page walks overlap.
   const unsigned char* samples[kSamples];
-  for (int64_t i = 0; i < kSamples && count > 0; ++i) {
-    int64_t index = count == 1 ? 0 : i * (count - 1) / (kSamples - 1), offset = 0;
-    for (int64_t dim = dims - 1; dim >= 0; --dim) {
-      offset += index % sizes[dim] * strides[dim];
-      index /= sizes[dim];
-    }
-    samples[i] = data + offset * item;
-    __builtin_prefetch(samples[i]);
-  }
-  for (int64_t i = 0; i < kSamples && count > 0; ++i) {
+  int64_t count = 0;
+  for_each_sample(weight, [&](int64_t offset) {
+    samples[count++] = data + offset;
+    __builtin_prefetch(data + offset);
+  });
+  for (int64_t i = 0; i < count; ++i) {
     if (!visit(samples[i], item)) return false;
   }
   for (int v = 0; v < 5; ++v) {

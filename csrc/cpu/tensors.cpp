@@ -3,6 +3,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cmath>
 
 namespace fused_resnet::cpu {
@@ -10,51 +11,72 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// A vector of K channels in any floating-point type, as floats; `otherwise` where it is absent.
-std::vector<float> channels(const OptionalTensor& t, const char* name, int64_t k, float otherwise) {
-  std::vector<float> values(static_cast<size_t>((k + 31) / 32 * 32), 0.0f);
-  if (!t.has_value()) {
-    std::fill_n(values.begin(), k, otherwise);
-    return values;
+// The K values of a vector in any floating-point type, as floats: its own memory where that is dense float32,
+// else a copy. One value stands for all where the vector is absent.
+class Channels {
+ public:
+  Channels(const OptionalTensor& t, const char* name, int64_t k, float otherwise) : otherwise_(otherwise) {
+    if (!t.has_value()) return;
+    check(t->dim() == 1 && t->size(0) == k, name, "one value per output channel", shape_of(*t),
+          " for K = ", k);
+    const int64_t stride = t->stride(0);
+    const void* data = t->const_data_ptr();
+    const ScalarType type = t->scalar_type();
+    if (type == ScalarType::Float && (stride == 1 || k == 1)) {
+      values_ = static_cast<const float*>(data);
+    } else if (type == ScalarType::Float) {
+      read(static_cast<const float*>(data), stride, k);
+    } else if (type == ScalarType::BFloat16) {
+      read(static_cast<const torch::headeronly::BFloat16*>(data), stride, k);
+    } else {
+      check(type == ScalarType::Half, name, "dtype float32, bfloat16 or float16", "another one");
+      read(static_cast<const torch::headeronly::Half*>(data), stride, k);
+    }
   }
-  check(t->dim() == 1 && t->size(0) == k, name, "one value per output channel", shape_of(*t), " for K = ", k);
-  const int64_t stride = t->stride(0);
-  const auto read = [&](const auto* from) {
-    for (int64_t i = 0; i < k; ++i) values[i] = static_cast<float>(from[i * stride]);
-  };
-  const void* data = t->const_data_ptr();
-  switch (t->scalar_type()) {
-    case ScalarType::Float:
-      read(static_cast<const float*>(data));
-      break;
-    case ScalarType::BFloat16:
-      read(static_cast<const torch::headeronly::BFloat16*>(data));
-      break;
-    case ScalarType::Half:
-      read(static_cast<const torch::headeronly::Half*>(data));
-      break;
-    default:
-      check(false, name, "dtype float32, bfloat16 or float16", "another one");
+
+  void copy_to(float* to, int64_t k) const {
+    if (values_ == nullptr) {
+      std::fill_n(to, k, otherwise_);
+    } else {
+      std::copy_n(values_, k, to);
+    }
   }
-  return values;
-}
+  const float* values() const { return values_; }  // null where absent
+
+ private:
+  template <class T>
+  void read(const T* from, int64_t stride, int64_t k) {
+    copy_ = std::make_unique<float[]>(k);
+    for (int64_t i = 0; i < k; ++i) copy_[i] = static_cast<float>(from[i * stride]);
+    values_ = copy_.get();
+  }
+
+  float otherwise_;
+  const float* values_ = nullptr;
+  std::unique_ptr<float[]> copy_;
+};
 
 }  // namespace
 
-ScaleShift::ScaleShift(const BatchNormArguments& bn, int64_t k) {
-  shift = channels(bn.bias, "bias", k, 0.0f);
+ScaleShift::ScaleShift(const BatchNormArguments& bn, int64_t k)
+    : padded_((k + 31) / 32 * 32), memory_(new float[2 * padded_]) {
+  float* scale = memory_.get();
+  float* shift = scale + padded_;
+  std::fill(scale + k, shift, 0.0f);
+  std::fill(shift + k, shift + padded_, 0.0f);
+  Channels(bn.bias, "bias", k, 0.0f).copy_to(shift, k);
   if (!bn.mean.has_value()) {
-    scale = channels(std::nullopt, "bn_weight", k, 1.0f);
+    std::fill_n(scale, k, 1.0f);
     return;
   }
-  scale = channels(bn.weight, "bn_weight", k, 1.0f);
-  const std::vector<float> beta = channels(bn.beta, "bn_bias", k, 0.0f);
-  const std::vector<float> mean = channels(bn.mean, "running_mean", k, 0.0f);
-  const std::vector<float> var = channels(bn.var, "running_var", k, 1.0f);
+  Channels(bn.weight, "bn_weight", k, 1.0f).copy_to(scale, k);
+  const Channels beta(bn.beta, "bn_bias", k, 0.0f), mean(bn.mean, "running_mean", k, 0.0f),
+      var(bn.var, "running_var", k, 1.0f);
+  const float *beta_of = beta.values(), *mean_of = mean.values(), *var_of = var.values();
   const float eps = static_cast<float>(bn.eps);
   for (int64_t i = 0; i < k; ++i) {
-    scale[i] = scale[i] / std::sqrt(var[i] + eps);
-    shift[i] = beta[i] + (shift[i] - mean[i]) * scale[i];
+    scale[i] = scale[i] / std::sqrt((var_of == nullptr ? 1.0f : var_of[i]) + eps);
+    shift[i] = (beta_of == nullptr ? 0.0f : beta_of[i]) + (shift[i] - mean_of[i]) * scale[i];
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -27,9 +28,15 @@ struct BatchNormArguments {
 
 // scale = gamma / sqrt(var + eps), shift = beta + (bias - mean) * scale, in float32. Both vectors hold K
 // values and, behind them, zeros up to the next multiple of 32.
-struct ScaleShift {
-  std::vector<float> scale, shift;
+class ScaleShift {
+ public:
   ScaleShift(const BatchNormArguments& bn, int64_t k);
+  const float* scale() const { return memory_.get(); }
+  const float* shift() const { return memory_.get() + padded_; }
+
+ private:
+  int64_t padded_;
+  std::unique_ptr<float[]> memory_;  // one piece for both: a convolution at batch 1 notices six allocations
 };
 
 Activation activation_from(int64_t code);  // 0 none, 1 relu, 2 relu6

@@ -31,6 +31,7 @@ from ..layout import output_memory_format
 from ..problem import Problem, dtype_name
 from ..reference import ConvBN, Tail, scale_shift
 from . import Backend, packing
+from .chain import NOTHING, Link
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ACTIVATION_CODES = {"none": 0, "relu": 1, "relu6": 2}  # enum Activation in csrc/cpu/activation.h
@@ -184,6 +185,42 @@ def _fused_conv(
     return torch.ops.fused_resnet_C.conv_fused.default(
         x.contiguous(memory_format=torch.channels_last), packed, (k, r, s), m, "", stride, padding, dilation,
         *conv[1:], residual, _ACTIVATION_CODES[activation], fresh,
+    )  # fmt: skip
+
+
+def links(run: Callable[[Tail], Tensor], tail: Tail, source: int, residual: int, number: int) -> list[Link] | None:
+    """The convolutions that ``run``, of :meth:`CpuBackend.bind`, makes of ``tail``, the first of them link ``number``.
+
+    ``source`` and ``residual`` say where x and what is added come from (with a projection: its input). None where
+    ``run`` does anything else, a conversion of a memory format included.
+    """
+    if not isinstance(run, partial) or run.func is not _run_fused or not tail.cache_weights:
+        return None
+    memory_format, algorithm, _ = run.args
+    dense = [t for t in (tail.x, tail.residual, tail.proj_x) if t is not None]
+    if memory_format is not torch.channels_last or not all(_is_dense(t) for t in dense):
+        return None
+    found = []
+    if tail.proj is not None:
+        found.append(_link(DIRECT, tail.proj, residual, NOTHING, tail.proj_stride, (0, 0), (1, 1), "none"))
+        residual = number
+    found.append(
+        _link(algorithm, tail.conv, source, residual, tail.stride, tail.padding, tail.dilation, tail.activation)
+    )
+    return found
+
+
+def _is_dense(t: Tensor) -> bool:
+    return t.dtype is torch.float32 and t.is_contiguous(memory_format=torch.channels_last)
+
+
+def _link(
+    algorithm: Algorithm, conv: ConvBN, source: int, residual: int, stride: Any, padding: Any, dilation: Any,
+    activation: str,
+) -> Link:  # fmt: skip
+    return Link(
+        source, residual, *algorithm, conv, stride, padding, dilation, _ACTIVATION_CODES[activation],
+        ("fused", algorithm), partial(_pack, conv.weight, algorithm),
     )  # fmt: skip
 
 

@@ -69,12 +69,24 @@ def get(weight: Tensor, key: Hashable, vectors: Vectors, make: Callable[[], T]) 
 
 def drop(weight: Tensor) -> None:
     """Forget every copy made of ``weight``."""
+    _count_drop()
     _entries.pop(id(weight), None)
 
 
 def clear() -> None:
     """Forget everything."""
+    _count_drop()
     _entries.clear()
+
+
+#: How often something was dropped: who holds a copy beyond one call lets go of it when this has changed.
+drops = 0
+
+
+def _count_drop() -> None:
+    global drops
+    with _lock:
+        drops += 1
 
 
 def nbytes(weight: Tensor) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -117,15 +118,25 @@ def remember(tail: Tail, backend: str) -> None:
     plan = plans.known(tail, backend) if TensorGuards is not None else None
     if plan is None or plan.calls < 2:
         return
-    tensors = _tensors(tail)
-    plain = all(type(t) is Tensor or type(t) is Parameter for t in tensors)
-    if not plain or len(set(map(id, tensors))) < len(tensors) or not _dispatches_plainly(tensors):
+    same_tensors = guard(_tensors(tail))
+    if same_tensors is None:
         return
-    guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
     if len(_entries) >= _ENTRIES_KEPT:
         _entries.clear()
     key = (id(tail.conv.weight), tail.x.shape)
-    _entries[key] = _Entry(guards.check, _options(tail, backend), plan.run)
+    _entries[key] = _Entry(same_tensors, _options(tail, backend), plan.run)
+
+
+def guard(tensors: tuple[Tensor, ...]) -> Callable[..., bool] | None:
+    """The comparison of later tensors with these, also of the thread's state with that of now.
+
+    None where these are not distinct and plain, or the state is one in which the dispatcher has something to do.
+    """
+    plain = all(type(t) is Tensor or type(t) is Parameter for t in tensors)
+    if not plain or len(set(map(id, tensors))) < len(tensors) or not _dispatches_plainly(tensors):
+        return None
+    check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    return check
 
 
 # ---- what a plain call looks like to the dispatcher --------------------------------------------------------

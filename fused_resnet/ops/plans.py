@@ -39,8 +39,14 @@ _PLANS_KEPT = 4096
 derived: list[dict[Any, Any]] = []
 
 
+#: How often the plans went, for what is made of plans and cannot be emptied from here.
+clears = 0
+
+
 def clear() -> None:
     """Forget which backend runs which call, for when the answer of ``can_run`` or of the tuner may have changed."""
+    global clears
+    clears += 1
     _plans.clear()
     for cache in derived:
         cache.clear()

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 
 from .. import tails
+from .chain import Chains, Step, steps
 from .match import Matcher, Tail, rewrite
 from .trace import Traced, trace
 
@@ -66,6 +67,8 @@ class Program:
     """What the program still does by itself, by module path or function name."""
     bypassed: tuple[Bypassed, ...]
     reads: tuple[tuple[tuple[str, ...], str, Any], ...]
+    steps: tuple[Step, ...] = ()
+    """The whole program as tails one after the other; empty where it does anything else."""
 
     def why_not(self, root: nn.Module) -> str | None:
         """None when the program may run for ``root`` now, else a clause that says why not."""
@@ -156,8 +159,9 @@ def _program(traced: Traced, residual: bool) -> Program:
     )
     # `training` matters only where train and eval differ; see make_plan.
     return Program(
-        source.src, _compile(source.src, source.globals), tuple(found), left, tuple(bypassed.values()), guards
-    )
+        source.src, _compile(source.src, source.globals), tuple(found), left, tuple(bypassed.values()), guards,
+        steps(graph),
+    )  # fmt: skip
 
 
 def _dropped(module: nn.Module) -> bool:
@@ -209,13 +213,19 @@ class Fusion:
     """Why the addition is not part of the plan, where it is not."""
     problem: str | None = None
     """Why there is no plan (a loaded module whose code has changed since it was saved)."""
+    chains: Chains = field(default_factory=Chains, init=False, repr=False, compare=False)
+    """Repeated calls of the eval-mode program in one piece; of this process, never copied or saved."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fusion:
         return replace(self)  # a plan is never changed: copies share it
 
     def __getstate__(self) -> dict[str, Any]:
         # The program is code; it is made again from the module's own code when it is loaded.
-        return {**self.__dict__, "plan": None}
+        return {**self.__dict__, "plan": None, "chains": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.chains = Chains()
 
 
 class FusedForward:
@@ -226,6 +236,10 @@ class FusedForward:
         if fusion.plan is not None and len(args) == 1 and not kwargs:
             x = args[0]
             if isinstance(x, Tensor) and x.dim() == 4:
+                if not torch.compiler.is_compiling():
+                    y = fusion.chains.run(self, fusion, x)  # type: ignore[arg-type]
+                    if y is not None:
+                        return y
                 program, _ = fusion.plan.choose(self)  # type: ignore[arg-type]
                 if program is not None:
                     return program.function(self, x, fusion.backend, fusion.winograd)

@@ -1,0 +1,21 @@
+// The fused convolution with its arguments checked, for every operator that makes one.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "samples.h"
+#include "tensors.h"
+
+namespace fused_resnet::cpu {
+
+// As fused_resnet_C::conv_fused. With `samples`, those of `weight`, nothing is returned where they do not
+// hold: they are compared late, so that their loads overlap with what is to be done before the convolution.
+OptionalTensor fused_convolution(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter,
+                                 int64_t m, const std::string& isa, const std::vector<int64_t>& stride,
+                                 const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                                 const BatchNormArguments& bn, const OptionalTensor& residual,
+                                 int64_t activation, bool fresh, const Samples* samples = nullptr,
+                                 const Tensor* weight = nullptr);
+
+}  // namespace fused_resnet::cpu

@@ -1,0 +1,78 @@
+"""Several convolutions in one call of the extension, for a caller that knows that nothing else has changed.
+
+A chain is made of what :func:`fused_resnet.backends.cpu.links` says about the calls that it stands for. It computes
+what they compute, kernel by kernel; what it saves is everything between the kernels.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import ConvBN
+from . import packing
+
+#: In place of the number of a link: the chain's input, nothing. kInput and kNothing in csrc/cpu/chain.cpp.
+INPUT, NOTHING = -1, -2
+
+
+class Link(NamedTuple):
+    """One convolution: what it reads and adds (links by number), and how it is computed."""
+
+    source: int
+    residual: int
+    m: int
+    fresh: bool
+    conv: ConvBN
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    activation: int
+    key: Any
+    """Under which :mod:`packing` keeps the copy, and what makes it."""
+    pack: Callable[[], Tensor]
+
+
+class Chain:
+    """The convolutions of ``links`` in one call: ``chain(x)``, or None once a weight is not what it was."""
+
+    def __init__(self, links: Sequence[Link]) -> None:
+        self.program = torch.tensor([_row(link) for link in links], dtype=torch.int64, device="cpu")
+        self.versions: list[tuple[Tensor, int]] = []
+        self.tensors: list[Tensor] = []
+        for link in links:
+            weight, *vectors = link.conv[:6]
+            assert isinstance(weight, Tensor)
+            version = -1 if weight.is_inference() else weight._version
+            # Before the copy is looked at: a write that comes in between makes the samples false, not the copy true.
+            samples = torch.ops.fused_resnet_C.samples.default(weight)
+            packed = packing.get(weight, link.key, packing.NO_VECTORS, link.pack)
+            self.tensors += [packed, samples, weight, *(v for v in vectors if v is not None)]
+            if version >= 0:
+                self.versions.append((weight, version))
+        # One attribute less on each call than OpOverload.__call__, which does nothing else.
+        self._op: Any = torch.ops.fused_resnet_C.conv_chain.default._op
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        for weight, version in self.versions:
+            if weight._version != version:
+                return None
+        y: Tensor | None = self._op(x, self.tensors, self.program)
+        return y
+
+
+def _row(link: Link) -> list[int]:
+    """``struct Link`` of csrc/cpu/chain.cpp."""
+    weight, *vectors = link.conv[:6]
+    assert isinstance(weight, Tensor)
+    k, _, r, s = weight.shape
+    present = sum((vector is not None) << place for place, vector in enumerate(vectors))
+    (eps,) = struct.unpack("q", struct.pack("d", link.conv.eps))
+    return [
+        link.source, link.residual, link.m, int(link.fresh), k, r, s, *link.stride, *link.padding, *link.dilation,
+        link.activation, present, eps,
+    ]  # fmt: skip
