@@ -122,6 +122,13 @@ def conv_bn_add_relu(
     return y
 
 
+def max_pool_numbers(
+    window: Pair, stride: Pair, padding: Pair
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Window, stride and padding of a max pool, two numbers each."""
+    return pair("window", window), pair("pool_stride", stride), pair("pool_padding", padding)
+
+
 def conv_bn_add_relu_max_pool(
     x: Tensor,
     weight: Tensor,
@@ -156,7 +163,7 @@ def conv_bn_add_relu_max_pool(
     All other arguments, gradients and errors are those of :func:`conv_bn_add_relu`; the result has shape
     ``[N, K, P', Q']`` with the pool's ``P' x Q'``.
     """
-    pool = (pair("window", window), pair("pool_stride", pool_stride), pair("pool_padding", pool_padding))
+    pool = max_pool_numbers(window, pool_stride, pool_padding)
     stride, padding, dilation = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
     if not torch.compiler.is_compiling() and _direct.quiet():
         conv = ConvBN(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)

@@ -170,7 +170,7 @@ def test_each_sample_is_compared(chained: Counter) -> None:
     weight = torch.randn(32, 32, 1, 1)
     packed = torch.ops.fused_resnet_C.conv_pack(weight, 0, "")
     samples = torch.ops.fused_resnet_C.samples(weight)
-    program = torch.tensor([[-1, -2, 0, 0, 32, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0]])
+    program = torch.tensor([[-1, -2, 0, 0, 32, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0, *[0] * 6]])
     flat = weight.view(-1)
 
     def call() -> Tensor | None:
@@ -200,6 +200,8 @@ def test_each_sample_is_compared(chained: Counter) -> None:
     [
         ([[0] * 15], 3, "program: expected a row of numbers"),
         ([[-1, 0, 0, 0, 32, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0]], 3, "program: expected the number of an earlier link"),
+        ([[-2, -2, 0, 0, 32, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0]], 3, "program: expected the number of an earlier link"),
+        ([], 3, "program: expected"),
         ([[-1, -2, 0, 0, 32, 1, 1, 1, 1, 0, 0, 1, 1, 0, 1, 0]], 3, "tensors: expected all that the program names"),
         ([[-1, -2, 0, 0, 32, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0]], 2, "tensors: expected all that the program names"),
     ],
@@ -209,7 +211,7 @@ def test_a_wrong_program_is_refused(program: list[list[int]], tensors: int, mess
     packed = torch.ops.fused_resnet_C.conv_pack(weight, 0, "")
     given = [packed, torch.ops.fused_resnet_C.samples(weight), weight][:tensors]
     with pytest.raises(ValueError, match=message):
-        torch.ops.fused_resnet_C.conv_chain(image(), given, torch.tensor(program))
+        torch.ops.fused_resnet_C.conv_chain(image(), given, torch.tensor([[*row, *[0] * 6] for row in program]))
 
 
 # ---- when the program has to run ---------------------------------------------------------------------------

@@ -1,9 +1,8 @@
-// fused_resnet_C::conv_chain: the convolutions of a residual block in one call, their weights checked on the
-// way.
+// fused_resnet_C::conv_chain: the convolutions of a network in one call, their weights checked on the way.
 //
 // Between two convolutions of a network everything that is not a convolution comes from memory: its data has
 // pushed the interpreter, the dispatcher and their objects out of the caches, and a call that takes 20
-// microseconds in a loop takes 80 there. So a block makes one call, with few arguments.
+// microseconds in a loop takes 80 there. So there is one call, with few arguments.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -29,11 +28,13 @@ struct Link {
   int64_t activation;
   int64_t present;  // bits: bias, bn_weight, bn_bias, running_mean, running_var
   double eps;       // its bits
+  int64_t pool[6];  // of the max pool behind it: window, stride, padding; zeros without one
 };
-static_assert(sizeof(Link) == 16 * sizeof(int64_t), "as chain.py writes it");
+static_assert(sizeof(Link) == 22 * sizeof(int64_t), "as chain.py writes it");
 
-std::vector<int64_t> list(const int64_t (&two)[2]) {
-  return {two[0], two[1]};
+template <size_t N>
+std::vector<int64_t> list(const int64_t (&numbers)[N]) {
+  return {numbers, numbers + N};
 }
 
 // `tensors`: for each link its packed weight, the samples of its weight, the weight, and the vectors that are
@@ -44,13 +45,19 @@ OptionalTensor conv_chain(const Tensor& x, const std::vector<Tensor>& tensors, c
         "program", "a row of numbers for each convolution", shape_of(program));
   const auto* links = static_cast<const Link*>(program.const_data_ptr());
   const int64_t count = program.size(0);
-  std::vector<Tensor> outputs;
-  outputs.reserve(count);
-  const auto made = [&](int64_t place) -> const Tensor& {
-    check(place >= kInput && place < int64_t(outputs.size()), "program", "the number of an earlier link",
-          place);
-    return place == kInput ? x : outputs[place];
-  };
+  check(count > 0, "program", "at least one convolution", count);
+  // The last link that reads each output, for which it is kept: at large batches all of them would be
+  // gigabytes.
+  std::vector<int64_t> last_use(count, count);
+  for (int64_t i = 0; i < count; ++i) {
+    for (const int64_t place : {links[i].source, links[i].residual}) {
+      check(place >= kNothing && place < i && links[i].source != kNothing, "program",
+            "the number of an earlier link", place);
+      if (place >= 0) last_use[place] = i;
+    }
+  }
+  std::vector<OptionalTensor> outputs(count);
+  const auto made = [&](int64_t place) -> const Tensor& { return place == kInput ? x : *outputs[place]; };
   size_t next = 0;
   const auto take = [&]() -> const Tensor& {
     check(next < tensors.size(), "tensors", "all that the program names", tensors.size());
@@ -65,18 +72,24 @@ OptionalTensor conv_chain(const Tensor& x, const std::vector<Tensor>& tensors, c
     for (int v = 0; v < 5; ++v) {
       if (link.present >> v & 1) vectors[v] = take();
     }
-    const OptionalTensor residual =
-        link.residual == kNothing ? std::nullopt : OptionalTensor(made(link.residual));
-    OptionalTensor y =
-        fused_convolution(made(link.source), packed, {link.k, link.r, link.s}, link.m, "", list(link.stride),
-                          list(link.padding), list(link.dilation),
-                          {vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], link.eps}, residual,
-                          link.activation, link.fresh != 0, &samples, &weight);
-    if (!y.has_value()) return std::nullopt;
-    outputs.push_back(std::move(*y));
+    const BatchNormArguments bn{vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], link.eps};
+    if (link.pool[0] != 0) {
+      outputs[i] = pooled_convolution(made(link.source), packed, {link.k, link.r, link.s}, "",
+                                      list(link.stride), list(link.padding), list(link.dilation), bn,
+                                      link.activation, list(link.pool), &samples, &weight);
+    } else {
+      const OptionalTensor residual =
+          link.residual == kNothing ? std::nullopt : OptionalTensor(made(link.residual));
+      outputs[i] = fused_convolution(made(link.source), packed, {link.k, link.r, link.s}, link.m, "",
+                                     list(link.stride), list(link.padding), list(link.dilation), bn, residual,
+                                     link.activation, link.fresh != 0, &samples, &weight);
+    }
+    if (!outputs[i].has_value()) return std::nullopt;
+    for (const int64_t place : {link.source, link.residual}) {
+      if (place >= 0 && last_use[place] == i) outputs[place].reset();
+    }
   }
-  check(!outputs.empty(), "program", "at least one convolution", count);
-  return outputs.back();
+  return std::move(outputs.back());
 }
 
 }  // namespace

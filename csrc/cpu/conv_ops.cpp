@@ -142,27 +142,13 @@ OptionalTensor fused_convolution(const Tensor& x, const Tensor& packed, const st
   return y;
 }
 
-namespace {
-
-Tensor conv_fused(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter, int64_t m,
-                  const std::string& isa, const std::vector<int64_t>& stride,
-                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                  const OptionalTensor& bias, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
-                  const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
-                  const OptionalTensor& residual, int64_t activation, bool fresh) {
-  return *fused_convolution(x, packed, filter, m, isa, stride, padding, dilation,
-                            {bias, bn_weight, bn_bias, running_mean, running_var, eps}, residual, activation,
-                            fresh);
-}
-
-// pool: window, stride and padding, two numbers each.
-Tensor conv_max_pool(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter,
-                     const std::string& isa, const std::vector<int64_t>& stride,
-                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                     const OptionalTensor& bias, const OptionalTensor& bn_weight,
-                     const OptionalTensor& bn_bias, const OptionalTensor& running_mean,
-                     const OptionalTensor& running_var, double eps, int64_t activation,
-                     const std::vector<int64_t>& pool_sizes) {
+OptionalTensor pooled_convolution(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter,
+                                  const std::string& isa, const std::vector<int64_t>& stride,
+                                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                                  const BatchNormArguments& bn_arguments, int64_t activation,
+                                  const std::vector<int64_t>& pool_sizes, const Samples* samples,
+                                  const Tensor* weight) {
+  if (samples != nullptr) samples->prefetch();
   ConvProblem problem = read_problem(x, packed, filter, stride, padding, dilation);
   const ConvShape& shape = problem.shape;
   check_packed(packed, kernel_for(0, false, isa, shape), shape);
@@ -182,7 +168,8 @@ Tensor conv_max_pool(const Tensor& x, const Tensor& packed, const std::vector<in
   check(room_h >= 0 && room_w >= 0, "pool window", "no larger than the padded image", pool.window_h, " x ",
         pool.window_w);
   pool.p = room_h / pool.stride_h + 1, pool.q = room_w / pool.stride_w + 1;
-  const ScaleShift bn({bias, bn_weight, bn_bias, running_mean, running_var, eps}, shape.k);
+  const ScaleShift bn(bn_arguments, shape.k);
+  if (samples != nullptr && !samples->hold(*weight)) return std::nullopt;
   problem.scale = bn.scale();
   problem.shift = bn.shift();
   problem.activation = activation_from(activation);
@@ -201,6 +188,30 @@ Tensor conv_max_pool(const Tensor& x, const Tensor& packed, const std::vector<in
     }
   });
   return y;
+}
+
+namespace {
+
+Tensor conv_fused(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter, int64_t m,
+                  const std::string& isa, const std::vector<int64_t>& stride,
+                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                  const OptionalTensor& bias, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+                  const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
+                  const OptionalTensor& residual, int64_t activation, bool fresh) {
+  return *fused_convolution(x, packed, filter, m, isa, stride, padding, dilation,
+                            {bias, bn_weight, bn_bias, running_mean, running_var, eps}, residual, activation,
+                            fresh);
+}
+
+Tensor conv_max_pool(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter,
+                     const std::string& isa, const std::vector<int64_t>& stride,
+                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                     const OptionalTensor& bias, const OptionalTensor& bn_weight,
+                     const OptionalTensor& bn_bias, const OptionalTensor& running_mean,
+                     const OptionalTensor& running_var, double eps, int64_t activation,
+                     const std::vector<int64_t>& pool) {
+  return *pooled_convolution(x, packed, filter, isa, stride, padding, dilation,
+                             {bias, bn_weight, bn_bias, running_mean, running_var, eps}, activation, pool);
 }
 
 }  // namespace

@@ -18,4 +18,12 @@ OptionalTensor fused_convolution(const Tensor& x, const Tensor& packed, const st
                                  int64_t activation, bool fresh, const Samples* samples = nullptr,
                                  const Tensor* weight = nullptr);
 
+// As fused_resnet_C::conv_max_pool; `pool` holds window, stride and padding, two numbers each.
+OptionalTensor pooled_convolution(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter,
+                                  const std::string& isa, const std::vector<int64_t>& stride,
+                                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                                  const BatchNormArguments& bn, int64_t activation,
+                                  const std::vector<int64_t>& pool, const Samples* samples = nullptr,
+                                  const Tensor* weight = nullptr);
+
 }  // namespace fused_resnet::cpu

@@ -35,12 +35,18 @@ class Link(NamedTuple):
     key: Any
     """Under which :mod:`packing` keeps the copy, and what makes it."""
     pack: Callable[[], Tensor]
+    pool: tuple[int, ...] = (0,) * 6
+    """Window, stride and padding of the max pool behind it; zeros without one."""
 
 
 class Chain:
-    """The convolutions of ``links`` in one call: ``chain(x)``, or None once a weight is not what it was."""
+    """The convolutions of ``links`` in one call: ``chain(x)``, or None once a weight is not what it was.
 
-    def __init__(self, links: Sequence[Link]) -> None:
+    x is of any strides, as long as they are always the same.
+    """
+
+    def __init__(self, x: Tensor, links: Sequence[Link]) -> None:
+        self._convert = not is_dense(x)
         self.program = torch.tensor([_row(link) for link in links], dtype=torch.int64, device="cpu")
         self.versions: list[tuple[Tensor, int]] = []
         self.tensors: list[Tensor] = []
@@ -61,8 +67,15 @@ class Chain:
         for weight, version in self.versions:
             if weight._version != version:
                 return None
+        if self._convert:
+            x = x.contiguous(memory_format=torch.channels_last)
         y: Tensor | None = self._op(x, self.tensors, self.program)
         return y
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether the kernels read ``t`` as it is."""
+    return t.is_contiguous(memory_format=torch.channels_last)
 
 
 def _row(link: Link) -> list[int]:
@@ -74,5 +87,5 @@ def _row(link: Link) -> list[int]:
     (eps,) = struct.unpack("q", struct.pack("d", link.conv.eps))
     return [
         link.source, link.residual, link.m, int(link.fresh), k, r, s, *link.stride, *link.padding, *link.dilation,
-        link.activation, present, eps,
+        link.activation, present, eps, *link.pool,
     ]  # fmt: skip

@@ -188,30 +188,31 @@ def _fused_conv(
     )  # fmt: skip
 
 
-def links(run: Callable[[Tail], Tensor], tail: Tail, source: int, residual: int, number: int) -> list[Link] | None:
+def links(
+    run: Callable[[Tail], Tensor], tail: Tail, source: int, residual: int, number: int, pool: Pool | None = None
+) -> list[Link] | None:
     """The convolutions that ``run``, of :meth:`CpuBackend.bind`, makes of ``tail``, the first of them link ``number``.
 
-    ``source`` and ``residual`` say where x and what is added come from (with a projection: its input). None where
-    ``run`` does anything else, a conversion of a memory format included.
+    ``source`` and ``residual`` say where x and what is added come from (with a projection: its input), ``pool`` what
+    max pool follows. None where ``run`` does anything else, a conversion of its output included.
     """
-    if not isinstance(run, partial) or run.func is not _run_fused or not tail.cache_weights:
+    pooled = None if pool is None else with_max_pool(run, pool)
+    run = pooled or run
+    if not isinstance(run, partial) or (pool is not None and pooled is None) or not tail.cache_weights:
         return None
-    memory_format, algorithm, _ = run.args
-    dense = [t for t in (tail.x, tail.residual, tail.proj_x) if t is not None]
-    if memory_format is not torch.channels_last or not all(_is_dense(t) for t in dense):
+    if run.args[0] is not torch.channels_last or tail.x.dtype is not torch.float32:
+        return None
+    geometry = (tail.stride, tail.padding, tail.dilation)
+    if run.func is _run_max_pool:
+        link = _link(DIRECT, tail.conv, source, NOTHING, *geometry, tail.activation)
+        return [link._replace(pool=sum(run.args[1], ()))]
+    if run.func is not _run_fused:
         return None
     found = []
     if tail.proj is not None:
         found.append(_link(DIRECT, tail.proj, residual, NOTHING, tail.proj_stride, (0, 0), (1, 1), "none"))
         residual = number
-    found.append(
-        _link(algorithm, tail.conv, source, residual, tail.stride, tail.padding, tail.dilation, tail.activation)
-    )
-    return found
-
-
-def _is_dense(t: Tensor) -> bool:
-    return t.dtype is torch.float32 and t.is_contiguous(memory_format=torch.channels_last)
+    return [*found, _link(run.args[1], tail.conv, source, residual, *geometry, tail.activation)]
 
 
 def _link(

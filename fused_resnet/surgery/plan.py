@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 
 from .. import tails
-from .chain import Chains, Step, steps
+from .chain import Chains, Steps
 from .match import Matcher, Tail, rewrite
 from .trace import Traced, trace
 
@@ -67,8 +67,17 @@ class Program:
     """What the program still does by itself, by module path or function name."""
     bypassed: tuple[Bypassed, ...]
     reads: tuple[tuple[tuple[str, ...], str, Any], ...]
-    steps: tuple[Step, ...] = ()
-    """The whole program as tails one after the other; empty where it does anything else."""
+    steps: Steps = field(compare=False)
+    """How it begins, for calls in one piece."""
+
+    @property
+    def is_steps(self) -> bool:
+        """Whether there is nothing but steps, and the last one's value is the result."""
+        return self.steps.complete
+
+    def rest(self, count: int) -> Callable[..., Any] | None:
+        """The program after its first ``count`` steps; None where it reads more of them than the last one's value."""
+        return self.steps.rest(count, _compile_graph)
 
     def why_not(self, root: nn.Module) -> str | None:
         """None when the program may run for ``root`` now, else a clause that says why not."""
@@ -160,7 +169,7 @@ def _program(traced: Traced, residual: bool) -> Program:
     # `training` matters only where train and eval differ; see make_plan.
     return Program(
         source.src, _compile(source.src, source.globals), tuple(found), left, tuple(bypassed.values()), guards,
-        steps(graph),
+        Steps(graph),
     )  # fmt: skip
 
 
@@ -181,6 +190,11 @@ def _name(node: fx.Node) -> str:
     if node.target is tails.conv_bn_act_max_pool:  # the pool is part of the pass on the CPU only
         node = cast(fx.Node, node.args[2])
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _compile_graph(graph: fx.Graph) -> Callable[..., Any]:
+    source = graph.python_code("self")
+    return _compile(source.src, source.globals)
 
 
 _compiled: dict[str, Callable[..., Any]] = {}
