@@ -14,19 +14,19 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
       "scale_shift_add_act_(Tensor(a!) y, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? "
       "running_mean, "
       "Tensor? running_var, float eps, Tensor? residual, int activation) -> ()");
-  // cpu/conv_ops.cpp: float32, NHWC. m is 0 (direct) or the tile of Winograd F(m x m, 3 x 3)
-  m.def("conv_pack(Tensor weight, int m, str isa, bool fresh=False) -> Tensor");
+  // cpu/conv_ops.cpp: float32, NHWC. m and weights: see cpu/kernel_choice.h
+  m.def("conv_pack(Tensor weight, int m, str isa, str weights='whole') -> Tensor");
   m.def(
       "conv_fused(Tensor x, Tensor packed, int[] filter, int m, str isa, int[] stride, int[] padding, "
       "int[] dilation, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, Tensor? "
       "running_var, "
-      "float eps, Tensor? residual, int activation, bool fresh=False) -> Tensor");
+      "float eps, Tensor? residual, int activation, str weights='whole') -> Tensor");
   m.def(
       "conv_max_pool(Tensor x, Tensor packed, int[] filter, str isa, int[] stride, int[] padding, int[] "
       "dilation, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, Tensor? "
       "running_var, float eps, int activation, int[] pool) -> Tensor");
   // cpu/training_conv.cpp: 3 x 3, stride 1. The input's gradient is conv_fused of grad_y with these weights
-  m.def("conv_pack_input_gradient(Tensor weight, int m, str isa, bool fresh=False) -> Tensor");
+  m.def("conv_pack_input_gradient(Tensor weight, int m, str isa, str weights='whole') -> Tensor");
   m.def("conv_weight_gradient(Tensor x, Tensor grad_y, int[] padding, int m, str isa) -> Tensor");
   // cpu/snapshot.cpp: what the weight cache compares on each call
   m.def(

@@ -12,6 +12,7 @@
 
 #include "cpu/direct_kernel.h"
 #include "cpu/pooled_kernel.h"
+#include "cpu/split_kernel.h"
 #include "cpu/weight_gradient_kernel.h"
 #include "cpu/winograd_fresh.h"
 #include "cpu/winograd_kernel.h"
@@ -186,6 +187,8 @@ void run_all(const char* name) {
                    f4 = WinogradImpl<Block, Winograd<4>>::kernel();
   const ConvKernel fresh2 = FreshWinogradImpl<Block, Winograd<2>>::kernel(),
                    fresh4 = FreshWinogradImpl<Block, Winograd<4>>::kernel();
+  const ConvKernel split = SplitImpl<PlainTiles, Block::kLanes, false>::kernel(),
+                   fresh_split = SplitImpl<PlainTiles, Block::kLanes, true>::kernel();
   const WeightGradientKernel gradient2 = WeightGradientImpl<Block, Winograd<2>>::kernel(),
                              gradient4 = WeightGradientImpl<Block, Winograd<4>>::kernel();
   const int64_t shapes[][7] = {// n, h, w, c, k, pad_h, pad_w
@@ -199,6 +202,8 @@ void run_all(const char* name) {
         run(name, direct, s, residual, threads, 0);
         run(name, f2, s, residual, threads, 0);
         run(name, f4, s, residual, threads, 1e-3f);
+        run(name, split, s, residual, threads, 0);
+        run(name, fresh_split, s, residual, threads, 0);
         run(name, fresh2, s, residual, threads, 0);
         run(name, fresh4, s, residual, threads, 1e-3f);
       }
@@ -213,7 +218,9 @@ void run_all(const char* name) {
       {1, 21, 19, 3, 16, 7, 7, 0, 0, 2, 2, 3, 3, 1, 1}, {1, 13, 11, 16, 24, 3, 3, 0, 0, 2, 1, 2, 1, 1, 2},
       {1, 9, 10, 12, 20, 5, 2, 0, 0, 3, 3, 4, 4, 1, 1},
   };
-  for (const ConvShape& s : others) run(name, direct, s, true, 2, 0);
+  for (const ConvShape& s : others) {
+    for (const ConvKernel& kernel : {direct, split, fresh_split}) run(name, kernel, s, true, 2, 0);
+  }
   const ConvShape stems[] = {
       {2, 21, 19, 3, 20, 7, 7, 0, 0, 2, 2, 3, 3, 1, 1}, {1, 9, 12, 3, 33, 3, 3, 0, 0, 1, 1, 1, 1, 1, 1},
       {1, 12, 9, 3, 7, 3, 2, 0, 0, 3, 1, 2, 0, 2, 1},   {1, 9, 9, 1, 16, 5, 5, 0, 0, 1, 1, 2, 2, 1, 2},

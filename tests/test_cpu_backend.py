@@ -217,22 +217,43 @@ def test_refusal_where_onednn_lacks_the_type(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("text", "algorithm"),
     [
-        ("n=1,h=56,w=56,c=64,k=64", (4, False)),
-        ("n=1,h=28,w=28,c=128,k=128", (4, False)),
-        ("n=1,h=14,w=14,c=256,k=256", (4, True)),
-        ("n=8,h=14,w=14,c=256,k=256", (4, False)),
-        ("n=1,h=7,w=7,c=512,k=512", (2, True)),
-        ("n=8,h=7,w=7,c=512,k=512", (4, True)),
-        ("n=64,h=7,w=7,c=512,k=512", (4, False)),
-        ("n=1,h=2,w=2,c=512,k=512", (0, False)),
-        ("n=64,h=1,w=1,c=64,k=64", (0, False)),
-        ("n=1,h=32,w=32,c=1,k=64", (0, False)),
+        ("n=1,h=56,w=56,c=64,k=64", (4, "whole")),
+        ("n=1,h=28,w=28,c=128,k=128", (4, "whole")),
+        ("n=1,h=14,w=14,c=256,k=256", (4, "fresh")),
+        ("n=8,h=14,w=14,c=256,k=256", (4, "whole")),
+        ("n=1,h=7,w=7,c=512,k=512", (2, "fresh")),
+        ("n=8,h=7,w=7,c=512,k=512", (4, "fresh")),
+        ("n=64,h=7,w=7,c=512,k=512", (4, "whole")),
+        ("n=1,h=2,w=2,c=512,k=512", (0, "whole")),
+        ("n=64,h=1,w=1,c=64,k=64", (0, "whole")),
+        ("n=1,h=32,w=32,c=1,k=64", (0, "whole")),
+        ("n=1,h=56,w=56,c=64,k=128,stride=2", (0, "whole")),
     ],
 )
-def test_the_rule_that_chooses(text: str, algorithm: tuple[int, bool]) -> None:
+def test_the_rule_that_chooses(text: str, algorithm: tuple[int, str]) -> None:
     problem = Problem.parse(text + ",padding=1")
-    assert cpu.fastest(problem) == algorithm
-    assert cpu.fastest(problem, (2,)).m != 4
+    assert cpu.fastest(problem, tiles=False) == algorithm
+    assert cpu.fastest(problem, "f2", tiles=False).m != 4
+
+
+@pytest.mark.parametrize(
+    ("text", "algorithm"),
+    [
+        ("n=1,h=56,w=56,c=64,k=64", (4, "whole")),
+        ("n=8,h=14,w=14,c=256,k=256", (4, "whole")),
+        ("n=1,h=7,w=7,c=512,k=512", (0, "fresh split")),  # its weights come from memory
+        ("n=1,h=56,w=56,c=64,k=128,stride=2", (0, "split")),
+        ("n=1,h=14,w=14,c=512,k=512,stride=2", (0, "fresh split")),
+        ("n=1,h=56,w=56,c=64,k=256,r=1,padding=0", (0, "split")),
+        ("n=1,h=7,w=7,c=512,k=2048,r=1,padding=0", (0, "fresh split")),
+        ("n=1,h=32,w=32,c=1,k=64", (0, "whole")),  # a chunk of 32 channels would be empty but for one
+    ],
+)
+def test_the_rule_with_matrix_tiles(text: str, algorithm: tuple[int, str]) -> None:
+    problem = Problem.parse(text if "padding" in text else text + ",padding=1")
+    assert cpu.fastest(problem, tiles=True) == algorithm
+    assert cpu.fastest(problem, "f2", tiles=True).m != 4
+    assert cpu.fastest(problem, "off", tiles=True) == cpu.DIRECT
 
 
 @pytest.mark.parametrize(("choice", "m"), [("auto", 4), ("f2", 2), ("off", 0)])
@@ -240,6 +261,7 @@ def test_winograd_is_the_callers_choice(choice: str, m: int, monkeypatch: pytest
     if _extension.cpu() is None:
         pytest.skip(str(_extension.why_not_cpu()))
     problem = Problem.parse("n=1,h=28,w=28,c=64,k=64,padding=1")
+    monkeypatch.setattr(cpu, "has_tiles", lambda: False)  # on which direct convolution may be faster
     used: list[int] = []
     fused_conv = cpu._fused_conv
     monkeypatch.setattr(cpu, "_fused_conv", lambda a, *args: used.append(a.m) or fused_conv(a, *args))

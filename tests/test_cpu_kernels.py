@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet import _extension
-from fused_resnet.backends.cpu import DIRECT, Algorithm
+from fused_resnet.backends.cpu import DIRECT, FRESH_SPLIT_DIRECT, SPLIT_DIRECT, Algorithm, has_tiles
 from fused_resnet.reference import ConvBN, Tail, reference
 from fused_resnet.testing import assert_bitexact, assert_within_bar, make_tail
 from fused_resnet.testing.problems import Problem
@@ -20,10 +20,12 @@ if _extension.cpu() is None:
 
 OPS = torch.ops.fused_resnet_C
 CODES = {"none": 0, "relu": 1, "relu6": 2}
-ISAS = ("avx512", "avx2", "portable")
-F2 = [Algorithm(2), Algorithm(2, fresh=True)]
-F4 = [Algorithm(4), Algorithm(4, fresh=True)]
-EXACT = [DIRECT, *F2]
+ISAS = ("amx", "avx512", "avx2", "portable")
+TILES = ("amx", "portable")  # instruction sets with matrix tiles, the last one's in plain C++
+F2 = [Algorithm(2), Algorithm(2, "fresh")]
+F4 = [Algorithm(4), Algorithm(4, "fresh")]
+SPLIT = [SPLIT_DIRECT, FRESH_SPLIT_DIRECT]
+EXACT = [DIRECT, *SPLIT, *F2]
 ALGORITHMS = [*EXACT, *F4]
 
 
@@ -31,7 +33,7 @@ def name_of(value: object) -> str | None:
     """An algorithm's name in test ids."""
     if not isinstance(value, Algorithm):
         return None
-    return f"f{value.m}{'-fresh' if value.fresh else ''}" if value.m else "direct"
+    return f"{f'f{value.m}' if value.m else 'direct'}-{value.weights}"
 
 
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=name_of)
@@ -47,12 +49,17 @@ def isa(request: pytest.FixtureRequest) -> str:
 
 
 def run(tail: Tail, algorithm: Algorithm, isa: str = "") -> Tensor:
-    conv, (m, fresh) = tail.conv, algorithm
-    packed = OPS.conv_pack(conv.weight, m, isa, fresh)
+    """The kernel's result; on matrix tiles in plain C++ where the processor has none and ``isa`` names none."""
+    conv, (m, weights) = tail.conv, algorithm
+    if "split" in weights and isa not in TILES:
+        if isa:
+            pytest.skip(f"{isa} has no matrix tiles")
+        isa = "amx" if has_tiles() else "portable"
+    packed = OPS.conv_pack(conv.weight, m, isa, weights)
     x = tail.x if tail.x.stride(1) == 1 else tail.x.contiguous(memory_format=torch.channels_last)
     return OPS.conv_fused(
         x, packed, [conv.weight.shape[0], *conv.weight.shape[2:]], m, isa, tail.stride, tail.padding, tail.dilation,
-        *conv[1:], tail.residual, CODES[tail.activation], fresh,
+        *conv[1:], tail.residual, CODES[tail.activation], weights,
     )  # fmt: skip
 
 
@@ -95,10 +102,28 @@ def test_f2_is_bit_exact_on_integers(text: str, algorithm: Algorithm, isa: str) 
     assert_bitexact(run(tail, algorithm, isa), reference(tail.to(torch.float64)), text)
 
 
+@pytest.mark.parametrize("algorithm", [DIRECT, *SPLIT], ids=name_of)
 @pytest.mark.parametrize("text", DIRECT_PROBLEMS)
-def test_direct_is_bit_exact_on_integers(text: str, isa: str) -> None:
+def test_direct_is_bit_exact_on_integers(text: str, algorithm: Algorithm, isa: str) -> None:
     tail = make_tail(problem(text), "integers")
-    assert_bitexact(run(tail, DIRECT, isa), reference(tail.to(torch.float64)), text)
+    assert_bitexact(run(tail, algorithm, isa), reference(tail.to(torch.float64)), text)
+
+
+@pytest.mark.parametrize("algorithm", SPLIT, ids=name_of)
+@pytest.mark.parametrize("isa", TILES)
+def test_split_products_have_all_their_bits(algorithm: Algorithm, isa: str) -> None:
+    """One product per output, of factors with 12 bits each: exact only with all six products of parts."""
+    if isa == "amx" and not has_tiles():
+        pytest.skip("this processor has no matrix tiles")
+    g = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(2**11, 2**12, shape, generator=g).float() for shape in ((1, 1, 6, 7), (40, 1, 1, 1)))
+    tail = Tail(x.contiguous(memory_format=torch.channels_last), ConvBN(weight), activation="none")
+    assert torch.equal(run(tail, algorithm, isa), x * weight.view(1, 40, 1, 1))
+    # 24 bits against 1: all three parts of either factor
+    for factors in ((x * 4096 + x.flip(2), weight.sign()), (x.sign(), weight * 4096 + weight.flip(0))):
+        x24, weight24 = factors
+        tail = Tail(x24.contiguous(memory_format=torch.channels_last), ConvBN(weight24), activation="none")
+        assert torch.equal(run(tail, algorithm, isa), x24 * weight24.view(1, 40, 1, 1))
 
 
 def errors(tail: Tail, y: Tensor) -> tuple[float, float, Tensor]:
@@ -185,7 +210,7 @@ def with_pixel(value: float, where: tuple[int, ...] = (0, 2, 6, 6)) -> Tail:
 
 @pytest.mark.parametrize("algorithm", EXACT, ids=name_of)
 @pytest.mark.parametrize("where", [(0, 2, 6, 6), (0, 0, 0, 0), (0, 31, 15, 7), (0, 5, 8, 9)])
-def test_nan_is_exactly_eagers_in_direct_and_f2(algorithm: Algorithm, where: tuple[int, ...]) -> None:
+def test_nan_is_exactly_eagers_but_for_f4(algorithm: Algorithm, where: tuple[int, ...]) -> None:
     tail = with_pixel(torch.nan, where)
     assert torch.equal(run(tail, algorithm).isnan(), reference(tail).isnan())
 
@@ -218,6 +243,8 @@ def test_infinity_is_exact_in_direct_and_never_finite_in_winograd() -> None:
     tail = with_pixel(torch.inf)
     expected = reference(tail)
     assert torch.equal(run(tail, DIRECT).isinf(), expected.isinf())
+    for algorithm in SPLIT:  # NaN in every output that has part in it
+        assert torch.equal(run(tail, algorithm).isnan(), reference(with_pixel(torch.nan)).isnan())
     for algorithm in (*F2, *F4):  # infinity minus infinity: NaN
         assert not bool(run(tail, algorithm)[expected.isinf()].isfinite().any())
     for algorithm in F2:
@@ -251,7 +278,9 @@ def test_relu6_and_none() -> None:
     ("change", "message"),
     [
         ({"m": 3}, "m: expected 0, 2 or 4, got 3"),
-        ({"fresh": True}, "fresh: expected false for direct convolution, got 1"),
+        ({"weights": "halved"}, "weights: expected whole, fresh, split or fresh split, got halved"),
+        ({"weights": "fresh"}, 'weights: expected a kind that this kernel has, got "fresh" for m = 0 with '),
+        ({"weights": "split", "isa": "portable"}, "packed: expected what conv_pack made for this filter"),
         ({"isa": "mmx"}, "isa: expected an instruction set of this CPU, got mmx"),
         ({"filter": [8, 3]}, "filter: expected K, R and S, got 2 numbers"),
         ({"stride": [2, 2], "m": 2}, "m: expected 0 unless stride and dilation are 1, got 2"),
@@ -268,7 +297,7 @@ def test_refusals_are_sentences(change: dict[str, Any], message: str) -> None:
         "x": torch.zeros(1, 4, 2, 2).contiguous(memory_format=torch.channels_last),
         "packed": None, "filter": [8, 3, 3], "m": 0, "isa": "", "stride": [1, 1], "padding": [1, 1],
         "dilation": [1, 1], "bias": None, "bn_weight": None, "bn_bias": None, "running_mean": torch.zeros(8),
-        "running_var": torch.ones(8), "eps": 1e-5, "residual": None, "activation": 1, "fresh": False,
+        "running_var": torch.ones(8), "eps": 1e-5, "residual": None, "activation": 1, "weights": "whole",
     }  # fmt: skip
     m = change.get("m", 0)
     arguments["packed"] = OPS.conv_pack(torch.zeros(8, 4, 3, 3), m if m in (0, 2, 4) else 0, "")

@@ -92,18 +92,18 @@ def test_weight_gradient_is_exact_on_integers(shape: tuple, isa: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("weights", ["whole", "fresh"])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_input_gradient_is_exact_on_integers(
-    shape: tuple, memory_format: torch.memory_format, fresh: bool, isa: str
+    shape: tuple, memory_format: torch.memory_format, weights: str, isa: str
 ) -> None:
     """conv_fused of grad_y with the weights that conv_pack_input_gradient made, whatever the weight's strides."""
     x, weight, grad_y = tensors(shape, integers=True)
     padding = shape[-1]
-    packed = OPS.conv_pack_input_gradient(weight.contiguous(memory_format=memory_format), 2, isa, fresh)
+    packed = OPS.conv_pack_input_gradient(weight.contiguous(memory_format=memory_format), 2, isa, weights)
     d_x = OPS.conv_fused(
         grad_y, packed, (x.shape[1], 3, 3), 2, isa, (1, 1), (2 - padding[0], 2 - padding[1]), (1, 1),
-        None, None, None, None, None, 0.0, None, 0, fresh,
+        None, None, None, None, None, 0.0, None, 0, weights,
     )  # fmt: skip
     assert_bitexact(d_x, reference(grad_y, x, weight, padding, torch.float64)[1], str(shape))
 
@@ -166,7 +166,7 @@ def test_errors_against_float64(shape: tuple, choice: str) -> None:
     backend = BACKEND.with_winograd(choice)
     algorithm = winograd.algorithm(x, weight, geometry, choice)
     tiles = algorithm.m, winograd.weight_gradient_tile(x, weight, geometry, choice)
-    assert algorithm.fresh == (shape[1] >= 256)
+    assert (algorithm.weights == "fresh") == (shape[1] >= 256)
     assert tiles == (REAL[shape] if choice == "auto" else (2, 2))
     exact = reference(grad_y, x, weight, shape[-1], torch.float64)
     eager = reference(grad_y, x, weight, shape[-1], torch.float32)

@@ -23,7 +23,7 @@ constexpr int64_t kInput = -1, kNothing = -2;  // in place of the number of a li
 // One convolution of a chain, as fused_resnet/backends/chain.py writes it: int64 throughout.
 struct Link {
   int64_t source, residual;  // the link whose output is read (added), or kInput, or kNothing
-  int64_t m, fresh, k, r, s;
+  int64_t m, weights, k, r, s;
   int64_t stride[2], padding[2], dilation[2];
   int64_t activation;
   int64_t present;  // bits: bias, bn_weight, bn_bias, running_mean, running_var
@@ -82,7 +82,7 @@ OptionalTensor conv_chain(const Tensor& x, const std::vector<Tensor>& tensors, c
           link.residual == kNothing ? std::nullopt : OptionalTensor(made(link.residual));
       outputs[i] = fused_convolution(made(link.source), packed, {link.k, link.r, link.s}, link.m, "",
                                      list(link.stride), list(link.padding), list(link.dilation), bn, residual,
-                                     link.activation, link.fresh != 0, &samples, &weight);
+                                     link.activation, weight_kind(link.weights), &samples, &weight);
     }
     if (!outputs[i].has_value()) return std::nullopt;
     for (const int64_t place : {link.source, link.residual}) {

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "isa.h"
+#include "kernel_choice.h"
 #include "memory.h"
 #include "tensors.h"
 
@@ -18,27 +18,12 @@ namespace {
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 
-// m: 0 for direct convolution, 2 and 4 for Winograd, whose weights are transformed now, once and for all, or
-// with `fresh` in each call. `isa` is empty for the best instruction set; tests name others.
-const ConvKernel& kernel_for(int64_t m, bool fresh, const std::string& isa, const ConvShape& shape) {
-  check(m == 0 || m == 2 || m == 4, "m", "0, 2 or 4", m);
-  const Kernels* set = isa.empty() ? &kernels() : kernels_for(isa.c_str());
-  check(set != nullptr, "isa", "an instruction set of this CPU", isa);
-  if (m == 0) {
-    check(!fresh, "fresh", "false for direct convolution", fresh);
-    return set->direct;
-  }
-  check(shape.r == 3 && shape.s == 3, "weight", "a 3 x 3 filter for Winograd", shape.r, " x ", shape.s);
-  if (fresh) return m == 2 ? set->fresh_winograd2 : set->fresh_winograd4;
-  return m == 2 ? set->winograd2 : set->winograd4;
-}
-
-Tensor conv_pack(const Tensor& weight, int64_t m, const std::string& isa, bool fresh) {
+Tensor conv_pack(const Tensor& weight, int64_t m, const std::string& isa, const std::string& weights) {
   check(weight.dim() == 4, "weight", "4 dimensions", weight.dim());
   check(weight.scalar_type() == ScalarType::Float, "weight", "dtype float32", "another one");
   ConvShape shape{};
   shape.k = weight.size(0), shape.c = weight.size(1), shape.r = weight.size(2), shape.s = weight.size(3);
-  const ConvKernel& kernel = kernel_for(m, fresh, isa, shape);
+  const ConvKernel& kernel = conv_kernel(m, weight_kind(weights), isa, shape);
   Tensor packed = torch::stable::empty({kernel.weight_floats(shape)}, ScalarType::Float);
   const float* from = static_cast<const float*>(weight.const_data_ptr());
   float* to = static_cast<float*>(packed.mutable_data_ptr());
@@ -89,8 +74,12 @@ void check_packed(const Tensor& packed, const ConvKernel& kernel, const ConvShap
 }
 
 Tensor empty_output(int64_t n, int64_t k, int64_t p, int64_t q) {
-  return torch::stable::empty({n, k, p, q}, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
-                              MemoryFormat::ChannelsLast);
+  Tensor y = torch::stable::empty({n, k, p, q}, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
+                                  MemoryFormat::ChannelsLast);
+  // Large memory comes from the system anew for many a call: in pages of 4 KB its faults took a tenth of a
+  // ResNet-50's time at batch 8, and their translation 5 % at batch 1.
+  advise_huge_pages(y.mutable_data_ptr(), y.numel() * int64_t(sizeof(float)));
+  return y;
 }
 
 }  // namespace
@@ -99,12 +88,12 @@ OptionalTensor fused_convolution(const Tensor& x, const Tensor& packed, const st
                                  int64_t m, const std::string& isa, const std::vector<int64_t>& stride,
                                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                                  const BatchNormArguments& bn_arguments, const OptionalTensor& residual,
-                                 int64_t activation, bool fresh, const Samples* samples,
+                                 int64_t activation, WeightKind weights, const Samples* samples,
                                  const Tensor* weight) {
   if (samples != nullptr) samples->prefetch();
   ConvProblem problem = read_problem(x, packed, filter, stride, padding, dilation);
   const ConvShape& shape = problem.shape;
-  const ConvKernel& kernel = kernel_for(m, fresh, isa, shape);
+  const ConvKernel& kernel = conv_kernel(m, weights, isa, shape);
   check(m == 0 ||
             (shape.stride_h == 1 && shape.stride_w == 1 && shape.dilation_h == 1 && shape.dilation_w == 1),
         "m", "0 unless stride and dilation are 1", m);
@@ -151,7 +140,7 @@ OptionalTensor pooled_convolution(const Tensor& x, const Tensor& packed, const s
   if (samples != nullptr) samples->prefetch();
   ConvProblem problem = read_problem(x, packed, filter, stride, padding, dilation);
   const ConvShape& shape = problem.shape;
-  check_packed(packed, kernel_for(0, false, isa, shape), shape);
+  check_packed(packed, conv_kernel(0, WeightKind::kWhole, isa, shape), shape);
   check(pool_sizes.size() == 6, "pool", "window, stride and padding, two numbers each", pool_sizes.size(),
         " numbers");
   Pool pool{pool_sizes[0], pool_sizes[1], pool_sizes[2], pool_sizes[3], pool_sizes[4], pool_sizes[5], 0, 0};
@@ -177,7 +166,7 @@ OptionalTensor pooled_convolution(const Tensor& x, const Tensor& packed, const s
   Tensor y = empty_output(shape.n, shape.k, pool.p, pool.q);
   if (shape.n == 0) return y;
   problem.y = static_cast<float*>(y.mutable_data_ptr());
-  const PooledKernel& kernel = (isa.empty() ? kernels() : *kernels_for(isa.c_str())).pooled;
+  const PooledKernel& kernel = kernels_called(isa).pooled;
   // Parts of one image share a row or two of the convolution, so there are no more than the threads need.
   const int64_t parts = std::min(pool.p, ceil_div(torch::stable::get_num_threads(), shape.n));
   torch::stable::parallel_for(0, shape.n * parts, 1, [&](int64_t begin, int64_t end) {
@@ -197,10 +186,10 @@ Tensor conv_fused(const Tensor& x, const Tensor& packed, const std::vector<int64
                   const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                   const OptionalTensor& bias, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
                   const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
-                  const OptionalTensor& residual, int64_t activation, bool fresh) {
+                  const OptionalTensor& residual, int64_t activation, const std::string& weights) {
   return *fused_convolution(x, packed, filter, m, isa, stride, padding, dilation,
                             {bias, bn_weight, bn_bias, running_mean, running_var, eps}, residual, activation,
-                            fresh);
+                            weight_kind(weights));
 }
 
 Tensor conv_max_pool(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter,

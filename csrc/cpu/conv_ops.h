@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "kernel_choice.h"
 #include "samples.h"
 #include "tensors.h"
 
@@ -15,7 +16,7 @@ OptionalTensor fused_convolution(const Tensor& x, const Tensor& packed, const st
                                  int64_t m, const std::string& isa, const std::vector<int64_t>& stride,
                                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                                  const BatchNormArguments& bn, const OptionalTensor& residual,
-                                 int64_t activation, bool fresh, const Samples* samples = nullptr,
+                                 int64_t activation, WeightKind weights, const Samples* samples = nullptr,
                                  const Tensor* weight = nullptr);
 
 // As fused_resnet_C::conv_max_pool; `pool` holds window, stride and padding, two numbers each.

@@ -8,14 +8,17 @@
 namespace fused_resnet::cpu {
 
 struct Kernels {
-  const char* isa;  // "avx512", "avx2" or "portable"
+  const char* isa;      // "amx", "avx512", "avx2" or "portable"
+  const char* vectors;  // the same but for "amx", whose vector code is that of "avx512"
   ConvKernel direct, winograd2, winograd4, fresh_winograd2, fresh_winograd4;
+  ConvKernel split_direct, fresh_split_direct;  // absent (nullptr) in "avx512" and "avx2"
   PooledKernel pooled;
   EpilogueKernel epilogue;
 };
 
 #if defined(__x86_64__)
 extern const Kernels kKernelsAvx512, kKernelsAvx2;
+Kernels kernels_amx();  // those of AVX-512 and the ones on matrix tiles
 #endif
 extern const Kernels kKernelsPortable;
 

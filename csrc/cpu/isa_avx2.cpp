@@ -24,11 +24,14 @@
 namespace fused_resnet::cpu {
 using Avx2 = RegisterBlock<8, 6, 2>;
 const Kernels kKernelsAvx2 = {"avx2",
+                              "avx2",
                               DirectImpl<Avx2>::kernel(),
                               WinogradImpl<Avx2, Winograd<2>>::kernel(),
                               WinogradImpl<Avx2, Winograd<4>>::kernel(),
                               FreshWinogradImpl<Avx2, Winograd<2>>::kernel(),
                               FreshWinogradImpl<Avx2, Winograd<4>>::kernel(),
+                              ConvKernel{},
+                              ConvKernel{},
                               PooledImpl<Avx2>::kernel(),
                               EpilogueImpl<Avx2::kLanes>::kernel()};
 }  // namespace fused_resnet::cpu

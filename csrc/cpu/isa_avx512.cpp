@@ -25,11 +25,14 @@
 namespace fused_resnet::cpu {
 using Avx512 = RegisterBlock<16, 14, 2>;
 const Kernels kKernelsAvx512 = {"avx512",
+                                "avx512",
                                 DirectImpl<Avx512>::kernel(),
                                 WinogradImpl<Avx512, Winograd<2>>::kernel(),
                                 WinogradImpl<Avx512, Winograd<4>>::kernel(),
                                 FreshWinogradImpl<Avx512, Winograd<2>>::kernel(),
                                 FreshWinogradImpl<Avx512, Winograd<4>>::kernel(),
+                                ConvKernel{},
+                                ConvKernel{},
                                 PooledImpl<Avx512>::kernel(),
                                 EpilogueImpl<Avx512::kLanes>::kernel()};
 }  // namespace fused_resnet::cpu

@@ -3,17 +3,21 @@
 #include "epilogue_kernel.h"
 #include "isa.h"
 #include "pooled_kernel.h"
+#include "split_kernel.h"
 #include "winograd_fresh.h"
 #include "winograd_kernel.h"
 
 namespace fused_resnet::cpu {
 using Portable = RegisterBlock<4, 6, 2>;
 const Kernels kKernelsPortable = {"portable",
+                                  "portable",
                                   DirectImpl<Portable>::kernel(),
                                   WinogradImpl<Portable, Winograd<2>>::kernel(),
                                   WinogradImpl<Portable, Winograd<4>>::kernel(),
                                   FreshWinogradImpl<Portable, Winograd<2>>::kernel(),
                                   FreshWinogradImpl<Portable, Winograd<4>>::kernel(),
+                                  SplitImpl<PlainTiles, 4, false>::kernel(),
+                                  SplitImpl<PlainTiles, 4, true>::kernel(),
                                   PooledImpl<Portable>::kernel(),
                                   EpilogueImpl<Portable::kLanes>::kernel()};
 }  // namespace fused_resnet::cpu

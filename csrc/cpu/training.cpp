@@ -28,7 +28,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 // The instruction set the training ops use; tests switch it.
 const char*& active_isa() {
-  static const char* isa = best_isa();
+  static const char* isa = kernels().vectors;
   return isa;
 }
 
@@ -323,7 +323,7 @@ void bn_backward_apply(const Tensor& grad_out, const OptionalTensor& mask, const
 // The name of the instruction set in use, after switching to `isa` where this processor has it; tests run
 // each.
 std::string training_isa(const std::string& isa) {
-  if (const Kernels* found = kernels_for(isa.c_str())) active_isa() = found->isa;
+  if (const Kernels* found = kernels_for(isa.c_str())) active_isa() = found->vectors;
   return active_isa();
 }
 

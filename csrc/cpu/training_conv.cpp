@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "isa.h"
+#include "kernel_choice.h"
 #include "memory.h"
 #include "tensors.h"
 #include "weight_gradient.h"
@@ -17,19 +17,13 @@ namespace {
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 
-const Kernels& set_called(const std::string& isa) {
-  const Kernels* set = isa.empty() ? &kernels() : kernels_for(isa.c_str());
-  check(set != nullptr, "isa", "an instruction set of this CPU", isa);
-  return *set;
-}
-
 void check_tile(int64_t m) {
   check(m == 2 || m == 4, "m", "2 or 4, the tile of F(m x m, 3 x 3)", m);
 }
 
 const WeightGradientKernel& weight_gradient_kernel(int64_t m, const std::string& isa) {
   check_tile(m);
-  const std::string name = set_called(isa).isa;
+  const std::string name = kernels_called(isa).vectors;
   const WeightGradientKernels* set = &kWeightGradientPortable;
 #if defined(__x86_64__)
   if (name == "avx512") set = &kWeightGradientAvx512;
@@ -40,16 +34,15 @@ const WeightGradientKernel& weight_gradient_kernel(int64_t m, const std::string&
 
 // With stride 1 the gradient of x is itself a convolution: of grad_y, padded by 2 - padding, with the filter
 // turned by 180 degrees and its input and output channels exchanged. All of that is a matter of strides.
-Tensor conv_pack_input_gradient(const Tensor& weight, int64_t m, const std::string& isa, bool fresh) {
+Tensor conv_pack_input_gradient(const Tensor& weight, int64_t m, const std::string& isa,
+                                const std::string& weights) {
   check(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, "weight", "a filter [K, C, 3, 3]",
         shape_of(weight));
   check(weight.scalar_type() == ScalarType::Float, "weight", "dtype float32", "another one");
   check_tile(m);
-  const Kernels& set = set_called(isa);
-  const ConvKernel& kernel =
-      fresh ? (m == 2 ? set.fresh_winograd2 : set.fresh_winograd4) : (m == 2 ? set.winograd2 : set.winograd4);
   ConvShape shape{};
   shape.k = weight.size(1), shape.c = weight.size(0), shape.r = 3, shape.s = 3;
+  const ConvKernel& kernel = conv_kernel(m, weight_kind(weights), isa, shape);
   Tensor packed = torch::stable::empty({kernel.weight_floats(shape)}, ScalarType::Float);
   const float* last =
       static_cast<const float*>(weight.const_data_ptr()) + 2 * weight.stride(2) + 2 * weight.stride(3);

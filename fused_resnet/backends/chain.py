@@ -18,6 +18,8 @@ from . import packing
 
 #: In place of the number of a link: the chain's input, nothing. kInput and kNothing in csrc/cpu/chain.cpp.
 INPUT, NOTHING = -1, -2
+#: What is kept of a weight, in the order of enum WeightKind in csrc/cpu/kernel_choice.h.
+WEIGHT_KINDS = ("whole", "fresh", "split", "fresh split")
 
 
 class Link(NamedTuple):
@@ -26,7 +28,7 @@ class Link(NamedTuple):
     source: int
     residual: int
     m: int
-    fresh: bool
+    weights: str
     conv: ConvBN
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -86,6 +88,6 @@ def _row(link: Link) -> list[int]:
     present = sum((vector is not None) << place for place, vector in enumerate(vectors))
     (eps,) = struct.unpack("q", struct.pack("d", link.conv.eps))
     return [
-        link.source, link.residual, link.m, int(link.fresh), k, r, s, *link.stride, *link.padding, *link.dilation,
-        link.activation, present, eps, *link.pool,
+        link.source, link.residual, link.m, WEIGHT_KINDS.index(link.weights), k, r, s, *link.stride, *link.padding,
+        *link.dilation, link.activation, present, eps, *link.pool,
     ]  # fmt: skip

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from .. import _extension
 from ..layout import output_memory_format
-from ..problem import Problem, dtype_name
+from ..problem import Problem, Projection, dtype_name
 from ..reference import ConvBN, Tail, scale_shift
 from . import Backend, packing
 from .chain import NOTHING, Link
@@ -47,43 +48,75 @@ TRANSFORM_CHANNELS = 10
 _LEAST_CHANNELS = 16
 #: Transforming one 3 x 3 filter in the call costs as much as so many multiply-adds.
 _FRESH_TRANSFORM = {2: 65, 4: 110}
+#: A multiply-add of float32 on matrix tiles costs so much of one in the vector unit: 350 to 400 GFLOP/s against 165.
+_SPLIT_MULTIPLY_ADD = 0.45
+#: Splitting a weight in the call costs as much as so many multiply-adds.
+_SPLIT_WEIGHT = 5
+#: A weight in three bfloat16 parts takes so many times the bytes of one in float32.
+_SPLIT_BYTES = 1.5
 
 
 class Algorithm(NamedTuple):
     """One of our convolution kernels: Winograd F(m x m, 3 x 3), or direct convolution where m is 0.
 
-    ``fresh``: the weights are kept as they are and transformed in each call, 9 values to read for 36 (F4) or 16 (F2).
+    ``weights`` is what is kept of them: ``whole``, the values that are multiplied; ``fresh``, the weights as they are,
+    transformed in each call, 9 values to read for 36 (F4) or 16 (F2); ``split``, the values in three bfloat16 parts for
+    the processor's matrix tiles (AMX), which multiply as accurately as float32 does (csrc/cpu/split.h);
+    ``fresh split``, the weights as they are, split in each call.
     """
 
     m: int
-    fresh: bool = False
+    weights: str = "whole"
 
 
 DIRECT = Algorithm(0)
+SPLIT_DIRECT = Algorithm(0, "split")
+FRESH_SPLIT_DIRECT = Algorithm(0, "fresh split")
 
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def fastest(problem: Problem, sizes: tuple[int, ...] = (2, 4)) -> Algorithm:
-    """The kernel that is expected to be fastest for a 3 x 3 convolution with stride and dilation 1.
+def fastest(problem: Problem, winograd: str = "auto", tiles: bool | None = None) -> Algorithm:
+    """The kernel that is expected to be fastest for a convolution of one group.
 
-    The rule counts multiply-adds per pair of input and output channel. Direct convolution makes 9 for each of the
-    N P Q outputs, F(m) makes (m + 2)^2 for each tile plus its transforms; each costs at least what it takes to fetch
-    its weights: 9, 36 (F4) or 16 (F2) for each pair, or 9 and their transform. So F(4x4) wins on large images, with
-    fresh weights where there are few tiles to share them, F(2x2) on 7x7 at batch 1, direct convolution where there is
-    next to nothing (1x1 to 4x4 pixels) or few channels. ``sizes`` are the m to choose from.
+    The rule counts multiply-adds per pair of input and output channel. Direct convolution makes R S for each of the
+    N P Q outputs, and less than half as dear on matrix tiles; F(m), for 3 x 3 filters with stride and dilation 1, makes
+    (m + 2)^2 for each tile plus its transforms; each costs at least what it takes to fetch its weights: 9, 36 (F4) or
+    16 (F2) for each pair, or 9 and their transform. So F(4x4) wins on large images, with fresh weights where there are
+    few tiles to share them, F(2x2) on 7x7 at batch 1, direct convolution where there is next to nothing (1x1 to 4x4
+    pixels) or few channels. ``tiles``: whether there are matrix tiles (None: whether this CPU has them).
     """
+    if winograd == "off":
+        return DIRECT
     c, k = _round_up(problem.c, 16), _round_up(problem.k, 32)  # the kernel's granularity
-    cost = {DIRECT: float(9 * problem.c * problem.k * max(problem.n * problem.p * problem.q, _ROWS_TO_HIDE_A_WEIGHT))}
+    taps, outputs = problem.r * problem.s, problem.n * problem.p * problem.q
+    cost = {DIRECT: float(taps * problem.c * problem.k * max(outputs, _ROWS_TO_HIDE_A_WEIGHT))}
+    if has_tiles() if tiles is None else tiles:
+        pairs, rows = taps * _round_up(problem.c, 32) * k, _round_up(outputs, 32)
+        for algorithm, work, fetched in (
+            (SPLIT_DIRECT, _SPLIT_MULTIPLY_ADD * rows, _SPLIT_BYTES),
+            (FRESH_SPLIT_DIRECT, _SPLIT_MULTIPLY_ADD * rows + _SPLIT_WEIGHT, 1),
+        ):
+            cost[algorithm] = pairs * max(work, fetched * _ROWS_TO_HIDE_A_WEIGHT)
+    sizes: tuple[int, ...] = (2,) if winograd == "f2" else (2, 4)
+    if (problem.r, problem.s, problem.stride, problem.dilation) != (3, 3, (1, 1), (1, 1)):
+        sizes = ()
     for m in sizes:
-        positions, tiles = (m + 2) ** 2, problem.n * -(-problem.p // m) * -(-problem.q // m)
-        transforms = positions * tiles * TRANSFORM_CHANNELS * (c + k)
-        cost[Algorithm(m)] = c * k * positions * max(tiles, _ROWS_TO_HIDE_A_WEIGHT) + transforms
-        fresh = max(positions * max(tiles, _LEAST_ROWS) + _FRESH_TRANSFORM[m], 9 * _ROWS_TO_HIDE_A_WEIGHT)
-        cost[Algorithm(m, fresh=True)] = c * k * fresh + transforms
+        positions, winograd_tiles = (m + 2) ** 2, problem.n * -(-problem.p // m) * -(-problem.q // m)
+        transforms = positions * winograd_tiles * TRANSFORM_CHANNELS * (c + k)
+        cost[Algorithm(m)] = c * k * positions * max(winograd_tiles, _ROWS_TO_HIDE_A_WEIGHT) + transforms
+        fresh = max(positions * max(winograd_tiles, _LEAST_ROWS) + _FRESH_TRANSFORM[m], 9 * _ROWS_TO_HIDE_A_WEIGHT)
+        cost[Algorithm(m, "fresh")] = c * k * fresh + transforms
     return min(cost, key=lambda algorithm: cost[algorithm])
+
+
+@lru_cache(maxsize=1)
+def has_tiles() -> bool:
+    """Whether the extension multiplies on this processor's matrix tiles (AMX)."""
+    extension = _extension.cpu()
+    return extension is not None and extension.build_info()["cpu_isa"] == "amx"
 
 
 def winograd_choice(winograd: str) -> str:
@@ -140,10 +173,17 @@ class CpuBackend(Backend):
         if problem.c < _LEAST_CHANNELS:
             return partial(_run_few_channels, memory_format, otherwise)
         choice = winograd_choice(tail.winograd)
-        algorithm = DIRECT
-        if choice != "off" and (problem.r, problem.s, problem.stride, problem.dilation) == (3, 3, (1, 1), (1, 1)):
-            algorithm = fastest(problem, (2,) if choice == "f2" else (2, 4))
-        return partial(_run_fused, memory_format, algorithm, otherwise)
+        algorithm, projection = fastest(problem, choice), DIRECT
+        if problem.projection is not None:
+            projection = fastest(_projection(problem, problem.projection), choice)
+        return partial(_run_fused, memory_format, algorithm, projection, otherwise)
+
+
+def _projection(problem: Problem, proj: Projection) -> Problem:
+    return replace(
+        problem, c=proj.c, h=proj.h, w=proj.w, r=1, s=1, stride=proj.stride, padding=(0, 0), dilation=(1, 1),
+        residual=None, projection=None,
+    )  # fmt: skip
 
 
 def _run_widened(backend: CpuBackend, dtype: torch.dtype, tail: Tail) -> Tensor:
@@ -157,13 +197,14 @@ def _run_widened(backend: CpuBackend, dtype: torch.dtype, tail: Tail) -> Tensor:
 
 
 def _run_fused(
-    memory_format: torch.memory_format, algorithm: Algorithm, otherwise: Callable[[Tail], Tensor], tail: Tail
-) -> Tensor:
+    memory_format: torch.memory_format, algorithm: Algorithm, projection: Algorithm,
+    otherwise: Callable[[Tail], Tensor], tail: Tail,
+) -> Tensor:  # fmt: skip
     if not tail.cache_weights:  # packing or transforming the weights for one call costs more than it saves
         return otherwise(tail)
     residual = tail.residual
     if tail.proj is not None and tail.proj_x is not None:
-        residual = _fused_conv(DIRECT, tail.proj_x, tail.proj, tail.proj_stride, (0, 0), (1, 1), None, "none")
+        residual = _fused_conv(projection, tail.proj_x, tail.proj, tail.proj_stride, (0, 0), (1, 1), None, "none")
     elif residual is not None:
         residual = residual.to(torch.float32).contiguous(memory_format=torch.channels_last)
     y = _fused_conv(algorithm, tail.x, tail.conv, tail.stride, tail.padding, tail.dilation, residual, tail.activation)
@@ -181,10 +222,10 @@ def _fused_conv(
 ) -> Tensor:  # fmt: skip
     packed = _packed(conv.weight, algorithm)
     k, _, r, s = conv.weight.shape
-    m, fresh = algorithm
+    m, weights = algorithm
     return torch.ops.fused_resnet_C.conv_fused.default(
         x.contiguous(memory_format=torch.channels_last), packed, (k, r, s), m, "", stride, padding, dilation,
-        *conv[1:], residual, _ACTIVATION_CODES[activation], fresh,
+        *conv[1:], residual, _ACTIVATION_CODES[activation], weights,
     )  # fmt: skip
 
 
@@ -208,11 +249,12 @@ def links(
         return [link._replace(pool=sum(run.args[1], ()))]
     if run.func is not _run_fused:
         return None
+    _, algorithm, projection, _ = run.args
     found = []
     if tail.proj is not None:
-        found.append(_link(DIRECT, tail.proj, residual, NOTHING, tail.proj_stride, (0, 0), (1, 1), "none"))
+        found.append(_link(projection, tail.proj, residual, NOTHING, tail.proj_stride, (0, 0), (1, 1), "none"))
         residual = number
-    return [*found, _link(run.args[1], tail.conv, source, residual, *geometry, tail.activation)]
+    return [*found, _link(algorithm, tail.conv, source, residual, *geometry, tail.activation)]
 
 
 def _link(
@@ -239,8 +281,8 @@ def with_max_pool(run: Callable[[Tail], Tensor], pool: Pool) -> Callable[[Tail],
         return None
     if run.func is _run_few_channels:
         memory_format, otherwise = run.args
-    elif run.func is _run_fused and run.args[1] == DIRECT:
-        memory_format, _, otherwise = run.args
+    elif run.func is _run_fused and run.args[1].m == 0:
+        memory_format, _, _, otherwise = run.args
     else:
         return None
     return partial(_run_max_pool, memory_format, pool, otherwise)
@@ -267,7 +309,7 @@ def _packed(weight: Tensor, algorithm: Algorithm) -> Tensor:
 
 
 def _pack(weight: Tensor, algorithm: Algorithm) -> Tensor:
-    return torch.ops.fused_resnet_C.conv_pack.default(weight.detach(), algorithm.m, "", algorithm.fresh)
+    return torch.ops.fused_resnet_C.conv_pack.default(weight.detach(), algorithm.m, "", algorithm.weights)
 
 
 # ---- eager's convolution, then our pass --------------------------------------------------------------------

@@ -50,7 +50,7 @@ def _cheapest(outputs: int, tiles: dict[int, int], c: int, k: int, overhead: int
         transforms = positions * count * TRANSFORM_CHANNELS * (c + k)
         cost[Algorithm(m)] = positions * (count + overhead) * c * k + transforms
         if fresh:
-            cost[Algorithm(m, fresh=True)] = ((positions + _FRESH_TILE[m]) * count + _FRESH_COPY) * c * k + transforms
+            cost[Algorithm(m, "fresh")] = ((positions + _FRESH_TILE[m]) * count + _FRESH_COPY) * c * k + transforms
     return min(cost, key=lambda algorithm: cost[algorithm])
 
 
@@ -113,20 +113,20 @@ def _convolve(
 ) -> Tensor:
     y: Tensor = torch.ops.fused_resnet_C.conv_fused.default(
         x.contiguous(memory_format=torch.channels_last), packed, (channels, 3, 3), how.m, "", (1, 1), padding,
-        (1, 1), bias, *_NO_BN, None, 0, how.fresh,
+        (1, 1), bias, *_NO_BN, None, 0, how.weights,
     )  # fmt: skip
     return y
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, how: Algorithm) -> Tensor:
     """``conv2d(x, weight, bias)`` in channels_last."""
-    packed = torch.ops.fused_resnet_C.conv_pack.default(weight, how.m, "", how.fresh)
+    packed = torch.ops.fused_resnet_C.conv_pack.default(weight, how.m, "", how.weights)
     return _convolve(x, packed, weight.shape[0], how, geometry.padding, bias)
 
 
 def input_gradient(grad_y: Tensor, weight: Tensor, geometry: ConvGeometry, how: Algorithm) -> Tensor:
     """The gradient of x in channels_last."""
-    packed = torch.ops.fused_resnet_C.conv_pack_input_gradient.default(weight, how.m, "", how.fresh)
+    packed = torch.ops.fused_resnet_C.conv_pack_input_gradient.default(weight, how.m, "", how.weights)
     padding = (2 - geometry.padding[0], 2 - geometry.padding[1])
     return _convolve(grad_y, packed, weight.shape[1], how, padding)
 

@@ -1,0 +1,44 @@
+#include "kernel_choice.h"
+
+#include <algorithm>
+#include <iterator>
+
+#include "../checks.h"
+
+namespace fused_resnet::cpu {
+
+const Kernels& kernels_called(const std::string& isa) {
+  const Kernels* set = isa.empty() ? &kernels() : kernels_for(isa.c_str());
+  check(set != nullptr, "isa", "an instruction set of this CPU", isa);
+  return *set;
+}
+
+WeightKind weight_kind(int64_t number) {
+  check(number >= 0 && number < int64_t(std::size(kWeightKinds)), "weights", "the number of a kind", number);
+  return static_cast<WeightKind>(number);
+}
+
+WeightKind weight_kind(const std::string& name) {
+  const auto* found = std::find(std::begin(kWeightKinds), std::end(kWeightKinds), name);
+  check(found != std::end(kWeightKinds), "weights", "whole, fresh, split or fresh split", name);
+  return weight_kind(found - std::begin(kWeightKinds));
+}
+
+const ConvKernel& conv_kernel(int64_t m, WeightKind weights, const std::string& isa, const ConvShape& shape) {
+  check(m == 0 || m == 2 || m == 4, "m", "0, 2 or 4", m);
+  check(m == 0 || (shape.r == 3 && shape.s == 3), "weight", "a 3 x 3 filter for Winograd", shape.r, " x ",
+        shape.s);
+  const Kernels& set = kernels_called(isa);
+  static constexpr ConvKernel kNone{};
+  // [kind][direct, F2, F4]
+  const ConvKernel* const all[][3] = {{&set.direct, &set.winograd2, &set.winograd4},
+                                      {&kNone, &set.fresh_winograd2, &set.fresh_winograd4},
+                                      {&set.split_direct, &kNone, &kNone},
+                                      {&set.fresh_split_direct, &kNone, &kNone}};
+  const ConvKernel& kernel = *all[static_cast<size_t>(weights)][m / 2];
+  check(kernel.run_piece != nullptr, "weights", "a kind that this kernel has", "\"",
+        kWeightKinds[static_cast<size_t>(weights)], "\" for m = ", m, " with ", set.isa);
+  return kernel;
+}
+
+}  // namespace fused_resnet::cpu

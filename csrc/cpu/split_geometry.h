@@ -1,0 +1,69 @@
+// Where the inputs of a convolution lie so that sixteen neighbouring rows of its GEMM are sixteen
+// neighbouring pixels, for every tap of the filter: no input is copied once per tap, and narrow images fill
+// whole tiles.
+//
+// With a stride, input pixels are first dealt out to phases: phase (a, b) holds the pixels whose row is a and
+// whose column is b modulo the stride. Within a phase a tap is a shift. An image of a phase has P + overhang
+// rows of `pitch` pixels; output pixel (n, p, q) has position (n * rows + p) * pitch + q, and its input for a
+// tap lies `shift` positions further. Positions between the end of an output row and the next one are
+// computed and thrown away.
+//
+// Zeros on both sides of a row are needed once: those at its end are those at the beginning of the next.
+#pragma once
+
+#include <algorithm>
+
+#include "conv.h"
+
+namespace fused_resnet::cpu {
+
+struct SplitAxis {
+  int64_t size, stride, pad, taps, dilation, out;
+  int64_t phases, overhang, pitch;  // pitch: from one row (image) of a phase to the next
+
+  SplitAxis(int64_t size_, int64_t stride_, int64_t pad_, int64_t taps_, int64_t dilation_, int64_t out_)
+      : size(size_), stride(stride_), pad(pad_), taps(taps_), dilation(dilation_), out(out_) {
+    phases = 0;
+    for (int64_t tap = 0; tap < taps; ++tap) phases = std::max(phases, phase(tap) + 1);
+    overhang = (taps - 1) * dilation / stride;
+    // Of all phases the last has the fewest zeros in front, the first the fewest behind.
+    const int64_t before = std::max<int64_t>(0, ceil_div(pad - (phases - 1), stride));
+    const int64_t behind = std::max<int64_t>(0, out + overhang - ceil_div(size + pad, stride));
+    pitch = out + overhang - std::min({before, behind, overhang});
+  }
+  int64_t phase(int64_t tap) const { return tap * dilation % stride; }
+  int64_t shift(int64_t tap) const { return tap * dilation / stride; }
+  // The input row (column) at index i of a phase; outside [0, size) it is padding.
+  int64_t input(int64_t i, int64_t of_phase) const { return i * stride + of_phase - pad; }
+};
+
+struct SplitGeometry {
+  SplitAxis h, w;
+  int64_t n, image;  // positions from one image to the next
+  explicit SplitGeometry(const ConvShape& s)
+      : h(s.h, s.stride_h, s.pad_h, s.r, s.dilation_h, s.p),
+        w(s.w, s.stride_w, s.pad_w, s.s, s.dilation_w, s.q),
+        n(s.n),
+        image(h.pitch * w.pitch) {}
+  int64_t phases() const { return h.phases * w.phases; }
+  int64_t positions() const { return n * image - (h.pitch - h.out) * w.pitch - (w.pitch - w.out); }
+  int64_t largest_shift() const { return h.overhang * w.pitch + w.overhang; }
+};
+
+// A position, stepped from one to the next without divisions.
+struct Position {
+  const SplitGeometry& geometry;
+  int64_t n, i, j;
+  Position(const SplitGeometry& g, int64_t at)
+      : geometry(g), n(at / g.image), i(at / g.w.pitch % g.h.pitch), j(at % g.w.pitch) {}
+  void step() {
+    if (++j < geometry.w.pitch) return;
+    j = 0;
+    if (++i < geometry.h.pitch) return;
+    i = 0;
+    ++n;
+  }
+  bool is_output() const { return n < geometry.n && i < geometry.h.out && j < geometry.w.out; }
+};
+
+}  // namespace fused_resnet::cpu

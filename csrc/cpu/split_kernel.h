@@ -1,0 +1,311 @@
+// Direct convolution on matrix tiles: float32 products from bfloat16 ones (split.h), any filter, stride and
+// dilation, as a GEMM over blocks of positions (split_geometry.h) with inputs (split_inputs.h) and weights
+// (split_weights.h) in three parts.
+//
+// A group is 32 positions: with a panel of 32 output channels four accumulators, the most that leaves room
+// for two tiles of each operand. Meanwhile the vector unit is free. It finishes the group before (scale,
+// shift, residual, activation) and splits what is needed next, a little after each step.
+//
+// Weights that stay in the second-level cache are read again for each group, all panels of a group one after
+// another, so that outputs and residual are read and written side by side. Others are read once, a slab of
+// steps at a time by all groups of a block; where they are fresh, in float32, two thirds of the bytes.
+#pragma once
+
+#include <algorithm>
+
+#include "direct_kernel.h"
+#include "memory.h"
+#include "split_inputs.h"
+#include "split_weights.h"
+
+namespace fused_resnet::cpu {
+
+template <class Tiles, int kLanes, bool kFresh>
+struct SplitImpl {
+  using V = Vec<kLanes>;
+  using Weights = SplitWeights<kLanes>;
+  using Inputs = InputSplitter<kLanes>;
+  static constexpr int64_t kGroup = 2 * kTileRows;  // positions
+  static constexpr int64_t kPanel = Weights::kPanel, kTileValues = Weights::kTileValues;
+  static constexpr int64_t kStepValues = Weights::kStepValues;
+  static constexpr int64_t kProductsOfStep = sizeof(kProducts) / sizeof(kProducts[0]);
+  static constexpr int64_t kSlab = kFresh ? 8 : 32;  // steps
+
+  static int64_t panel_floats(const ConvShape& shape) {
+    return Weights::steps_of(shape) * (kFresh ? Weights::kStepWeights : kStepValues / 2);
+  }
+  static int64_t weight_floats(const ConvShape& shape) {
+    return ceil_div(shape.k, kPanel) * panel_floats(shape);
+  }
+  static void pack_weights(const ConvShape& shape, const float* weight, const int64_t stride[4],
+                           int64_t first_panel, int64_t last_panel, float* packed) {
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      Weights::pack_panel(shape, weight + panel * kPanel * stride[0], stride,
+                          std::min<int64_t>(shape.k - panel * kPanel, kPanel), kFresh,
+                          packed + panel * panel_floats(shape));
+    }
+  }
+
+  // Sums of a group that wait to be finished.
+  struct Pending {
+    const ConvProblem* problem;
+    OutputBounds bounds;
+    const float* sums;  // [kGroup][sums_stride], nullptr: nothing to do
+    int64_t sums_stride;
+    const int64_t* outputs;  // of the group's positions in y and in the residual; -1: thrown away
+    int64_t k_begin, k_end;
+
+    FR_INLINE void finish(int64_t begin, int64_t end) const {
+      if (sums == nullptr) return;
+      for (int64_t row = begin; row < end; ++row) {
+        if (outputs[row] < 0) continue;
+        const float* sum = sums + row * sums_stride - k_begin;
+        int64_t k = k_begin;
+        for (; k + kLanes <= k_end; k += kLanes) finish_vector<true>(sum + k, outputs[row] + k, k, kLanes);
+        if (k < k_end) finish_vector<false>(sum + k, outputs[row] + k, k, k_end - k);
+      }
+    }
+    template <bool kWhole>
+    FR_INLINE void finish_vector(const float* sum, int64_t at, int64_t k, int64_t count) const {
+      const V lower = V{} + bounds.lower, upper = V{} + bounds.upper;
+      V value = load<kLanes>(sum) * load<kLanes>(problem->scale + k) + load<kLanes>(problem->shift + k);
+      if (const float* residual = problem->residual) {
+        value += kWhole ? load<kLanes>(residual + at) : load_partial<kLanes>(residual + at, count);
+      }
+      value = value < lower ? lower : value;
+      value = value > upper ? upper : value;
+      if constexpr (kWhole) {
+        store<kLanes>(problem->y + at, value);
+      } else {
+        store_partial<kLanes>(problem->y + at, value, count);
+      }
+    }
+    // What finish will need.
+    FR_INLINE void fetch(int64_t begin, int64_t end) const {
+      for (int64_t row = begin; row < end; ++row) {
+        if (outputs[row] < 0) continue;
+        for (int64_t k = k_begin; k < k_end; k += kCacheLine) {
+          __builtin_prefetch(problem->y + outputs[row] + k, 1);
+          if (problem->residual) __builtin_prefetch(problem->residual + outputs[row] + k);
+        }
+      }
+    }
+  };
+
+  // One group and one panel: sums = (or +=) X U. between() is called after each product of parts, after(step)
+  // after each step.
+  template <class Between, class After>
+  static FR_INLINE void multiply(Tiles& tiles, const BFloat16* x, int64_t part_stride, const int64_t* offsets,
+                                 int64_t steps, const BFloat16* u, float* sums, int64_t sums_stride, bool add,
+                                 Between&& between, After&& after) {
+    const int64_t row_bytes = sums_stride * int64_t(sizeof(float));
+    unroll<4>([&](auto i) FR_LAMBDA {
+      constexpr int kSum = decltype(i)::value;
+      if (add) {
+        tiles.template load<kSum>(sums + kSum / 2 * kTileRows * sums_stride + kSum % 2 * kTileCols,
+                                  row_bytes);
+      } else {
+        tiles.template zero<kSum>();
+      }
+    });
+    for (int64_t step = 0; step < steps; ++step, u += kStepValues) {
+      const BFloat16* v = x + offsets[step];
+      unroll<kProductsOfStep>([&](auto i) FR_LAMBDA {
+        constexpr int kIndex = decltype(i)::value, kBefore = kIndex > 0 ? kIndex - 1 : 0;
+        constexpr int kXPart = kProducts[kIndex].x, kWPart = kProducts[kIndex].w;
+        if constexpr (kIndex == 0 || kXPart != kProducts[kBefore].x) {
+          unroll<2>([&](auto row) FR_LAMBDA {
+            tiles.template load<4 + decltype(row)::value>(v + kXPart * part_stride + row * kTileValues, 64);
+          });
+        }
+        if constexpr (kIndex == 0 || kWPart != kProducts[kBefore].w) {
+          unroll<2>([&](auto col) FR_LAMBDA {
+            tiles.template load<6 + decltype(col)::value>(u + (kWPart * 2 + col) * kTileValues, 64);
+          });
+        }
+        unroll<4>([&](auto at) FR_LAMBDA {
+          constexpr int kSum = decltype(at)::value;
+          tiles.template multiply<kSum, 4 + kSum / 2, 6 + kSum % 2>();
+        });
+        between();
+      });
+      after(step);
+    }
+    unroll<4>([&](auto i) FR_LAMBDA {
+      constexpr int kSum = decltype(i)::value;
+      tiles.template store<kSum>(sums + kSum / 2 * kTileRows * sums_stride + kSum % 2 * kTileCols, row_bytes);
+    });
+  }
+
+  static bool weights_stay(const ConvShape& shape) {
+    return !kFresh && weight_floats(shape) * int64_t(sizeof(float)) <= level2_cache_bytes() / 2;
+  }
+
+  static ConvPlan plan(const ConvShape& shape, int threads) {
+    const SplitGeometry geometry(shape);
+    const int64_t cache = level2_cache_bytes();
+    const bool stay = weights_stay(shape);
+    const int64_t group_bytes = geometry.phases() * Weights::chunks_of(shape) * kParts * 64 * kGroup;
+    const int64_t best = std::max<int64_t>(1, cache / (stay ? 4 : 2) / group_bytes);
+    ConvPlan plan =
+        cut(ceil_div(geometry.positions(), kGroup), best, ceil_div(shape.k, kPanel), threads, stay);
+    plan.scratch_floats = Scratch(shape, plan).floats;
+    return plan;
+  }
+
+  // Where a block's arrays begin, in floats.
+  struct Scratch {
+    int64_t sums, outputs, steps, slabs, floats;
+    Scratch(const ConvShape& shape, const ConvPlan& plan) {
+      const SplitGeometry geometry(shape);
+      const int64_t positions = plan.rows_per_block * kGroup;
+      const int64_t all = weights_stay(shape) ? 2 * kGroup * plan.panels_per_block * kPanel
+                                              : std::max<int64_t>(plan.rows_per_block, 2) * kGroup * kPanel;
+      sums = SplitLayout(shape, geometry, positions).values / 2;
+      outputs = sums + all;
+      steps = outputs + 2 * positions;
+      slabs = ceil_div(steps + 2 * Weights::steps_of(shape), kCacheLine) * kCacheLine;
+      floats = slabs + (kFresh ? kSlab * kStepValues : 0);  // two of them, in bfloat16
+    }
+  };
+
+  // What a block of positions and panels needs.
+  struct Piece {
+    const ConvProblem& problem;
+    const ConvShape& shape;
+    const SplitGeometry geometry;
+    int64_t first, groups, first_panel, last_panel;
+    const SplitLayout layout;
+    BFloat16 *x, *slabs;
+    float* sums;
+    int64_t *outputs, *offsets;
+    const int64_t steps;
+
+    Piece(const ConvProblem& p, const ConvPlan& plan, int64_t piece, float* scratch)
+        : problem(p),
+          shape(p.shape),
+          geometry(p.shape),
+          first(piece / plan.k_blocks * plan.rows_per_block * kGroup),
+          groups(std::min(plan.rows_per_block, plan.rows - first / kGroup)),
+          first_panel(piece % plan.k_blocks * plan.panels_per_block),
+          last_panel(std::min(first_panel + plan.panels_per_block, plan.panels)),
+          layout(p.shape, geometry, plan.rows_per_block * kGroup),
+          steps(Weights::steps_of(p.shape)) {
+      const Scratch at(shape, plan);
+      x = reinterpret_cast<BFloat16*>(scratch);
+      slabs = reinterpret_cast<BFloat16*>(scratch + at.slabs);
+      sums = scratch + at.sums;
+      outputs = reinterpret_cast<int64_t*>(scratch + at.outputs);
+      offsets = reinterpret_cast<int64_t*>(scratch + at.steps);
+      layout.find_steps(shape, geometry, offsets);
+      Position position(geometry, first);
+      for (int64_t i = 0; i < groups * kGroup; ++i, position.step()) {
+        outputs[i] = position.is_output()
+                         ? ((position.n * shape.p + position.i) * shape.q + position.j) * shape.k
+                         : -1;
+      }
+    }
+    int64_t positions() const { return groups * kGroup + geometry.largest_shift(); }
+    const BFloat16* inputs_of(int64_t group) const { return x + group * kGroup * kTileDepth; }
+    Pending pending(const float* of_sums, int64_t stride, int64_t group, int64_t k_begin,
+                    int64_t k_end) const {
+      return {&problem, OutputBounds(problem.activation), of_sums, stride, outputs + group * kGroup,
+              k_begin,  std::min(k_end, shape.k)};
+    }
+  };
+
+  // Weights that stay: group by group.
+  static void run_groups(Tiles& tiles, const Piece& piece) {
+    const int64_t panels = piece.last_panel - piece.first_panel, sums_stride = panels * kPanel;
+    const BFloat16* weights = reinterpret_cast<const BFloat16*>(piece.problem.weights);
+    Inputs inputs(piece.problem, piece.geometry, piece.layout, piece.first, piece.positions(), piece.x);
+    inputs.advance(kGroup + piece.geometry.largest_shift());
+    Pending before = piece.pending(nullptr, sums_stride, 0, 0, 0);
+    for (int64_t group = 0; group < piece.groups; ++group) {
+      float* sums = piece.sums + group % 2 * kGroup * sums_stride;
+      int64_t step_of_group = 0, done = 0;
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        multiply(
+            tiles, piece.inputs_of(group), piece.layout.part, piece.offsets, piece.steps,
+            weights + (piece.first_panel + panel) * piece.steps * kStepValues, sums + panel * kPanel,
+            sums_stride, false, []() FR_LAMBDA {},
+            [&](int64_t) FR_LAMBDA {
+              const int64_t end = ++step_of_group * kGroup / (panels * piece.steps);
+              if (end == done) return;
+              before.finish(done, end);
+              inputs.advance(end - done);  // of the next group
+              done = end;
+            });
+      }
+      before = piece.pending(sums, sums_stride, group, piece.first_panel * kPanel, piece.last_panel * kPanel);
+    }
+    before.finish(0, kGroup);
+  }
+
+  // Weights that are read once: slab by slab.
+  static void run_slabs(Tiles& tiles, const Piece& piece) {
+    Inputs(piece.problem, piece.geometry, piece.layout, piece.first, piece.positions(), piece.x)
+        .advance(piece.positions());
+    const int64_t steps = piece.steps, groups = piece.groups;
+    const BFloat16* u =
+        reinterpret_cast<const BFloat16*>(piece.problem.weights) + piece.first_panel * steps * kStepValues;
+    const float* w = piece.problem.weights + piece.first_panel * steps * Weights::kStepWeights;
+    BFloat16 *slab = piece.slabs, *other = slab + kSlab * kStepValues;
+    const auto splitter = [&](int64_t count, BFloat16* to) {
+      return typename Weights::Splitter{w, to, 0, count * Weights::kUnits};
+    };
+    if (kFresh) splitter(std::min(kSlab, steps), slab).advance(kSlab * Weights::kUnits);
+
+    Pending before = piece.pending(nullptr, kPanel, 0, 0, 0);
+    int64_t left = (piece.last_panel - piece.first_panel) * steps;  // behind this slab
+    for (int64_t panel = piece.first_panel; panel < piece.last_panel; ++panel) {
+      for (int64_t step = 0; step < steps; step += kSlab) {
+        const int64_t count = std::min(kSlab, steps - step), calls = groups * count * kProductsOfStep;
+        left -= count;
+        const auto all_groups = [&](const BFloat16* weights, auto& next, int64_t share) {
+          for (int64_t group = 0; group < groups; ++group) {
+            // One group alone would begin the next panel's sums while this panel's wait to be finished.
+            float* sums = piece.sums + (groups > 1 ? group : panel % 2) * kGroup * kPanel;
+            const Pending now = piece.pending(sums, kPanel, group, panel * kPanel, (panel + 1) * kPanel);
+            multiply(
+                tiles, piece.inputs_of(group), piece.layout.part, piece.offsets + step, count, weights, sums,
+                kPanel, step > 0, [&]() FR_LAMBDA { next.advance(share); },
+                [&](int64_t i) FR_LAMBDA {
+                  const int64_t begin = i * kGroup / count, end = (i + 1) * kGroup / count;
+                  before.finish(begin, end);
+                  now.fetch(begin, end);
+                });
+            before = now;
+            if (step + count < steps) before.sums = nullptr;
+          }
+        };
+        if constexpr (kFresh) {
+          w += count * Weights::kStepWeights;
+          const int64_t in_panel = steps - step - count;
+          auto next = splitter(std::min({kSlab, in_panel > 0 ? in_panel : steps, left}), other);
+          all_groups(slab, next, ceil_div(next.units, calls));
+          std::swap(slab, other);
+        } else {
+          typename Weights::Fetcher next{reinterpret_cast<const char*>(u + count * kStepValues)};
+          all_groups(u, next, ceil_div(std::min(count, left) * kStepValues / 32, calls));
+          u += count * kStepValues;
+        }
+      }
+    }
+    before.finish(0, kGroup);
+  }
+
+  static void run_piece(const ConvProblem& problem, const ConvPlan& plan, int64_t number, float* scratch) {
+    const Piece piece(problem, plan, number, scratch);
+    Tiles tiles;
+    if (weights_stay(problem.shape)) {
+      run_groups(tiles, piece);
+    } else {
+      run_slabs(tiles, piece);
+    }
+  }
+
+  static constexpr ConvKernel kernel() { return {kPanel, &weight_floats, &pack_weights, &plan, &run_piece}; }
+};
+
+}  // namespace fused_resnet::cpu

@@ -1,0 +1,74 @@
+// The weights of convolution on matrix tiles, in steps: 32 channels of one tap for a panel of 32 outputs.
+//
+//   U [panel][step][part][2][16][16][2]    bfloat16, B tiles in three parts
+//   W [panel][step][2][16][16][2]          float32, the same order: fresh weights, split in the call
+#pragma once
+
+#include <algorithm>
+
+#include "gemm.h"
+#include "split.h"
+#include "tiles.h"
+
+namespace fused_resnet::cpu {
+
+template <int kLanes>
+struct SplitWeights {
+  static constexpr int64_t kPanel = 2 * kTileCols;  // output channels
+  static constexpr int64_t kTileValues = kTileRows * kTileDepth;
+  static constexpr int64_t kStepWeights = 2 * kTileValues;
+  static constexpr int64_t kStepValues = kParts * kStepWeights;  // of U
+  static constexpr int64_t kUnit = 2 * kLanes;                   // weights split at once
+  static constexpr int64_t kUnits = kStepWeights / kUnit;        // of a step
+
+  static int64_t chunks_of(const ConvShape& shape) { return ceil_div(shape.c, kTileDepth); }
+  static int64_t steps_of(const ConvShape& shape) { return chunks_of(shape) * shape.r * shape.s; }
+
+  // Splits W to U, some units with each call.
+  struct Splitter {
+    const float* from;
+    BFloat16* to;
+    int64_t unit, units;
+    FR_INLINE void advance(int64_t count) {
+      constexpr int64_t kFar = 2048;  // floats: further than the processor looks ahead by itself
+      for (const int64_t end = std::min(unit + count, units); unit < end; ++unit) {
+        const float* at = from + unit * kUnit;
+        for (int64_t i = 0; i < kUnit; i += kCacheLine) __builtin_prefetch(at + kFar + i, 0, 2);
+        split<kLanes>(load<kLanes>(at), load<kLanes>(at + kLanes),
+                      to + unit / kUnits * kStepValues + unit % kUnits * kUnit, kStepWeights);
+      }
+    }
+  };
+
+  // Fetches U, some cache lines with each call.
+  struct Fetcher {
+    const char* at;
+    FR_INLINE void advance(int64_t lines) {
+      for (; lines > 0; --lines, at += 64) __builtin_prefetch(at, 0, 2);
+    }
+  };
+
+  static void pack_panel(const ConvShape& shape, const float* weight, const int64_t stride[4],
+                         int64_t k_count, bool fresh, float* out) {
+    for (int64_t chunk = 0; chunk < chunks_of(shape); ++chunk) {
+      const int64_t c_count = std::min<int64_t>(shape.c - chunk * kTileDepth, kTileDepth);
+      for (int64_t tap = 0; tap < shape.r * shape.s; ++tap) {
+        alignas(64) float whole[kStepWeights];
+        float* values = fresh ? out : whole;
+        std::fill_n(values, kStepWeights, 0.0f);
+        const float* from =
+            weight + chunk * kTileDepth * stride[1] + tap / shape.s * stride[2] + tap % shape.s * stride[3];
+        for (int64_t k = 0; k < k_count; ++k) {
+          float* to = values + k / kTileCols * kTileValues + k % kTileCols * 2;
+          for (int64_t c = 0; c < c_count; ++c) {
+            to[c / 2 * kTileDepth + c % 2] = from[k * stride[0] + c * stride[1]];
+          }
+        }
+        if (!fresh) Splitter{values, reinterpret_cast<BFloat16*>(out), 0, kUnits}.advance(kUnits);
+        out += fresh ? kStepWeights : kStepValues / 2;
+      }
+    }
+  }
+};
+
+}  // namespace fused_resnet::cpu
