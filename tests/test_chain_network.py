@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import resource
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -215,16 +217,35 @@ def test_training_a_block_and_back(chained: Counter) -> None:
         assert_close(model(x), own(model, x))
 
 
-def test_large_outputs_are_not_all_kept() -> None:
-    """Outputs die with their last use: the peak is that of two or three, not of all."""
-    import resource
+def resident() -> int:
+    """MiB of this process that are in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
 
-    x = torch.zeros(1, 32, 512, 512).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(32, 32, 1, 1)
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_memory_inside_a_chain() -> None:
+    """Outputs die with their last use, and of what they lay in no more than 128 MiB stay."""
+    weight = torch.zeros(32, 32, 1, 1)
     packed = torch.ops.fused_resnet_C.conv_pack(weight, 0, "")
     samples = torch.ops.fused_resnet_C.samples(weight)
-    rows = [[i - 1, -2, 0, 0, 32, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0, *[0] * 6] for i in range(40)]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    torch.ops.fused_resnet_C.conv_chain(x, [packed, samples, weight] * 40, torch.tensor(rows))
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert grown < 10 * 32  # MiB; each output takes 32
+
+    def run(count: int, side: int) -> int:
+        x = torch.zeros(1, 32, side, side).contiguous(memory_format=torch.channels_last)
+        rows = [[i - 1, -2, 0, 0, 32, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0, *[0] * 6] for i in range(count)]
+        before = resident()
+        torch.ops.fused_resnet_C.conv_chain(x, [packed, samples, weight] * count, torch.tensor(rows))
+        return resident() - before
+
+    assert run(40, 512) < 128 + 64  # MiB; each output takes 32
+    assert run(4, 1024) < 64  # each takes 128
+
+
+def test_values_that_live_long_are_not_overwritten() -> None:
+    """Each link reads the one before it, and every second one adds the first link's output."""
+    x = image().new_ones(1, 32, 3, 3).contiguous(memory_format=torch.channels_last)
+    weight = torch.eye(32)[:, :, None, None]
+    packed = torch.ops.fused_resnet_C.conv_pack(weight, 0, "")
+    samples = torch.ops.fused_resnet_C.samples(weight)
+    rows = [[i - 1, 0 if i % 2 else -2, 0, 0, 32, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0, *[0] * 6] for i in range(12)]
+    y = torch.ops.fused_resnet_C.conv_chain(x, [packed, samples, weight] * 12, torch.tensor(rows))
+    assert torch.equal(y, x * 7)

@@ -58,6 +58,11 @@ OptionalTensor conv_chain(const Tensor& x, const std::vector<Tensor>& tensors, c
   }
   std::vector<OptionalTensor> outputs(count);
   const auto made = [&](int64_t place) -> const Tensor& { return place == kInput ? x : *outputs[place]; };
+  // Everything but the last output; given back also where an argument is refused.
+  struct Lease {
+    Workspace& workspace = Workspace::mine();
+    ~Lease() { workspace.give_back_all(); }
+  } lease;
   size_t next = 0;
   const auto take = [&]() -> const Tensor& {
     check(next < tensors.size(), "tensors", "all that the program names", tensors.size());
@@ -72,21 +77,26 @@ OptionalTensor conv_chain(const Tensor& x, const std::vector<Tensor>& tensors, c
     for (int v = 0; v < 5; ++v) {
       if (link.present >> v & 1) vectors[v] = take();
     }
+    Workspace* const workspace = i + 1 < count ? &lease.workspace : nullptr;
     const BatchNormArguments bn{vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], link.eps};
     if (link.pool[0] != 0) {
       outputs[i] = pooled_convolution(made(link.source), packed, {link.k, link.r, link.s}, "",
                                       list(link.stride), list(link.padding), list(link.dilation), bn,
-                                      link.activation, list(link.pool), &samples, &weight);
+                                      link.activation, list(link.pool), &samples, &weight, workspace);
     } else {
       const OptionalTensor residual =
           link.residual == kNothing ? std::nullopt : OptionalTensor(made(link.residual));
-      outputs[i] = fused_convolution(made(link.source), packed, {link.k, link.r, link.s}, link.m, "",
-                                     list(link.stride), list(link.padding), list(link.dilation), bn, residual,
-                                     link.activation, weight_kind(link.weights), &samples, &weight);
+      outputs[i] =
+          fused_convolution(made(link.source), packed, {link.k, link.r, link.s}, link.m, "",
+                            list(link.stride), list(link.padding), list(link.dilation), bn, residual,
+                            link.activation, weight_kind(link.weights), &samples, &weight, workspace);
     }
     if (!outputs[i].has_value()) return std::nullopt;
     for (const int64_t place : {link.source, link.residual}) {
-      if (place >= 0 && last_use[place] == i) outputs[place].reset();
+      if (place >= 0 && last_use[place] == i && outputs[place].has_value()) {
+        lease.workspace.give_back(*outputs[place]);
+        outputs[place].reset();
+      }
     }
   }
   return std::move(outputs.back());

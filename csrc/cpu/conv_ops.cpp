@@ -73,7 +73,8 @@ void check_packed(const Tensor& packed, const ConvKernel& kernel, const ConvShap
         packed.numel(), " values");
 }
 
-Tensor empty_output(int64_t n, int64_t k, int64_t p, int64_t q) {
+Tensor empty_output(int64_t n, int64_t k, int64_t p, int64_t q, Workspace* workspace) {
+  if (workspace != nullptr) return workspace->take(n, k, p, q);
   Tensor y = torch::stable::empty({n, k, p, q}, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
                                   MemoryFormat::ChannelsLast);
   // Large memory comes from the system anew for many a call: in pages of 4 KB its faults took a tenth of a
@@ -89,7 +90,7 @@ OptionalTensor fused_convolution(const Tensor& x, const Tensor& packed, const st
                                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                                  const BatchNormArguments& bn_arguments, const OptionalTensor& residual,
                                  int64_t activation, WeightKind weights, const Samples* samples,
-                                 const Tensor* weight) {
+                                 const Tensor* weight, Workspace* workspace) {
   if (samples != nullptr) samples->prefetch();
   ConvProblem problem = read_problem(x, packed, filter, stride, padding, dilation);
   const ConvShape& shape = problem.shape;
@@ -116,7 +117,7 @@ OptionalTensor fused_convolution(const Tensor& x, const Tensor& packed, const st
   problem.shift = bn.shift();
   problem.activation = activation_from(activation);
 
-  Tensor y = empty_output(shape.n, shape.k, shape.p, shape.q);
+  Tensor y = empty_output(shape.n, shape.k, shape.p, shape.q, workspace);
   if (shape.n == 0) return y;
   problem.y = static_cast<float*>(y.mutable_data_ptr());
   problem.y_stride[0] = shape.p * shape.q * shape.k;
@@ -136,7 +137,7 @@ OptionalTensor pooled_convolution(const Tensor& x, const Tensor& packed, const s
                                   const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                                   const BatchNormArguments& bn_arguments, int64_t activation,
                                   const std::vector<int64_t>& pool_sizes, const Samples* samples,
-                                  const Tensor* weight) {
+                                  const Tensor* weight, Workspace* workspace) {
   if (samples != nullptr) samples->prefetch();
   ConvProblem problem = read_problem(x, packed, filter, stride, padding, dilation);
   const ConvShape& shape = problem.shape;
@@ -163,7 +164,7 @@ OptionalTensor pooled_convolution(const Tensor& x, const Tensor& packed, const s
   problem.shift = bn.shift();
   problem.activation = activation_from(activation);
 
-  Tensor y = empty_output(shape.n, shape.k, pool.p, pool.q);
+  Tensor y = empty_output(shape.n, shape.k, pool.p, pool.q, workspace);
   if (shape.n == 0) return y;
   problem.y = static_cast<float*>(y.mutable_data_ptr());
   const PooledKernel& kernel = kernels_called(isa).pooled;

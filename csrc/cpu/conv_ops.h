@@ -7,6 +7,7 @@
 #include "kernel_choice.h"
 #include "samples.h"
 #include "tensors.h"
+#include "workspace.h"
 
 namespace fused_resnet::cpu {
 
@@ -17,7 +18,7 @@ OptionalTensor fused_convolution(const Tensor& x, const Tensor& packed, const st
                                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                                  const BatchNormArguments& bn, const OptionalTensor& residual,
                                  int64_t activation, WeightKind weights, const Samples* samples = nullptr,
-                                 const Tensor* weight = nullptr);
+                                 const Tensor* weight = nullptr, Workspace* workspace = nullptr);
 
 // As fused_resnet_C::conv_max_pool; `pool` holds window, stride and padding, two numbers each.
 OptionalTensor pooled_convolution(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter,
@@ -25,6 +26,6 @@ OptionalTensor pooled_convolution(const Tensor& x, const Tensor& packed, const s
                                   const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                                   const BatchNormArguments& bn, int64_t activation,
                                   const std::vector<int64_t>& pool, const Samples* samples = nullptr,
-                                  const Tensor* weight = nullptr);
+                                  const Tensor* weight = nullptr, Workspace* workspace = nullptr);
 
 }  // namespace fused_resnet::cpu

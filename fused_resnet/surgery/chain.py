@@ -136,7 +136,6 @@ class _Binder:
     def program(self, owner: nn.Module, fusion: Fusion, program: Program, x: _Value) -> Iterator[_Value]:
         """The value of each step of the program of ``owner``."""
         reader = self.reader
-        reader.attribute(owner, "training")
         for bypassed in program.bypassed:
             module = reader.descendant(owner, bypassed.names)
             reader.bypassed(module)
