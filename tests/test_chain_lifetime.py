@@ -17,6 +17,7 @@ from torch import nn
 
 from fused_resnet import _extension, unfuse
 from fused_resnet.backends import packing
+from fused_resnet.ops import direct
 from fused_resnet.surgery.chain import Chains
 from fused_resnet.surgery.plan import ATTRIBUTE
 
@@ -94,6 +95,25 @@ def test_a_replaced_weight_is_let_go_at_the_next_call(chained: Counter) -> None:
         module.conv1.weight = nn.Parameter(torch.zeros(32, 32, 3, 3))
         module(x)
     assert gone() is None
+
+
+def test_inputs_that_never_chain_leave_nothing_behind(chained: Counter) -> None:
+    module = block()
+    chains: Chains = module.__dict__[ATTRIBUTE].chains
+    with torch.no_grad():
+        for x in (image().to("meta"), nn.Parameter(image(), requires_grad=False)):
+            try:
+                module(x)
+            except (RuntimeError, NotImplementedError):
+                assert x.is_meta  # no backend for it
+            assert not chains._calls
+
+
+def test_a_torch_without_guards_runs_the_program(chained: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "TensorGuards", None)
+    module, x = block(), image()
+    with torch.no_grad():
+        assert chained.during(lambda: [module(x) for _ in range(6)]) == 0
 
 
 def test_shapes_without_end_leave_little_behind(chained: Counter) -> None:

@@ -241,14 +241,12 @@ def links(
     run = pooled or run
     if not isinstance(run, partial) or (pool is not None and pooled is None) or not tail.cache_weights:
         return None
-    if run.args[0] is not torch.channels_last or tail.x.dtype is not torch.float32:
+    if run.func not in (_run_fused, _run_max_pool) or run.args[0] is not torch.channels_last:
         return None
     geometry = (tail.stride, tail.padding, tail.dilation)
     if run.func is _run_max_pool:
         link = _link(DIRECT, tail.conv, source, NOTHING, *geometry, tail.activation)
         return [link._replace(pool=sum(run.args[1], ()))]
-    if run.func is not _run_fused:
-        return None
     _, algorithm, projection, _ = run.args
     found = []
     if tail.proj is not None:

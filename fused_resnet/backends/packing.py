@@ -6,7 +6,9 @@ same bits, and the vectors folded into the copy (bias and BN) are compared in fu
 writes through ``.data`` and optimizers with ``fused=True``; what the samples could miss in turn, a write that keeps
 all 64 of them, is what :func:`drop` is for (``train()`` and ``refresh()`` call it).
 
-Copies live here, beside the model: they enter no ``state_dict``, pickle or deepcopy, and die with their weight.
+Copies live here, beside the model: they enter no ``state_dict``, pickle or deepcopy, and die with their weight. A call
+in one piece (:mod:`.chain`) holds the copies it was made with, and the weights, until its module's next call after one
+of them was replaced or dropped; it compares the same four things.
 """
 
 from __future__ import annotations

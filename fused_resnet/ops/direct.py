@@ -115,7 +115,7 @@ def find_with_max_pool(tail: Tail, backend: str, pool: cpu.Pool) -> plans.Runner
 
 def remember(tail: Tail, backend: str) -> None:
     """Make the next call like ``tail`` direct. Only from the second call of a signature on: most never come again."""
-    plan = plans.known(tail, backend) if TensorGuards is not None else None
+    plan = plans.known(tail, backend)
     if plan is None or plan.calls < 2:
         return
     same_tensors = guard(_tensors(tail))
@@ -132,7 +132,7 @@ def guard(tensors: tuple[Tensor, ...]) -> Callable[..., bool] | None:
 
     None where these are not distinct and plain, or the state is one in which the dispatcher has something to do.
     """
-    plain = all(type(t) is Tensor or type(t) is Parameter for t in tensors)
+    plain = TensorGuards is not None and all(type(t) is Tensor or type(t) is Parameter for t in tensors)
     if not plain or len(set(map(id, tensors))) < len(tensors) or not _dispatches_plainly(tensors):
         return None
     check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check

@@ -268,7 +268,7 @@ class Chains:
 
     def run(self, root: nn.Module, fusion: Fusion, x: Tensor) -> Any:
         """What ``root`` makes of ``x``, or None where its program has to run."""
-        if not direct.quiet():
+        if type(x) is not Tensor or not x.is_cpu or not direct.quiet():
             return None
         key = (x.shape, torch.is_inference_mode_enabled())
         bound = self._bound.get(key)
