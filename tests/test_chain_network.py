@@ -46,7 +46,7 @@ class Network(nn.Module):
         self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
         self.layer1 = nn.Sequential(BasicBlock(32, 32), BasicBlock(32, 32))
         down = nn.Sequential(nn.Conv2d(32, 48, 1, 2, bias=False), nn.BatchNorm2d(48))
-        self.layer2 = nn.Sequential(BasicBlock(32, 48, 2, down))
+        self.layer2 = nn.Sequential(BasicBlock(32, 48, 2, down), nn.Identity())
         self.fc = nn.Linear(48, 5)
 
     def forward(self, x: Tensor) -> Any:
@@ -174,6 +174,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "block's projection goes": lambda m: setattr(
         m.layer2[0], "downsample", nn.Sequential(nn.AvgPool2d(2, 2, ceil_mode=True), nn.Conv2d(32, 48, 1))
     ),
+    "identity hook": lambda m: m.layer2[1].register_forward_hook(hook),
+    "identity replaced": lambda m: m.layer2.__setitem__(1, nn.Tanh()),
     "head": lambda m: m.fc.weight.mul_(2),
     "head hook": lambda m: m.fc.register_forward_hook(hook),
 }

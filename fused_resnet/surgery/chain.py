@@ -160,6 +160,8 @@ class _Binder:
         reader.bypassed(module)
         if reader.attribute(module, "_compiled_call_impl") is not None:
             raise Unreadable
+        if type(module) is nn.Identity:  # timm's blocks keep the place of what they do without
+            return x
         if type(module) is nn.Sequential:
             for child in reader.children(module):
                 x = self._call(child, x)
