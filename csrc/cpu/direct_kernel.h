@@ -23,7 +23,7 @@
 namespace fused_resnet::cpu {
 
 // The activation as two bounds, so that it needs no code of its own in each kernel. Comparisons with NaN are
-// false.
+// false. What equals the lower bound becomes it: after a ReLU there is no -0.
 struct OutputBounds {
   float lower, upper;
   explicit OutputBounds(Activation activation)
@@ -51,7 +51,7 @@ FR_INLINE void finish_products(const Vec<Block::kLanes> (&sum)[kRows][Block::kCo
       if (residual) {
         value += count >= kLanes ? load<kLanes>(residual + at) : load_partial<kLanes>(residual + at, count);
       }
-      value = value < lower ? lower : value;
+      value = value <= lower ? lower : value;
       value = value > upper ? upper : value;
       if (count >= kLanes) {
         store<kLanes>(y + at, value);

@@ -1,92 +1,119 @@
 // Direct convolution with its epilogue and a max pool in one pass: a network's stem. The convolution's
 // output, the largest tensor of the whole network, is never written to memory: a ring of its rows stays in
 // the cache until the windows that need them are done.
+//
+// Rows computes the convolution row by row: DirectRows (row_kernel.h) or SplitRows (split_rows.h).
 #pragma once
 
-#include "direct_kernel.h"
 #include "row_kernel.h"
+#include "scalars.h"
 
 namespace fused_resnet::cpu {
 
-template <class Block>
-struct PooledImpl {
-  using Direct = DirectImpl<Block>;
-  using Rows = RowImpl<Block>;
-  static constexpr int kLanes = Block::kLanes;
+template <class Rows>
+struct PooledRows {
+  static constexpr int kLanes = Rows::kLanes;
   using V = Vec<kLanes>;
-  static constexpr int64_t kPixels = 2 * Block::kRows;  // of a row at a time
+  using Bits = typename IntVecTypes<kLanes>::U32;
 
   static int64_t row_floats(const ConvShape& shape) { return shape.q * shape.k; }
+  // The rows of a row of windows, and the one that is computed while the windows are.
+  static int64_t ring(const Pool& pool) { return pool.window_h + 1; }
 
   static int64_t scratch_floats(const ConvShape& shape, const Pool& pool) {
-    return pool.window_h * row_floats(shape) +
-           std::max<int64_t>(Direct::scratch_floats(shape, kPixels), Rows::scratch_floats(shape));
+    return ring(pool) * row_floats(shape) + Rows::scratch_floats(shape);
   }
 
   // The larger of both; NaN where either is.
-  static FR_INLINE V maximum(V a, V b) { return (b > a) | (b != b) ? b : a; }
+  template <bool kNonNegative>
+  static FR_INLINE V maximum(V a, V b) {
+    if constexpr (kNonNegative) {
+      // As unsigned integers floats from +0 on have their own order, and NaNs of either sign are above them.
+      return (Bits)b > (Bits)a ? b : a;
+    } else {
+      return (b > a) | (b != b) ? b : a;
+    }
+  }
 
-  // One row of windows. rows[r]: the convolution's row for the window's row r, or nullptr outside the image.
-  static void pool_row(const ConvShape& shape, const Pool& pool, const float* const* rows, float* y) {
-    for (int64_t q = 0; q < pool.q; ++q, y += shape.k) {
-      const int64_t left = q * pool.stride_w - pool.pad_w;
+  // A row of windows that waits to be computed.
+  struct Windows {
+    const ConvShape& shape;
+    const Pool& pool;
+    bool non_negative;
+    const float* rows[kMaxWindow];  // of the convolution
+    int64_t row_count;
+    float* y;
+    int64_t next;  // window
+
+    void compute(int64_t count) {
+      const int64_t end = std::min(next + count, pool.q);
+      if (non_negative) {
+        for (; next < end; ++next) compute_window<true>();
+      } else {
+        for (; next < end; ++next) compute_window<false>();
+      }
+    }
+    template <bool kNonNegative>
+    FR_INLINE void compute_window() const {
+      const int64_t left = next * pool.stride_w - pool.pad_w;
       const int64_t first = std::max<int64_t>(left, 0), last = std::min(left + pool.window_w, shape.q);
       for (int64_t k = 0; k < shape.k; k += kLanes) {
         const int64_t count = std::min<int64_t>(shape.k - k, kLanes);
-        V value = V{} - __builtin_inff();
-        for (int64_t r = 0; r < pool.window_h; ++r) {
-          if (rows[r] == nullptr) continue;
-          for (int64_t w = first; w < last; ++w) {
-            const float* from = rows[r] + w * shape.k + k;
-            value = maximum(value, count == kLanes ? load<kLanes>(from) : load_partial<kLanes>(from, count));
+        V value = kNonNegative ? V{} : V{} - __builtin_inff();
+        for (int64_t r = 0; r < row_count; ++r) {
+          const float* from = rows[r] + first * shape.k + k;
+          for (int64_t w = first; w < last; ++w, from += shape.k) {
+            value = maximum<kNonNegative>(
+                value, count == kLanes ? load<kLanes>(from) : load_partial<kLanes>(from, count));
           }
         }
+        float* to = y + next * shape.k + k;
         if (count == kLanes) {
-          store<kLanes>(y + k, value);
+          store<kLanes>(to, value);
         } else {
-          store_partial<kLanes>(y + k, value, count);
+          store_partial<kLanes>(to, value, count);
         }
       }
     }
-  }
+  };
+  static constexpr int64_t kWindowsAtOnce = 2;
 
   // Rows [first, last) of windows of one image; problem.y is where the pooled output lies, [n, pool.p,
   // pool.q, K].
   static void run(const ConvProblem& problem, const Pool& pool, int64_t image, int64_t first, int64_t last,
                   float* scratch) {
     const ConvShape& shape = problem.shape;
-    const int64_t panels = ceil_div(shape.k, Block::kPanel);
-    ConvProblem into_ring = problem;
-    into_ring.y = scratch;
-    float* conv_scratch = scratch + pool.window_h * row_floats(shape);
-    const bool by_rows = Rows::can_run(problem);
-    int64_t seen = 0;  // rows of the input
-    if (by_rows) Rows::start(shape, conv_scratch);
+    const int64_t slot = row_floats(shape);
     int64_t done = std::max<int64_t>(first * pool.stride_h - pool.pad_h, 0);  // rows before it are not needed
+    Rows rows(problem, image, done, scratch + ring(pool) * slot);
+    Windows windows{shape, pool, problem.activation != Activation::kNone, {}, 0, nullptr, pool.q};
+    const auto complete = [&]() FR_LAMBDA {
+      if (windows.next == pool.q) return;
+      rows.finish();
+      windows.compute(pool.q);
+    };
     for (int64_t p = first; p < last; ++p) {
-      const int64_t top = p * pool.stride_h - pool.pad_h, bottom = std::min(top + pool.window_h, shape.p);
+      const int64_t top = std::max<int64_t>(p * pool.stride_h - pool.pad_h, 0);
+      const int64_t bottom = std::min(p * pool.stride_h - pool.pad_h + pool.window_h, shape.p);
+      if (done < top) complete();  // the ring's slots no longer follow one another
       for (done = std::max(done, top); done < bottom; ++done) {
-        const int64_t row = (image * shape.p + done) * shape.q,
-                      slot = done % pool.window_h * row_floats(shape);
-        if (by_rows) {
-          Rows::compute(problem, image, done, seen, scratch + slot, conv_scratch);
-          continue;
-        }
-        for (int64_t q = 0; q < shape.q; q += kPixels) {
-          Direct::compute(into_ring, row + q, std::min(kPixels, shape.q - q), 0, panels, slot + q * shape.k,
-                          conv_scratch);
-        }
+        rows.compute(done, scratch + done % ring(pool) * slot,
+                     [&]() FR_LAMBDA { windows.compute(kWindowsAtOnce); });
+        windows.compute(pool.q);
       }
-      const float* rows[kMaxWindow];
-      for (int64_t r = 0; r < pool.window_h; ++r) {
-        const int64_t h = top + r;
-        rows[r] = h >= 0 && h < shape.p ? scratch + h % pool.window_h * row_floats(shape) : nullptr;
-      }
-      pool_row(shape, pool, rows, problem.y + (image * pool.p + p) * pool.q * shape.k);
+      complete();
+      for (int64_t h = top; h < bottom; ++h) windows.rows[h - top] = scratch + h % ring(pool) * slot;
+      windows.row_count = bottom - top;
+      windows.y = problem.y + (image * pool.p + p) * pool.q * shape.k;
+      windows.next = 0;
     }
+    complete();
   }
 
   static constexpr PooledKernel kernel() { return {&scratch_floats, &run}; }
 };
+
+template <class Block>
+using PooledImpl = PooledRows<DirectRows<Block>>;
 
 }  // namespace fused_resnet::cpu

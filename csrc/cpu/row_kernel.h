@@ -120,4 +120,45 @@ struct RowImpl {
   }
 };
 
+// Rows of one image for PooledImpl: by RowImpl where it can, gathered otherwise.
+template <class Block>
+struct DirectRows {
+  using Rows = RowImpl<Block>;
+  using Direct = DirectImpl<Block>;
+  static constexpr int kLanes = Block::kLanes;
+  static constexpr int64_t kPixels = 2 * Block::kRows;  // gathered at a time
+
+  static int64_t scratch_floats(const ConvShape& shape) {
+    return std::max<int64_t>(Direct::scratch_floats(shape, kPixels), Rows::scratch_floats(shape));
+  }
+
+  DirectRows(const ConvProblem& problem, int64_t image, int64_t /*first_row*/, float* scratch)
+      : problem_(problem), image_(image), scratch_(scratch), by_rows_(Rows::can_run(problem)) {
+    if (by_rows_) Rows::start(problem.shape, scratch);
+  }
+
+  template <class Between>
+  void compute(int64_t p, float* y, Between&&) {
+    if (by_rows_) {
+      Rows::compute(problem_, image_, p, seen_, y, scratch_);
+      return;
+    }
+    const ConvShape& shape = problem_.shape;
+    ConvProblem to_y = problem_;
+    to_y.y = y;
+    for (int64_t q = 0; q < shape.q; q += kPixels) {
+      Direct::compute(to_y, (image_ * shape.p + p) * shape.q + q, std::min(kPixels, shape.q - q), 0,
+                      ceil_div(shape.k, Block::kPanel), q * shape.k, scratch_);
+    }
+  }
+  void finish() {}
+
+ private:
+  const ConvProblem& problem_;
+  const int64_t image_;
+  float* const scratch_;
+  const bool by_rows_;
+  int64_t seen_ = 0;  // rows of the input
+};
+
 }  // namespace fused_resnet::cpu
