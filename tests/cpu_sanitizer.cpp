@@ -13,6 +13,7 @@
 #include "cpu/direct_kernel.h"
 #include "cpu/pooled_kernel.h"
 #include "cpu/split_kernel.h"
+#include "cpu/split_rows.h"
 #include "cpu/weight_gradient_kernel.h"
 #include "cpu/winograd_fresh.h"
 #include "cpu/winograd_kernel.h"
@@ -134,18 +135,17 @@ void run_weight_gradient(const char* name, const WeightGradientKernel& kernel, C
 }
 
 // A stem: convolution, epilogue and max pool, in parts of two rows of windows.
-void run_pooled(const char* name, const ConvKernel& direct, const PooledKernel& kernel, ConvShape s,
-                Pool pool) {
+void run_pooled(const char* name, const PooledKernel& kernel, ConvShape s, Pool pool) {
   s.p = (s.h + 2 * s.pad_h - s.dilation_h * (s.r - 1) - 1) / s.stride_h + 1;
   s.q = (s.w + 2 * s.pad_w - s.dilation_w * (s.s - 1) - 1) / s.stride_w + 1;
   pool.p = (s.p + 2 * pool.pad_h - pool.window_h) / pool.stride_h + 1;
   pool.q = (s.q + 2 * pool.pad_w - pool.window_w) / pool.stride_w + 1;
-  Floats x(s.n * s.h * s.w * s.c), weight(s.k * s.c * s.r * s.s), packed(direct.weight_floats(s));
+  Floats x(s.n * s.h * s.w * s.c), weight(s.k * s.c * s.r * s.s), packed(kernel.weight_floats(s));
   Floats y(s.n * pool.p * pool.q * s.k), scale(ceil_div(s.k, 32) * 32), shift(scale.size);
   for (Floats* a : {&x, &weight, &scale, &shift}) fill(*a);
   for (int64_t i = 0; i < y.size; ++i) y.data[i] = NAN;
   const int64_t stride[4] = {s.c * s.r * s.s, s.r * s.s, s.s, 1};
-  direct.pack_weights(s, weight.data, stride, 0, ceil_div(s.k, direct.panel), packed.data);
+  kernel.pack_weights(s, weight.data, stride, 0, ceil_div(s.k, kernel.panel), packed.data);
   ConvProblem problem{};
   problem.shape = s;
   problem.x = x.data, problem.weights = packed.data, problem.scale = scale.data, problem.shift = shift.data;
@@ -227,8 +227,23 @@ void run_all(const char* name) {
       {1, 10, 11, 6, 5, 3, 3, 0, 0, 1, 1, 1, 1, 1, 1},
   };
   for (const ConvShape& s : stems) {
-    run_pooled(name, direct, PooledImpl<Block>::kernel(), s, {3, 3, 2, 2, 1, 1, 0, 0});
-    run_pooled(name, direct, PooledImpl<Block>::kernel(), s, {2, 1, 3, 1, 0, 0, 0, 0});
+    run_pooled(name, PooledImpl<Block>::kernel(), s, {3, 3, 2, 2, 1, 1, 0, 0});
+    run_pooled(name, PooledImpl<Block>::kernel(), s, {2, 1, 3, 1, 0, 0, 0, 0});
+  }
+}
+
+// The stem on matrix tiles. Small integers lose nothing in their first part.
+void run_split_stems() {
+  const PooledKernel kernel = PooledRows<SplitRows<PlainTiles, 8>>::kernel();
+  const ConvShape stems[] = {
+      {2, 21, 19, 3, 20, 7, 7, 0, 0, 2, 2, 3, 3, 1, 1},  {1, 9, 80, 3, 70, 5, 7, 0, 0, 1, 1, 2, 2, 1, 1},
+      {1, 12, 9, 4, 33, 3, 3, 0, 0, 3, 1, 2, 0, 1, 1},   {1, 9, 9, 1, 16, 6, 6, 0, 0, 1, 2, 2, 2, 1, 1},
+      {1, 10, 150, 9, 40, 3, 3, 0, 0, 2, 2, 1, 1, 1, 1}, {1, 9, 34, 16, 96, 1, 2, 0, 0, 1, 1, 0, 0, 1, 1},
+  };
+  for (const ConvShape& s : stems) {
+    if (!kernel.can_run(s)) std::printf("split stem: refused\n"), ++failures;
+    run_pooled("split stem", kernel, s, {3, 3, 2, 2, 1, 1, 0, 0});
+    run_pooled("split stem", kernel, s, {2, 1, 3, 1, 0, 0, 0, 0});
   }
 }
 
@@ -236,6 +251,7 @@ void run_all(const char* name) {
 
 int main() {
   run_all<RegisterBlock<8, 2, 2>>("8 lanes");
+  run_split_stems();
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

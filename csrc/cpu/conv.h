@@ -60,8 +60,14 @@ struct Pool {
 };
 constexpr int64_t kMaxWindow = 8;  // rows of a window
 
-// Convolution, epilogue and max pool in one pass, with the weights of the direct kernel.
+// Convolution, epilogue and max pool in one pass.
 struct PooledKernel {
+  int panel;  // weights as in ConvKernel
+  int64_t (*weight_floats)(const ConvShape& shape);
+  void (*pack_weights)(const ConvShape& shape, const float* weight, const int64_t stride[4],
+                       int64_t first_panel, int64_t last_panel, float* packed);
+  // Whether it has this convolution. All but the direct kernel's want x dense from pixel to pixel.
+  bool (*can_run)(const ConvShape& shape);
   int64_t (*scratch_floats)(const ConvShape& shape, const Pool& pool);
   // Rows [first, last) of windows of one image; problem.y is the pooled output, dense.
   void (*run)(const ConvProblem& problem, const Pool& pool, int64_t image, int64_t first, int64_t last,

@@ -45,6 +45,7 @@ struct PooledRows {
     float* y;
     int64_t next;  // window
 
+    // The next `count` of them.
     void compute(int64_t count) {
       const int64_t end = std::min(next + count, pool.q);
       if (non_negative) {
@@ -110,7 +111,9 @@ struct PooledRows {
     complete();
   }
 
-  static constexpr PooledKernel kernel() { return {&scratch_floats, &run}; }
+  static constexpr PooledKernel kernel() {
+    return {Rows::kPanel, &Rows::weight_floats, &Rows::pack_weights, &Rows::can_run, &scratch_floats, &run};
+  }
 };
 
 template <class Block>

@@ -126,8 +126,15 @@ struct DirectRows {
   using Rows = RowImpl<Block>;
   using Direct = DirectImpl<Block>;
   static constexpr int kLanes = Block::kLanes;
+  static constexpr int kPanel = Block::kPanel;
   static constexpr int64_t kPixels = 2 * Block::kRows;  // gathered at a time
 
+  static int64_t weight_floats(const ConvShape& shape) { return Direct::weight_floats(shape); }
+  static void pack_weights(const ConvShape& shape, const float* weight, const int64_t stride[4],
+                           int64_t first_panel, int64_t last_panel, float* packed) {
+    Direct::pack_weights(shape, weight, stride, first_panel, last_panel, packed);
+  }
+  static bool can_run(const ConvShape&) { return true; }
   static int64_t scratch_floats(const ConvShape& shape) {
     return std::max<int64_t>(Direct::scratch_floats(shape, kPixels), Rows::scratch_floats(shape));
   }
@@ -148,7 +155,7 @@ struct DirectRows {
     to_y.y = y;
     for (int64_t q = 0; q < shape.q; q += kPixels) {
       Direct::compute(to_y, (image_ * shape.p + p) * shape.q + q, std::min(kPixels, shape.q - q), 0,
-                      ceil_div(shape.k, Block::kPanel), q * shape.k, scratch_);
+                      ceil_div(shape.k, kPanel), q * shape.k, scratch_);
     }
   }
   void finish() {}

@@ -82,14 +82,14 @@ struct SplitRows {
   // Scratch memory and where in it things lie.
   struct Layout {
     int64_t columns;           // of the padded image, and as many more as the last tile reads
-    int64_t block_part, part;  // values of one part: of a block of columns, of the window
+    int64_t block_part, part;  // values of one part: of a row of a block of columns, of the window
     explicit Layout(const ConvShape& shape) {
       const int64_t pixels = ceil_div(shape.q, kTileRows) * kTileRows;
       columns = std::max(shape.w + 2 * shape.pad_w, (pixels - 1) * shape.stride_w + shape.s);
       block_part = ceil_div(kColumns * shape.c, 2 * kLanes) * 2 * kLanes + kLanes;
       part = ceil_div((columns * shape.r + shape.p * shape.stride_h) * shape.c, kTileDepth) * kTileDepth;
     }
-    int64_t floats() const { return 2 * kGroup * kPanel + ceil_div(kParts * (block_part + part), 2); }
+    int64_t floats() const { return 2 * kGroup * kPanel + ceil_div(kParts * (2 * block_part + part), 2); }
   };
   static int64_t scratch_floats(const ConvShape& shape) { return Layout(shape).floats(); }
 
@@ -103,7 +103,7 @@ struct SplitRows {
         first_top_(top_of(first_row)),
         sums_(scratch),
         block_(reinterpret_cast<BFloat16*>(sums_ + 2 * kGroup * kPanel)),
-        window_(block_ + kParts * layout_.block_part) {
+        window_(block_ + 2 * kParts * layout_.block_part) {
     begin_rows(first_top_);
   }
   // Written out, since GCC compiles implicit ones for no instruction set in particular.
@@ -170,47 +170,63 @@ struct SplitRows {
     next_block_ = 0;
   }
 
-  // One row of the next block.
+  // One or two rows of the next block.
   void put_block() {
-    const int64_t c = shape_.c, begin = column_of_block(next_block_), end = column_of_block(next_block_ + 1);
-    const int64_t h = next_row_, first = begin - shape_.pad_w, count = end - begin;
-    if (++next_row_ == rows_end_) next_row_ = rows_begin_, ++next_block_;
+    const int64_t begin = column_of_block(next_block_), count = column_of_block(next_block_ + 1) - begin;
+    const int64_t h = next_row_, rows = std::min<int64_t>(rows_end_ - h, 2);
+    next_row_ += rows;
+    if (next_row_ == rows_end_) next_row_ = rows_begin_, ++next_block_;
+    for (int64_t j = 0; j < rows; ++j) {
+      split_block(h + j, begin - shape_.pad_w, count, block_ + j * kParts * layout_.block_part);
+    }
+    BFloat16* to = window_ + (h - first_top_ + begin * shape_.r) * shape_.c;
+    for (int part = 0; part < kParts; ++part, to += layout_.part) {
+      scatter(block_ + part * layout_.block_part, rows, count, to);
+    }
+  }
+
+  // `count` columns of a row of the input, zeros outside the image.
+  void split_block(int64_t h, int64_t first, int64_t count, BFloat16* to) const {
+    const int64_t c = shape_.c, vectors = ceil_div(count * c, 2 * kLanes);
     const float* from = x_ + h * problem_.x_stride[1] + first * c;
-    const int64_t read = ceil_div(count * c, 2 * kLanes) * 2 * kLanes;
+    float values[kColumns * kMostChannels];
     const bool row_inside = h >= 0 && h < shape_.h;
-    if (row_inside && first >= 0 && first * c + read <= shape_.w * c) {
-      split_block(from, count * c);
-    } else {
-      float values[kColumns * kMostChannels + 2 * kLanes] = {};
-      if (row_inside) {
-        const int64_t left = std::clamp<int64_t>(-first, 0, count);
-        const int64_t right = std::clamp<int64_t>(shape_.w - first, left, count);
-        std::copy(from + left * c, from + right * c, values + left * c);
-      }
-      split_block(values, count * c);
+    if (!row_inside || first < 0 || first * c + vectors * 2 * kLanes > shape_.w * c) {
+      std::fill_n(values, vectors * 2 * kLanes, 0.0f);
+      const int64_t left = std::clamp<int64_t>(-first, 0, count);
+      const int64_t right = std::clamp<int64_t>(shape_.w - first, left, count);
+      if (row_inside) std::copy(from + left * c, from + right * c, values + left * c);
+      from = values;
     }
-    BFloat16* to = window_ + (h - first_top_ + begin * shape_.r) * c;
-    for (int part = 0; part < kParts; ++part) {
-      scatter(block_ + part * layout_.block_part, count, to + part * layout_.part);
+    for (int64_t i = 0; i < vectors * 2 * kLanes; i += 2 * kLanes) {
+      split<kLanes>(load<kLanes>(from + i), load<kLanes>(from + i + kLanes), to + i, layout_.block_part);
     }
   }
-  void split_block(const float* from, int64_t count) {
-    for (int64_t i = 0; i < count; i += 2 * kLanes) {
-      split<kLanes>(load<kLanes>(from + i), load<kLanes>(from + i + kLanes), block_ + i, layout_.block_part);
-    }
-  }
-  void scatter(const BFloat16* from, int64_t count, BFloat16* to) const {
-    const int64_t c = shape_.c, step = shape_.r * c;
+
+  // Two rows at once where they fit a vector: tiles wait for stores to what lies, modulo 4 KB, where they are
+  // loaded from, so the fewer stores the better.
+  void scatter(const BFloat16* from, int64_t rows, int64_t count, BFloat16* to) const {
+    const int64_t c = shape_.c, step = shape_.r * c, row = kParts * layout_.block_part;
 #if defined(FR_TARGET_AMX)
-    if (c <= 8) {
-      const __mmask8 mask = static_cast<__mmask8>((1 << c) - 1);
+    if (rows * c <= 8) {
+      alignas(16) uint16_t index[8] = {};  // of the second row from 8 on
+      for (int64_t i = 0; i < rows * c; ++i) index[i] = static_cast<uint16_t>(i < c ? i : 8 + i - c);
+      const __m128i both = _mm_load_si128(reinterpret_cast<const __m128i*>(index));
+      const __mmask8 mask = static_cast<__mmask8>((1 << rows * c) - 1);
+      const BFloat16* second = from + (rows - 1) * row;
       for (int64_t i = 0; i < count; ++i) {
-        _mm_mask_storeu_epi16(to + i * step, mask, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * c)));
+        const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * c));
+        const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(second + i * c));
+        _mm_mask_storeu_epi16(to + i * step, mask, _mm_permutex2var_epi16(a, both, b));
       }
       return;
     }
 #endif
-    for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * step, from + i * c, c * sizeof(BFloat16));
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = 0; j < rows; ++j) {
+        std::memcpy(to + i * step + j * c, from + j * row + i * c, c * sizeof(BFloat16));
+      }
+    }
   }
 
   // ---- products ----
@@ -237,7 +253,8 @@ struct SplitRows {
         const float* from = sums + row * width;
         float* to = y + row * k;
         for (int64_t j = 0; j < count; j += kLanes) {
-          const V value = activate(load<kLanes>(from + j) * load<kLanes>(scale + j) + load<kLanes>(shift + j));
+          const V value =
+              activate(load<kLanes>(from + j) * load<kLanes>(scale + j) + load<kLanes>(shift + j));
           if (kWhole || count - j >= kLanes) {
             store<kLanes>(to + j, value);
           } else {
@@ -260,7 +277,8 @@ struct SplitRows {
     constexpr int kColTiles = 2 * kPanels, kSums = kRowTiles * kColTiles;
     constexpr int kA = 4, kB = kA + kRowTiles, kBTiles = 8 - kB;
     constexpr int64_t kWidth = kPanels * kPanel;
-    const int64_t steps = steps_of(shape_), pixel = shape_.stride_w * shape_.r * shape_.c, part = layout_.part;
+    const int64_t steps = steps_of(shape_), pixel = shape_.stride_w * shape_.r * shape_.c,
+                  part = layout_.part;
     const int64_t u_panel = steps * kStepValues;
     const BFloat16* u = reinterpret_cast<const BFloat16*>(problem_.weights) + panel * u_panel;
     const Pending before = before_;
@@ -301,9 +319,8 @@ struct SplitRows {
     parity_ = 1 - parity_;
     unroll<kSums>([&](auto i) FR_LAMBDA {
       constexpr int kSum = decltype(i)::value;
-      tiles_.template store<kSum>(
-          sums + kSum / kColTiles * kTileRows * kWidth + kSum % kColTiles * kTileCols,
-          kWidth * int64_t(sizeof(float)));
+      tiles_.template store<kSum>(sums + kSum / kColTiles * kTileRows * kWidth + kSum % kColTiles * kTileCols,
+                                  kWidth * int64_t(sizeof(float)));
     });
     const int64_t k = panel * kPanel;
     before_ = {sums,
