@@ -12,7 +12,7 @@ struct Kernels {
   const char* vectors;  // the same but for "amx", whose vector code is that of "avx512"
   ConvKernel direct, winograd2, winograd4, fresh_winograd2, fresh_winograd4;
   ConvKernel split_direct, fresh_split_direct;  // absent (nullptr) in "avx512" and "avx2"
-  PooledKernel pooled;
+  PooledKernel pooled, split_pooled;            // the latter absent where split_direct is
   EpilogueKernel epilogue;
 };
 

@@ -22,7 +22,9 @@
     #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own "undefined" vectors
   #endif
   #define FR_TARGET_AMX  // GCC defines no macros for its pragma
+  #include "pooled_kernel.h"
   #include "split_kernel.h"
+  #include "split_rows.h"
 
 namespace fused_resnet::cpu {
 Kernels kernels_amx() {
@@ -30,6 +32,7 @@ Kernels kernels_amx() {
   set.isa = "amx";
   set.split_direct = SplitImpl<AmxTiles, 16, false>::kernel();
   set.fresh_split_direct = SplitImpl<AmxTiles, 16, true>::kernel();
+  set.split_pooled = PooledRows<SplitRows<AmxTiles, 16>>::kernel();
   return set;
 }
 }  // namespace fused_resnet::cpu

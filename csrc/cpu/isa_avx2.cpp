@@ -33,6 +33,7 @@ const Kernels kKernelsAvx2 = {"avx2",
                               ConvKernel{},
                               ConvKernel{},
                               PooledImpl<Avx2>::kernel(),
+                              PooledKernel{},
                               EpilogueImpl<Avx2::kLanes>::kernel()};
 }  // namespace fused_resnet::cpu
   #if defined(__clang__)

@@ -34,6 +34,7 @@ const Kernels kKernelsAvx512 = {"avx512",
                                 ConvKernel{},
                                 ConvKernel{},
                                 PooledImpl<Avx512>::kernel(),
+                                PooledKernel{},
                                 EpilogueImpl<Avx512::kLanes>::kernel()};
 }  // namespace fused_resnet::cpu
   #if defined(__clang__)

@@ -4,6 +4,7 @@
 #include "isa.h"
 #include "pooled_kernel.h"
 #include "split_kernel.h"
+#include "split_rows.h"
 #include "winograd_fresh.h"
 #include "winograd_kernel.h"
 
@@ -19,5 +20,6 @@ const Kernels kKernelsPortable = {"portable",
                                   SplitImpl<PlainTiles, 4, false>::kernel(),
                                   SplitImpl<PlainTiles, 4, true>::kernel(),
                                   PooledImpl<Portable>::kernel(),
+                                  PooledRows<SplitRows<PlainTiles, 4>>::kernel(),
                                   EpilogueImpl<Portable::kLanes>::kernel()};
 }  // namespace fused_resnet::cpu
