@@ -53,13 +53,12 @@ struct WinogradImpl {
     }
   };
 
-  // V = B^T d B for the channels of one tile. Pixels outside the image are read from `zeros`.
-  static void transform_input(const ConvProblem& problem, int64_t tile, const float* zeros, float* v,
-                              int64_t v_position, int64_t v_chunk) {
+  // Where a tile's pixels lie; those outside the image are read from `zeros`.
+  static void find_pixels(const ConvProblem& problem, int64_t tile, const float* zeros,
+                          const float* (&pixels)[kTile][kTile]) {
     const ConvShape& shape = problem.shape;
     const Place place(shape, tile);
     const float* image = problem.x + place.image * problem.x_stride[0];
-    const float* pixels[kTile][kTile];
     for (int i = 0; i < kTile; ++i) {
       for (int j = 0; j < kTile; ++j) {
         const int64_t h = place.top - shape.pad_h + i, w = place.left - shape.pad_w + j;
@@ -67,6 +66,14 @@ struct WinogradImpl {
         pixels[i][j] = inside ? image + h * problem.x_stride[1] + w * problem.x_stride[2] : zeros;
       }
     }
+  }
+
+  // V = B^T d B for the channels of one tile.
+  static void transform_input(const ConvProblem& problem, int64_t tile, const float* zeros, float* v,
+                              int64_t v_position, int64_t v_chunk) {
+    const ConvShape& shape = problem.shape;
+    const float* pixels[kTile][kTile];
+    find_pixels(problem, tile, zeros, pixels);
     const int64_t padded_c = chunks_of(shape.c) * kChunk, whole = shape.c / kLanes * kLanes;
     for (int64_t c = 0; c < padded_c; c += kLanes) {
       float* out = v + c / kChunk * v_chunk + c % kChunk;

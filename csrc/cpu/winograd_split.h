@@ -1,0 +1,228 @@
+// F(m x m, 3 x 3) on matrix tiles: float32 products from bfloat16 ones (split.h), the transforms and the cut
+// into blocks of Winograd tiles as in winograd_kernel.h. In the order in which they are read:
+//
+//   U [panel][position][C / 32][part][2][16][16][2]   transformed weights, split, as B tiles
+//   V [position][C / 32][part][row][32]               transformed input of the block, split
+//   M [position][row][32]                             products of one panel
+//
+// A row is a Winograd tile. A group is at most 32 rows: with a panel of 32 output channels four accumulators,
+// the most that leaves room for two tiles of each operand. All groups of a block have the same number of rows,
+// rounded up, and lie close together: what a matrix tile has beyond its own rows are the next group's, and its
+// products of them are overwritten by that group.
+#pragma once
+
+#include <algorithm>
+
+#include "split.h"
+#include "tiles.h"
+#include "winograd_kernel.h"
+
+namespace fused_resnet::cpu {
+
+// Two vectors, split and interleaved: (low[0], high[0], low[1], high[1], ...) in each part. What a part has no
+// room for is cut off, not rounded: the sum of the parts is exact as well, and it takes half the instructions.
+template <int kLanes>
+FR_INLINE void split_pairs(Vec<kLanes> low, Vec<kLanes> high, BFloat16* to, int64_t part_stride) {
+  using U32 = typename IntVecTypes<kLanes>::U32;
+  unroll<kParts>([&](auto part) FR_LAMBDA {
+    const U32 top = (U32)high & 0xffff0000u;
+    const U32 both = top | ((U32)low >> 16);
+    std::memcpy(to + part * part_stride, &both, sizeof(both));
+    if constexpr (decltype(part)::value < kParts - 1) {
+      high -= (Vec<kLanes>)top;
+      low -= (Vec<kLanes>)((U32)low & 0xffff0000u);
+    }
+  });
+}
+
+template <class Tiles, int kLanes, class W>
+struct SplitWinogradImpl {
+  static constexpr int64_t kPanel = 2 * kTileCols;      // output channels
+  static constexpr int64_t kGroup = 2 * kTileRows;      // rows
+  static constexpr int64_t kTileValues = kTileRows * kTileDepth;
+  static constexpr int64_t kStepValues = kParts * 2 * kTileValues;  // of U, for 32 channels
+  static constexpr int64_t kProductsOfStep = sizeof(kProducts) / sizeof(kProducts[0]);
+  static constexpr int64_t kAhead = 1;  // steps
+  static constexpr int64_t kSkew = 32;  // values: keeps positions out of one another's cache sets
+  static constexpr int kTile = W::kTile, kPositions = W::kPositions;
+  using Transforms = WinogradImpl<RegisterBlock<kLanes, 1, kPanel / kLanes>, W>;
+  using V = Vec<kLanes>;
+
+  static int64_t chunks_of(const ConvShape& shape) { return ceil_div(shape.c, kTileDepth); }
+  static int64_t panel_values(const ConvShape& shape) {
+    return kPositions * chunks_of(shape) * kStepValues;
+  }
+  static int64_t weight_floats(const ConvShape& shape) {
+    return ceil_div(shape.k, kPanel) * panel_values(shape) / 2;
+  }
+
+  // U = G g G^T in float32, then split. Channels i and 16 + i of a chunk are a pair, since split_pairs makes
+  // pairs of them in V.
+  static void pack_weights(const ConvShape& shape, const float* weight, const int64_t stride[4],
+                           int64_t first_panel, int64_t last_panel, float* packed) {
+    const int64_t chunks = chunks_of(shape);
+    BFloat16* out = reinterpret_cast<BFloat16*>(packed) + first_panel * panel_values(shape);
+    constexpr int64_t kChannels = kTileDepth * kPanel;
+    alignas(64) float u[kPositions * kChannels];
+    for (int64_t panel = first_panel; panel < last_panel; ++panel, out += panel_values(shape)) {
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const float* from = weight + panel * kPanel * stride[0] + chunk * kTileDepth * stride[1];
+        FilterTransform<kLanes, W>::pack_panel(from, stride, std::min<int64_t>(shape.k - panel * kPanel, kPanel),
+                                               std::min<int64_t>(shape.c - chunk * kTileDepth, kTileDepth),
+                                               kTileDepth, kPanel, u, kChannels);
+        for (int64_t position = 0; position < kPositions; ++position) {
+          BFloat16* to = out + (position * chunks + chunk) * kStepValues;
+          for (int64_t pair = 0; pair < kTileRows; ++pair) {
+            const float* row = u + position * kChannels + pair * kPanel;
+            for (int64_t k = 0; k < kPanel; k += kLanes) {
+              split_pairs<kLanes>(load<kLanes>(row + k), load<kLanes>(row + kTileRows * kPanel + k),
+                                  to + k / kTileCols * kTileValues + pair * kTileDepth + k % kTileCols * 2,
+                                  2 * kTileValues);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // How a block of tiles lies in scratch memory; sizes in values (V) and floats (M).
+  struct Layout {
+    int64_t chunks, groups, group_rows, half_rows, part, v_position, m_position;
+    Layout(const ConvShape& shape, int64_t tiles)
+        : chunks(chunks_of(shape)),
+          groups(ceil_div(tiles, kGroup)),
+          group_rows(ceil_div(tiles, groups)),
+          half_rows(group_rows > kTileRows ? ceil_div(group_rows, 2) : 0) {
+      const int64_t rows = (groups - 1) * group_rows + half_rows + kTileRows;
+      part = rows * kTileDepth;
+      v_position = chunks * kParts * part + kSkew;
+      m_position = rows * kPanel + kSkew / 2;
+    }
+    int64_t floats() const { return kPositions * (v_position / 2 + m_position); }
+  };
+
+  // V = B^T d B of one tile, split.
+  static void transform_input(const ConvProblem& problem, int64_t tile, const Layout& layout,
+                              const float* zeros, BFloat16* v) {
+    const float* pixels[kTile][kTile];
+    Transforms::find_pixels(problem, tile, zeros, pixels);
+    constexpr int kVectors = kTileDepth / kLanes, kPairs = kVectors / 2;
+    for (int64_t c = 0; c < problem.shape.c; c += kTileDepth, v += kParts * layout.part) {
+      V half[kTile][kTile][kVectors];  // B^T d
+      const int64_t count = problem.shape.c - c;
+      for (int j = 0; j < kTile; ++j) {
+        unroll<kVectors>([&](auto vector) FR_LAMBDA {
+          const int64_t at = c + vector * kLanes, rest = count - vector * kLanes;
+          input_transform<W, V>(
+              [&](auto i) FR_LAMBDA {
+                if (count >= kTileDepth) return load<kLanes>(pixels[i][j] + at);
+                return rest <= 0 ? V{}
+                                 : load_partial<kLanes>(pixels[i][j] + at, std::min<int64_t>(rest, kLanes));
+              },
+              [&](auto i, V value) FR_LAMBDA { half[i][j][vector] = value; });
+        });
+      }
+      for (int i = 0; i < kTile; ++i) {
+        BFloat16* to = v + i * kTile * layout.v_position;
+        unroll<kPairs>([&](auto vector) FR_LAMBDA {
+          constexpr int kVector = decltype(vector)::value;
+          V low[kTile], high[kTile];
+          input_transform<W, V>([&](auto j) FR_LAMBDA { return half[i][j][kVector]; },
+                                [&](auto j, V value) FR_LAMBDA { low[j] = value; });
+          input_transform<W, V>([&](auto j) FR_LAMBDA { return half[i][j][kVector + kPairs]; },
+                                [&](auto j, V value) FR_LAMBDA { high[j] = value; });
+          unroll<kTile>([&](auto j) FR_LAMBDA {
+            split_pairs<kLanes>(low[j], high[j], to + j * layout.v_position + kVector * 2 * kLanes,
+                                layout.part);
+          });
+        });
+      }
+    }
+  }
+
+  template <int kLines>
+  static FR_INLINE void fetch(const BFloat16* from) {
+    unroll<kLines>([&](auto line) FR_LAMBDA { __builtin_prefetch(from + line * 32); });
+  }
+
+  // M = V U for one position of a group and a panel; kHalves: matrix tiles of 16 rows, half_rows apart.
+  template <int kHalves>
+  static void multiply(Tiles& tiles, const Layout& layout, const BFloat16* v, const BFloat16* u, float* m) {
+    constexpr int64_t kRowBytes = kPanel * sizeof(float);
+    const int64_t part = layout.part, half = layout.half_rows;
+    unroll<kHalves * 2>([&](auto i) FR_LAMBDA { tiles.template zero<decltype(i)::value>(); });
+    for (int64_t chunk = 0; chunk < layout.chunks; ++chunk, v += kParts * part, u += kStepValues) {
+      unroll<kProductsOfStep>([&](auto i) FR_LAMBDA {
+        constexpr int kIndex = decltype(i)::value, kBefore = kIndex > 0 ? kIndex - 1 : 0;
+        constexpr int kXPart = kProducts[kIndex].x, kWPart = kProducts[kIndex].w;
+        if constexpr (kIndex == 0 || kXPart != kProducts[kBefore].x) {
+          unroll<kHalves>([&](auto row) FR_LAMBDA {
+            const BFloat16* from = v + kXPart * part + row * half * kTileDepth;
+            tiles.template load<4 + decltype(row)::value>(from, 64);
+            // The next 32 channels or, after the last, the next position (of the same group).
+            if constexpr (kIndex < kProductsOfStep - 1) fetch<kTileRows>(from + kParts * part);
+          });
+        }
+        if constexpr (kIndex == 0 || kWPart != kProducts[kBefore].w) {
+          unroll<2>([&](auto col) FR_LAMBDA {
+            const BFloat16* from = u + (kWPart * 2 + col) * kTileValues;
+            tiles.template load<6 + decltype(col)::value>(from, 64);
+            fetch<kTileRows>(from + kAhead * kStepValues);
+          });
+        }
+        unroll<kHalves * 2>([&](auto at) FR_LAMBDA {
+          constexpr int kSum = decltype(at)::value;
+          tiles.template multiply<kSum, 4 + kSum / 2, 6 + kSum % 2>();
+        });
+      });
+    }
+    unroll<kHalves * 2>([&](auto i) FR_LAMBDA {
+      constexpr int kSum = decltype(i)::value;
+      tiles.template store<kSum>(m + kSum / 2 * half * kPanel + kSum % 2 * kTileCols, kRowBytes);
+    });
+  }
+
+  static ConvPlan plan(const ConvShape& shape, int threads) {
+    const int64_t cache = level2_cache_bytes();
+    const bool weights_stay = weight_floats(shape) * int64_t(sizeof(float)) <= cache / 2;
+    const int64_t group_bytes = Layout(shape, kGroup).floats() * int64_t(sizeof(float));
+    const int64_t groups = std::max<int64_t>(1, (weights_stay ? cache / 3 : cache * 3 / 4) / group_bytes);
+    const int64_t tiles = Transforms::tiles_of(shape), blocks = ceil_div(tiles, groups * kGroup);
+    ConvPlan plan = cut(tiles, ceil_div(tiles, blocks), ceil_div(shape.k, kPanel), threads, weights_stay);
+    plan.scratch_floats = chunks_of(shape) * kTileDepth + Layout(shape, plan.rows_per_block).floats();
+    return plan;
+  }
+
+  static void run_piece(const ConvProblem& problem, const ConvPlan& plan, int64_t piece, float* scratch) {
+    const ConvShape& shape = problem.shape;
+    const int64_t first_tile = piece / plan.k_blocks * plan.rows_per_block;
+    const int64_t count = std::min(plan.rows_per_block, plan.rows - first_tile);
+    const int64_t first_panel = piece % plan.k_blocks * plan.panels_per_block;
+    const int64_t last_panel = std::min(first_panel + plan.panels_per_block, plan.panels);
+    const Layout layout(shape, count);
+    float* zeros = scratch;
+    float* m = zeros + layout.chunks * kTileDepth;
+    BFloat16* v = reinterpret_cast<BFloat16*>(m + kPositions * layout.m_position);
+
+    std::fill_n(zeros, layout.chunks * kTileDepth, 0.0f);
+    for (int64_t t = 0; t < count; ++t) {
+      transform_input(problem, first_tile + t, layout, zeros, v + t * kTileDepth);
+    }
+    Tiles tiles;
+    const BFloat16* u = reinterpret_cast<const BFloat16*>(problem.weights) + first_panel * panel_values(shape);
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      for (int position = 0; position < kPositions; ++position, u += layout.chunks * kStepValues) {
+        for (int64_t row = 0; row < count; row += layout.group_rows) {
+          (layout.half_rows ? multiply<2> : multiply<1>)(
+              tiles, layout, v + position * layout.v_position + row * kTileDepth, u,
+              m + position * layout.m_position + row * kPanel);
+        }
+      }
+      Transforms::transform_outputs(problem, first_tile, count, m, layout.m_position, panel, panel + 1);
+    }
+  }
+
+  static constexpr ConvKernel kernel() { return {kPanel, &weight_floats, &pack_weights, &plan, &run_piece}; }
+};
+
+}  // namespace fused_resnet::cpu
