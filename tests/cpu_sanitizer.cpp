@@ -17,6 +17,7 @@
 #include "cpu/weight_gradient_kernel.h"
 #include "cpu/winograd_fresh.h"
 #include "cpu/winograd_kernel.h"
+#include "cpu/winograd_split.h"
 
 using namespace fused_resnet::cpu;
 
@@ -189,6 +190,8 @@ void run_all(const char* name) {
                    fresh4 = FreshWinogradImpl<Block, Winograd<4>>::kernel();
   const ConvKernel split = SplitImpl<PlainTiles, Block::kLanes, false>::kernel(),
                    fresh_split = SplitImpl<PlainTiles, Block::kLanes, true>::kernel();
+  const ConvKernel split2 = SplitWinogradImpl<PlainTiles, Block::kLanes, Winograd<2>>::kernel(),
+                   split4 = SplitWinogradImpl<PlainTiles, Block::kLanes, Winograd<4>>::kernel();
   const WeightGradientKernel gradient2 = WeightGradientImpl<Block, Winograd<2>>::kernel(),
                              gradient4 = WeightGradientImpl<Block, Winograd<4>>::kernel();
   const int64_t shapes[][7] = {// n, h, w, c, k, pad_h, pad_w
@@ -206,6 +209,8 @@ void run_all(const char* name) {
         run(name, fresh_split, s, residual, threads, 0);
         run(name, fresh2, s, residual, threads, 0);
         run(name, fresh4, s, residual, threads, 1e-3f);
+        run(name, split2, s, residual, threads, 0);
+        run(name, split4, s, residual, threads, 1e-3f);
       }
       if (a[5] > 2 || a[6] > 2) continue;  // beyond the filter: left to torch in training
       const ConvShape s{a[0], a[1], a[2], a[3], a[4], 3, 3, 0, 0, 1, 1, a[5], a[6], 1, 1};

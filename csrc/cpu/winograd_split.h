@@ -1,14 +1,14 @@
 // F(m x m, 3 x 3) on matrix tiles: float32 products from bfloat16 ones (split.h), the transforms and the cut
 // into blocks of Winograd tiles as in winograd_kernel.h. In the order in which they are read:
 //
-//   U [panel][position][C / 32][part][2][16][16][2]   transformed weights, split, as B tiles
+//   U [position][panel][C / 32][part][2][16][16][2]   transformed weights, split, as B tiles
 //   V [position][C / 32][part][row][32]               transformed input of the block, split
-//   M [position][row][32]                             products of one panel
+//   M [position][row][K]                              products
 //
 // A row is a Winograd tile. A group is at most 32 rows: with a panel of 32 output channels four accumulators,
-// the most that leaves room for two tiles of each operand. All groups of a block have the same number of rows,
-// rounded up, and lie close together: what a matrix tile has beyond its own rows are the next group's, and its
-// products of them are overwritten by that group.
+// the most that leaves room for two tiles of each operand. All groups of a block have the same number of
+// rows, rounded up, and lie close together: what a matrix tile has beyond its own rows are the next group's,
+// and its products of them are overwritten by that group.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +19,9 @@
 
 namespace fused_resnet::cpu {
 
-// Two vectors, split and interleaved: (low[0], high[0], low[1], high[1], ...) in each part. What a part has no
-// room for is cut off, not rounded: the sum of the parts is exact as well, and it takes half the instructions.
+// Two vectors, split and interleaved: (low[0], high[0], low[1], high[1], ...) in each part. What a part has
+// no room for is cut off, not rounded: the sum of the parts is exact as well, and it takes half the
+// instructions.
 template <int kLanes>
 FR_INLINE void split_pairs(Vec<kLanes> low, Vec<kLanes> high, BFloat16* to, int64_t part_stride) {
   using U32 = typename IntVecTypes<kLanes>::U32;
@@ -37,41 +38,40 @@ FR_INLINE void split_pairs(Vec<kLanes> low, Vec<kLanes> high, BFloat16* to, int6
 
 template <class Tiles, int kLanes, class W>
 struct SplitWinogradImpl {
-  static constexpr int64_t kPanel = 2 * kTileCols;      // output channels
-  static constexpr int64_t kGroup = 2 * kTileRows;      // rows
+  static constexpr int64_t kPanel = 2 * kTileCols;  // output channels
+  static constexpr int64_t kGroup = 2 * kTileRows;  // rows
   static constexpr int64_t kTileValues = kTileRows * kTileDepth;
   static constexpr int64_t kStepValues = kParts * 2 * kTileValues;  // of U, for 32 channels
   static constexpr int64_t kProductsOfStep = sizeof(kProducts) / sizeof(kProducts[0]);
-  static constexpr int64_t kAhead = 1;  // steps
+  static constexpr int64_t kStepsAhead = 2;  // what is fetched is used so much later
+  static constexpr int64_t kBlocksOfWeights = 4, kLargestBlock = int64_t{48} << 20;  // bytes
   static constexpr int64_t kSkew = 32;  // values: keeps positions out of one another's cache sets
   static constexpr int kTile = W::kTile, kPositions = W::kPositions;
   using Transforms = WinogradImpl<RegisterBlock<kLanes, 1, kPanel / kLanes>, W>;
   using V = Vec<kLanes>;
 
   static int64_t chunks_of(const ConvShape& shape) { return ceil_div(shape.c, kTileDepth); }
-  static int64_t panel_values(const ConvShape& shape) {
-    return kPositions * chunks_of(shape) * kStepValues;
-  }
+  static int64_t panel_values(const ConvShape& shape) { return chunks_of(shape) * kStepValues; }
   static int64_t weight_floats(const ConvShape& shape) {
-    return ceil_div(shape.k, kPanel) * panel_values(shape) / 2;
+    return kPositions * ceil_div(shape.k, kPanel) * panel_values(shape) / 2;
   }
 
   // U = G g G^T in float32, then split. Channels i and 16 + i of a chunk are a pair, since split_pairs makes
   // pairs of them in V.
   static void pack_weights(const ConvShape& shape, const float* weight, const int64_t stride[4],
                            int64_t first_panel, int64_t last_panel, float* packed) {
-    const int64_t chunks = chunks_of(shape);
+    const int64_t u_position = ceil_div(shape.k, kPanel) * panel_values(shape);
     BFloat16* out = reinterpret_cast<BFloat16*>(packed) + first_panel * panel_values(shape);
     constexpr int64_t kChannels = kTileDepth * kPanel;
     alignas(64) float u[kPositions * kChannels];
     for (int64_t panel = first_panel; panel < last_panel; ++panel, out += panel_values(shape)) {
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      for (int64_t chunk = 0; chunk < chunks_of(shape); ++chunk) {
         const float* from = weight + panel * kPanel * stride[0] + chunk * kTileDepth * stride[1];
-        FilterTransform<kLanes, W>::pack_panel(from, stride, std::min<int64_t>(shape.k - panel * kPanel, kPanel),
-                                               std::min<int64_t>(shape.c - chunk * kTileDepth, kTileDepth),
-                                               kTileDepth, kPanel, u, kChannels);
+        FilterTransform<kLanes, W>::pack_panel(
+            from, stride, std::min<int64_t>(shape.k - panel * kPanel, kPanel),
+            std::min<int64_t>(shape.c - chunk * kTileDepth, kTileDepth), kTileDepth, kPanel, u, kChannels);
         for (int64_t position = 0; position < kPositions; ++position) {
-          BFloat16* to = out + (position * chunks + chunk) * kStepValues;
+          BFloat16* to = out + position * u_position + chunk * kStepValues;
           for (int64_t pair = 0; pair < kTileRows; ++pair) {
             const float* row = u + position * kChannels + pair * kPanel;
             for (int64_t k = 0; k < kPanel; k += kLanes) {
@@ -87,8 +87,8 @@ struct SplitWinogradImpl {
 
   // How a block of tiles lies in scratch memory; sizes in values (V) and floats (M).
   struct Layout {
-    int64_t chunks, groups, group_rows, half_rows, part, v_position, m_position;
-    Layout(const ConvShape& shape, int64_t tiles)
+    int64_t chunks, groups, group_rows, half_rows, part, v_position, m_row, m_position;
+    Layout(const ConvShape& shape, int64_t tiles, int64_t panels)
         : chunks(chunks_of(shape)),
           groups(ceil_div(tiles, kGroup)),
           group_rows(ceil_div(tiles, groups)),
@@ -96,7 +96,8 @@ struct SplitWinogradImpl {
       const int64_t rows = (groups - 1) * group_rows + half_rows + kTileRows;
       part = rows * kTileDepth;
       v_position = chunks * kParts * part + kSkew;
-      m_position = rows * kPanel + kSkew / 2;
+      m_row = panels * kPanel;
+      m_position = rows * m_row + kSkew / 2;
     }
     int64_t floats() const { return kPositions * (v_position / 2 + m_position); }
   };
@@ -140,56 +141,75 @@ struct SplitWinogradImpl {
     }
   }
 
-  template <int kLines>
-  static FR_INLINE void fetch(const BFloat16* from) {
-    unroll<kLines>([&](auto line) FR_LAMBDA { __builtin_prefetch(from + line * 32); });
-  }
+  // Weights that will be read next, `step` values of them for each 32 channels. Fetched evenly while products
+  // are made they cost nothing, even from the third-level cache; in bursts, loads wait behind them.
+  struct Ahead {
+    const BFloat16* next;
+    int64_t step;
+  };
 
   // M = V U for one position of a group and a panel; kHalves: matrix tiles of 16 rows, half_rows apart.
   template <int kHalves>
-  static void multiply(Tiles& tiles, const Layout& layout, const BFloat16* v, const BFloat16* u, float* m) {
-    constexpr int64_t kRowBytes = kPanel * sizeof(float);
+  static void multiply(Tiles& tiles, const Layout& layout, const BFloat16* v, const BFloat16* u, Ahead ahead,
+                       float* m) {
+    constexpr int kProductsOfPart = kHalves * 2;
     const int64_t part = layout.part, half = layout.half_rows;
     unroll<kHalves * 2>([&](auto i) FR_LAMBDA { tiles.template zero<decltype(i)::value>(); });
     for (int64_t chunk = 0; chunk < layout.chunks; ++chunk, v += kParts * part, u += kStepValues) {
+      const BFloat16* const end = ahead.next + ahead.step;
       unroll<kProductsOfStep>([&](auto i) FR_LAMBDA {
         constexpr int kIndex = decltype(i)::value, kBefore = kIndex > 0 ? kIndex - 1 : 0;
         constexpr int kXPart = kProducts[kIndex].x, kWPart = kProducts[kIndex].w;
         if constexpr (kIndex == 0 || kXPart != kProducts[kBefore].x) {
           unroll<kHalves>([&](auto row) FR_LAMBDA {
-            const BFloat16* from = v + kXPart * part + row * half * kTileDepth;
-            tiles.template load<4 + decltype(row)::value>(from, 64);
-            // The next 32 channels or, after the last, the next position (of the same group).
-            if constexpr (kIndex < kProductsOfStep - 1) fetch<kTileRows>(from + kParts * part);
+            tiles.template load<4 + decltype(row)::value>(v + kXPart * part + row * half * kTileDepth, 64);
           });
         }
         if constexpr (kIndex == 0 || kWPart != kProducts[kBefore].w) {
           unroll<2>([&](auto col) FR_LAMBDA {
-            const BFloat16* from = u + (kWPart * 2 + col) * kTileValues;
-            tiles.template load<6 + decltype(col)::value>(from, 64);
-            fetch<kTileRows>(from + kAhead * kStepValues);
+            tiles.template load<6 + decltype(col)::value>(u + (kWPart * 2 + col) * kTileValues, 64);
           });
         }
-        unroll<kHalves * 2>([&](auto at) FR_LAMBDA {
+        unroll<kProductsOfPart>([&](auto at) FR_LAMBDA {
           constexpr int kSum = decltype(at)::value;
           tiles.template multiply<kSum, 4 + kSum / 2, 6 + kSum % 2>();
+          // A quarter of a matrix tile of V for the next 32 channels or, after the last, the next position.
+          constexpr int kQuarter = kIndex * kProductsOfPart + kSum, kNextTile = kQuarter / 4;
+          const BFloat16* next = v + (kParts + kNextTile / kHalves) * part +
+                                 (kNextTile % kHalves * half + kQuarter % 4 * 4) * kTileDepth;
+          unroll<4>([&](auto line) FR_LAMBDA { __builtin_prefetch(next + line * kTileDepth); });
+          for (int line = 0; line < 8 / kHalves && ahead.next < end; ++line, ahead.next += kTileDepth) {
+            __builtin_prefetch(ahead.next);
+          }
         });
       });
     }
     unroll<kHalves * 2>([&](auto i) FR_LAMBDA {
       constexpr int kSum = decltype(i)::value;
-      tiles.template store<kSum>(m + kSum / 2 * half * kPanel + kSum % 2 * kTileCols, kRowBytes);
+      tiles.template store<kSum>(m + kSum / 2 * half * layout.m_row + kSum % 2 * kTileCols,
+                                 layout.m_row * sizeof(float));
     });
   }
 
+  // Weights that stay in the second-level cache leave room there for a block of 32 rows or a few more. Others
+  // are fetched once for each block, from the third-level cache or from memory, and then it pays to let V and
+  // M out of the second-level cache too: with blocks several times as large as the weights, these hardly
+  // count, and what is left passes through in long streams.
   static ConvPlan plan(const ConvShape& shape, int threads) {
-    const int64_t cache = level2_cache_bytes();
-    const bool weights_stay = weight_floats(shape) * int64_t(sizeof(float)) <= cache / 2;
-    const int64_t group_bytes = Layout(shape, kGroup).floats() * int64_t(sizeof(float));
-    const int64_t groups = std::max<int64_t>(1, (weights_stay ? cache / 3 : cache * 3 / 4) / group_bytes);
-    const int64_t tiles = Transforms::tiles_of(shape), blocks = ceil_div(tiles, groups * kGroup);
-    ConvPlan plan = cut(tiles, ceil_div(tiles, blocks), ceil_div(shape.k, kPanel), threads, weights_stay);
-    plan.scratch_floats = chunks_of(shape) * kTileDepth + Layout(shape, plan.rows_per_block).floats();
+    const int64_t cache = level2_cache_bytes(), panels = ceil_div(shape.k, kPanel);
+    const int64_t tiles = Transforms::tiles_of(shape);
+    const int64_t weights = weight_floats(shape) * int64_t(sizeof(float));
+    const bool weights_stay = weights <= cache / 2;
+    const int64_t group = Layout(shape, kGroup, panels).floats() * int64_t(sizeof(float));
+    const int64_t room = weights_stay ? cache / 3 : std::min(kBlocksOfWeights * weights, kLargestBlock);
+    const int64_t best = std::max<int64_t>(1, room / group) * kGroup;
+    // Each thread a block, where that leaves enough tiles to share the weights.
+    const bool share_tiles = weights_stay || tiles / threads >= best / kBlocksOfWeights;
+    const int64_t blocks = std::max<int64_t>(
+        ceil_div(tiles, best), share_tiles ? std::min<int64_t>(threads, ceil_div(tiles, kGroup)) : 1);
+    ConvPlan plan = cut(tiles, ceil_div(tiles, blocks), panels, threads, share_tiles);
+    plan.scratch_floats =
+        chunks_of(shape) * kTileDepth + Layout(shape, plan.rows_per_block, plan.panels_per_block).floats();
     return plan;
   }
 
@@ -198,8 +218,8 @@ struct SplitWinogradImpl {
     const int64_t first_tile = piece / plan.k_blocks * plan.rows_per_block;
     const int64_t count = std::min(plan.rows_per_block, plan.rows - first_tile);
     const int64_t first_panel = piece % plan.k_blocks * plan.panels_per_block;
-    const int64_t last_panel = std::min(first_panel + plan.panels_per_block, plan.panels);
-    const Layout layout(shape, count);
+    const int64_t panels = std::min(plan.panels_per_block, plan.panels - first_panel);
+    const Layout layout(shape, count, panels);
     float* zeros = scratch;
     float* m = zeros + layout.chunks * kTileDepth;
     BFloat16* v = reinterpret_cast<BFloat16*>(m + kPositions * layout.m_position);
@@ -209,17 +229,25 @@ struct SplitWinogradImpl {
       transform_input(problem, first_tile + t, layout, zeros, v + t * kTileDepth);
     }
     Tiles tiles;
-    const BFloat16* u = reinterpret_cast<const BFloat16*>(problem.weights) + first_panel * panel_values(shape);
-    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      for (int position = 0; position < kPositions; ++position, u += layout.chunks * kStepValues) {
-        for (int64_t row = 0; row < count; row += layout.group_rows) {
-          (layout.half_rows ? multiply<2> : multiply<1>)(
-              tiles, layout, v + position * layout.v_position + row * kTileDepth, u,
-              m + position * layout.m_position + row * kPanel);
+    const int64_t u_panel = panel_values(shape), u_position = plan.panels * u_panel;
+    const BFloat16* weights = reinterpret_cast<const BFloat16*>(problem.weights) + first_panel * u_panel;
+    const int64_t ahead = ceil_div(kStepValues / kTileDepth, layout.groups) * kTileDepth;
+    for (int position = 0; position < kPositions; ++position) {
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const BFloat16* u = weights + position * u_position + panel * u_panel;
+        const BFloat16* soon = u + kStepsAhead * kStepValues;
+        for (int64_t group = 0; group < layout.groups; ++group) {
+          const int64_t row = group * layout.group_rows;
+          (layout.half_rows
+               ? multiply<2>
+               : multiply<1>)(tiles, layout, v + position * layout.v_position + row * kTileDepth, u,
+                              Ahead{soon + group * layout.chunks * ahead, ahead},
+                              m + position * layout.m_position + row * layout.m_row + panel * kPanel);
         }
       }
-      Transforms::transform_outputs(problem, first_tile, count, m, layout.m_position, panel, panel + 1);
     }
+    Transforms::transform_outputs(problem, first_tile, count, m, layout.m_position, first_panel,
+                                  first_panel + panels);
   }
 
   static constexpr ConvKernel kernel() { return {kPanel, &weight_floats, &pack_weights, &plan, &run_piece}; }
