@@ -24,7 +24,7 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   m.def(
       "conv_max_pool(Tensor x, Tensor packed, int[] filter, str isa, int[] stride, int[] padding, int[] "
       "dilation, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, Tensor? "
-      "running_var, float eps, int activation, int[] pool) -> Tensor");
+      "running_var, float eps, int activation, int[] pool, str weights='whole') -> Tensor");
   // cpu/training_conv.cpp: 3 x 3, stride 1. The input's gradient is conv_fused of grad_y with these weights
   m.def("conv_pack_input_gradient(Tensor weight, int m, str isa, str weights='whole') -> Tensor");
   m.def("conv_weight_gradient(Tensor x, Tensor grad_y, int[] padding, int m, str isa) -> Tensor");

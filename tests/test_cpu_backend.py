@@ -13,9 +13,19 @@ from torch import Tensor
 from fused_resnet import _extension, backends, functional
 from fused_resnet.backends import cpu, packing
 from fused_resnet.layout import output_memory_format
+from fused_resnet.ops import plans
 from fused_resnet.problem import Problem
 from fused_resnet.reference import Tail, reference
-from fused_resnet.testing import PROBLEMS, RESNET_TAILS, Case, call_arguments, check_tail, in_dtype, make_tail
+from fused_resnet.testing import (
+    PROBLEMS,
+    RESNET_TAILS,
+    Case,
+    assert_within_bar,
+    call_arguments,
+    check_tail,
+    in_dtype,
+    make_tail,
+)
 
 BACKEND = backends.get("cpu")
 CASES = [case for case in PROBLEMS if case.problem.n]
@@ -239,9 +249,13 @@ def test_the_rule_that_chooses(text: str, algorithm: tuple[int, str]) -> None:
 @pytest.mark.parametrize(
     ("text", "algorithm"),
     [
-        ("n=1,h=56,w=56,c=64,k=64", (4, "whole")),
-        ("n=8,h=14,w=14,c=256,k=256", (4, "whole")),
+        ("n=1,h=56,w=56,c=64,k=64", (4, "split")),
+        ("n=1,h=28,w=28,c=128,k=128", (4, "whole")),
+        ("n=8,h=28,w=28,c=128,k=128", (4, "split")),
+        ("n=1,h=14,w=14,c=256,k=256", (4, "fresh")),
+        ("n=8,h=14,w=14,c=256,k=256", (4, "split")),
         ("n=1,h=7,w=7,c=512,k=512", (0, "fresh split")),  # its weights come from memory
+        ("n=8,h=7,w=7,c=512,k=512", (4, "fresh")),
         ("n=1,h=56,w=56,c=64,k=128,stride=2", (0, "split")),
         ("n=1,h=14,w=14,c=512,k=512,stride=2", (0, "fresh split")),
         ("n=1,h=56,w=56,c=64,k=256,r=1,padding=0", (0, "split")),
@@ -274,7 +288,8 @@ def test_winograd_is_the_callers_choice(choice: str, m: int, monkeypatch: pytest
     assert not used, "weights that may not be kept are not transformed"
 
 
-def test_changes_of_batch_and_size_reuse_the_packed_weights() -> None:
+def test_changes_of_batch_and_size_reuse_the_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "has_tiles", lambda: False)  # where the small ones would be direct
     tail = make_tail(Problem.parse("n=1,h=28,w=28,c=64,k=64,padding=1"), cache_weights=True)
     packing.clear()
     for n, h in ((1, 28), (2, 20), (4, 17)):
@@ -326,9 +341,11 @@ STEMS = [  # problem, window, stride and padding of the pool
 ]
 
 
-def _stem(text: str, pool: tuple[object, object, object], x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _stem(
+    text: str, pool: tuple[object, object, object], kind: str = "random", x: Tensor | None = None
+) -> list[Tensor]:
     """The stem in one pass; and the direct kernel, then torch's max pool: the same sums in the same order."""
-    tail = make_tail(Problem.parse(text))
+    tail = make_tail(Problem.parse(text), kind)
     arguments = call_arguments(tail) | {"cache_weights": True, "backend": "cpu"}
     arguments.pop("residual")
     if x is not None:
@@ -344,7 +361,7 @@ def _stem(text: str, pool: tuple[object, object, object], x: Tensor | None = Non
         )
         two = torch.nn.functional.max_pool2d(functional.conv_bn_add_relu(**arguments), *pool)
         assert pooled.stride() == two.stride()
-        return pooled, torch.nn.functional.max_pool2d(y, *pool)
+        return [pooled, torch.nn.functional.max_pool2d(y, *pool)]
 
 
 @pytest.fixture
@@ -352,36 +369,60 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with each stem that is run in one pass."""
     if _extension.cpu() is None:
         pytest.skip(str(_extension.why_not_cpu()))
+    plans.clear()  # which name the functions, and were made under the choice of another test
     seen: list[int] = []
     one_pass = cpu._run_max_pool
     monkeypatch.setattr(cpu, "_run_max_pool", lambda *args: seen.append(1) or one_pass(*args))
     return seen
 
 
+# Matrix tiles, which "auto" takes where there are any, add in another order: to the bit on integers alone.
+@pytest.mark.parametrize(("winograd", "kind"), [("off", "random"), ("auto", "integers")])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("text", "pool"), STEMS, ids=[text for text, _ in STEMS])
 def test_stem_in_one_pass_is_kernel_and_pool_to_the_bit(
-    text: str, pool: tuple[object, object, object], threads: int, passes: list[int]
-) -> None:
+    text: str, pool: tuple[object, object, object], threads: int, winograd: str, kind: str, passes: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("FUSED_RESNET_WINOGRAD", winograd)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        pooled, expected = _stem(text, pool)
+        pooled, expected = _stem(text, pool, kind)
     finally:
         torch.set_num_threads(before)
     assert passes, "the pass was not taken"
     assert torch.equal(pooled, expected)
 
 
-def test_stem_hands_nan_and_infinity_through(passes: list[int]) -> None:
+def test_stem_hands_nan_and_infinity_through(passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_RESNET_WINOGRAD", "off")
     text, pool = STEMS[0]
     x = make_tail(Problem.parse(text)).x.clone(memory_format=torch.channels_last)
     x[0, 1, 8, 8], x[1, 2, 30, 3] = torch.nan, -torch.inf
-    pooled, expected = _stem(text, pool, x)
+    pooled, expected = _stem(text, pool, x=x)
     assert passes
     assert torch.equal(pooled.isnan(), expected.isnan())
     assert bool(expected.isnan().any())
     assert torch.equal(pooled.nan_to_num(), expected.nan_to_num())
+
+
+def test_stem_on_matrix_tiles_is_within_the_bar(passes: list[int]) -> None:
+    """And an infinity becomes NaN, in the outputs where a NaN would."""
+    if not cpu.has_tiles():
+        pytest.skip("this processor has no matrix tiles")
+    text, pool = STEMS[0]
+    tail = make_tail(Problem.parse(text), "random")
+    pooled, _ = _stem(text, pool)
+    exact, eager = (torch.nn.functional.max_pool2d(reference(t), *pool) for t in (tail.to(torch.float64), tail))
+    assert_within_bar(pooled, float((eager.double() - exact).abs().max()), exact, text)
+    x = tail.x.clone(memory_format=torch.channels_last)
+    x[0, 1, 8, 8] = torch.nan
+    with_nan = _stem(text, pool, x=x)[0].isnan()
+    x[0, 1, 8, 8] = torch.inf
+    assert torch.equal(_stem(text, pool, x=x)[0].isnan(), with_nan)
+    assert bool(with_nan.any())
+    assert not bool(with_nan.all())
 
 
 @pytest.mark.parametrize("pool", [((9, 9), 1, 4), (3, 1, 0)], ids=["too tall", "with gradients"])

@@ -22,8 +22,8 @@ OPS = torch.ops.fused_resnet_C
 CODES = {"none": 0, "relu": 1, "relu6": 2}
 ISAS = ("amx", "avx512", "avx2", "portable")
 TILES = ("amx", "portable")  # instruction sets with matrix tiles, the last one's in plain C++
-F2 = [Algorithm(2), Algorithm(2, "fresh")]
-F4 = [Algorithm(4), Algorithm(4, "fresh")]
+F2 = [Algorithm(2), Algorithm(2, "fresh"), Algorithm(2, "split")]
+F4 = [Algorithm(4), Algorithm(4, "fresh"), Algorithm(4, "split")]
 SPLIT = [SPLIT_DIRECT, FRESH_SPLIT_DIRECT]
 EXACT = [DIRECT, *SPLIT, *F2]
 ALGORITHMS = [*EXACT, *F4]
@@ -278,7 +278,7 @@ def test_relu6_and_none() -> None:
     ("change", "message"),
     [
         ({"m": 3}, "m: expected 0, 2 or 4, got 3"),
-        ({"weights": "halved"}, "weights: expected whole, fresh, split or fresh split, got halved"),
+        ({"weights": "halved"}, "weights: expected whole, fresh, split, fresh split or split rows, got halved"),
         ({"weights": "fresh"}, 'weights: expected a kind that this kernel has, got "fresh" for m = 0 with '),
         ({"weights": "split", "isa": "portable"}, "packed: expected what conv_pack made for this filter"),
         ({"isa": "mmx"}, "isa: expected an instruction set of this CPU, got mmx"),

@@ -80,9 +80,10 @@ OptionalTensor conv_chain(const Tensor& x, const std::vector<Tensor>& tensors, c
     Workspace* const workspace = i + 1 < count ? &lease.workspace : nullptr;
     const BatchNormArguments bn{vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], link.eps};
     if (link.pool[0] != 0) {
-      outputs[i] = pooled_convolution(made(link.source), packed, {link.k, link.r, link.s}, "",
-                                      list(link.stride), list(link.padding), list(link.dilation), bn,
-                                      link.activation, list(link.pool), &samples, &weight, workspace);
+      outputs[i] =
+          pooled_convolution(made(link.source), packed, {link.k, link.r, link.s}, "", list(link.stride),
+                             list(link.padding), list(link.dilation), bn, link.activation, list(link.pool),
+                             weight_kind(link.weights), &samples, &weight, workspace);
     } else {
       const OptionalTensor residual =
           link.residual == kNothing ? std::nullopt : OptionalTensor(made(link.residual));

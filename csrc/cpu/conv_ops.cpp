@@ -23,16 +23,24 @@ Tensor conv_pack(const Tensor& weight, int64_t m, const std::string& isa, const 
   check(weight.scalar_type() == ScalarType::Float, "weight", "dtype float32", "another one");
   ConvShape shape{};
   shape.k = weight.size(0), shape.c = weight.size(1), shape.r = weight.size(2), shape.s = weight.size(3);
-  const ConvKernel& kernel = conv_kernel(m, weight_kind(weights), isa, shape);
-  Tensor packed = torch::stable::empty({kernel.weight_floats(shape)}, ScalarType::Float);
-  const float* from = static_cast<const float*>(weight.const_data_ptr());
-  float* to = static_cast<float*>(packed.mutable_data_ptr());
-  advise_huge_pages(to, packed.numel() * int64_t(sizeof(float)));
-  const int64_t stride[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
-  torch::stable::parallel_for(0, ceil_div(shape.k, kernel.panel), 1, [&](int64_t begin, int64_t end) {
-    kernel.pack_weights(shape, from, stride, begin, end, to);
-  });
-  return packed;
+  const auto pack = [&](const auto& kernel) {
+    Tensor packed = torch::stable::empty({kernel.weight_floats(shape)}, ScalarType::Float);
+    const float* from = static_cast<const float*>(weight.const_data_ptr());
+    float* to = static_cast<float*>(packed.mutable_data_ptr());
+    advise_huge_pages(to, packed.numel() * int64_t(sizeof(float)));
+    const int64_t stride[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+    torch::stable::parallel_for(0, ceil_div(shape.k, kernel.panel), 1, [&](int64_t begin, int64_t end) {
+      kernel.pack_weights(shape, from, stride, begin, end, to);
+    });
+    return packed;
+  };
+  const WeightKind kind = weight_kind(weights);
+  if (kind == WeightKind::kSplitRows) {
+    shape.stride_h = shape.stride_w = shape.dilation_h = shape.dilation_w =
+        1;  // packing does not depend on them
+    return pack(pooled_kernel(kind, isa, shape));
+  }
+  return pack(conv_kernel(m, kind, isa, shape));
 }
 
 // Strides of n, h and w.
@@ -68,7 +76,8 @@ ConvProblem read_problem(const Tensor& x, const Tensor& packed, const std::vecto
   return problem;
 }
 
-void check_packed(const Tensor& packed, const ConvKernel& kernel, const ConvShape& shape) {
+template <class Kernel>
+void check_packed(const Tensor& packed, const Kernel& kernel, const ConvShape& shape) {
   check(packed.numel() == kernel.weight_floats(shape), "packed", "what conv_pack made for this filter",
         packed.numel(), " values");
 }
@@ -136,12 +145,15 @@ OptionalTensor pooled_convolution(const Tensor& x, const Tensor& packed, const s
                                   const std::string& isa, const std::vector<int64_t>& stride,
                                   const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                                   const BatchNormArguments& bn_arguments, int64_t activation,
-                                  const std::vector<int64_t>& pool_sizes, const Samples* samples,
-                                  const Tensor* weight, Workspace* workspace) {
+                                  const std::vector<int64_t>& pool_sizes, WeightKind weights,
+                                  const Samples* samples, const Tensor* weight, Workspace* workspace) {
   if (samples != nullptr) samples->prefetch();
   ConvProblem problem = read_problem(x, packed, filter, stride, padding, dilation);
   const ConvShape& shape = problem.shape;
-  check_packed(packed, conv_kernel(0, WeightKind::kWhole, isa, shape), shape);
+  const PooledKernel& kernel = pooled_kernel(weights, isa, shape);
+  check_packed(packed, kernel, shape);
+  check(weights == WeightKind::kWhole || shape.w == 1 || problem.x_stride[2] == shape.c, "x",
+        "pixels side by side for split rows", "a stride of ", problem.x_stride[2]);
   check(pool_sizes.size() == 6, "pool", "window, stride and padding, two numbers each", pool_sizes.size(),
         " numbers");
   Pool pool{pool_sizes[0], pool_sizes[1], pool_sizes[2], pool_sizes[3], pool_sizes[4], pool_sizes[5], 0, 0};
@@ -167,7 +179,6 @@ OptionalTensor pooled_convolution(const Tensor& x, const Tensor& packed, const s
   Tensor y = empty_output(shape.n, shape.k, pool.p, pool.q, workspace);
   if (shape.n == 0) return y;
   problem.y = static_cast<float*>(y.mutable_data_ptr());
-  const PooledKernel& kernel = kernels_called(isa).pooled;
   // Parts of one image share a row or two of the convolution, so there are no more than the threads need.
   const int64_t parts = std::min(pool.p, ceil_div(torch::stable::get_num_threads(), shape.n));
   torch::stable::parallel_for(0, shape.n * parts, 1, [&](int64_t begin, int64_t end) {
@@ -199,9 +210,10 @@ Tensor conv_max_pool(const Tensor& x, const Tensor& packed, const std::vector<in
                      const OptionalTensor& bias, const OptionalTensor& bn_weight,
                      const OptionalTensor& bn_bias, const OptionalTensor& running_mean,
                      const OptionalTensor& running_var, double eps, int64_t activation,
-                     const std::vector<int64_t>& pool) {
+                     const std::vector<int64_t>& pool, const std::string& weights) {
   return *pooled_convolution(x, packed, filter, isa, stride, padding, dilation,
-                             {bias, bn_weight, bn_bias, running_mean, running_var, eps}, activation, pool);
+                             {bias, bn_weight, bn_bias, running_mean, running_var, eps}, activation, pool,
+                             weight_kind(weights));
 }
 
 }  // namespace

@@ -25,7 +25,8 @@ OptionalTensor pooled_convolution(const Tensor& x, const Tensor& packed, const s
                                   const std::string& isa, const std::vector<int64_t>& stride,
                                   const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                                   const BatchNormArguments& bn, int64_t activation,
-                                  const std::vector<int64_t>& pool, const Samples* samples = nullptr,
-                                  const Tensor* weight = nullptr, Workspace* workspace = nullptr);
+                                  const std::vector<int64_t>& pool, WeightKind weights,
+                                  const Samples* samples = nullptr, const Tensor* weight = nullptr,
+                                  Workspace* workspace = nullptr);
 
 }  // namespace fused_resnet::cpu

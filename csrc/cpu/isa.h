@@ -11,8 +11,10 @@ struct Kernels {
   const char* isa;      // "amx", "avx512", "avx2" or "portable"
   const char* vectors;  // the same but for "amx", whose vector code is that of "avx512"
   ConvKernel direct, winograd2, winograd4, fresh_winograd2, fresh_winograd4;
-  ConvKernel split_direct, fresh_split_direct;  // absent (nullptr) in "avx512" and "avx2"
-  PooledKernel pooled, split_pooled;            // the latter absent where split_direct is
+  PooledKernel pooled;
+  // Matrix tiles: absent (nullptr) in "avx512" and "avx2".
+  ConvKernel split_direct, fresh_split_direct, split_winograd2, split_winograd4;
+  PooledKernel split_pooled;
   EpilogueKernel epilogue;
 };
 

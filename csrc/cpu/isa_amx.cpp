@@ -25,6 +25,7 @@
   #include "pooled_kernel.h"
   #include "split_kernel.h"
   #include "split_rows.h"
+  #include "winograd_split.h"
 
 namespace fused_resnet::cpu {
 Kernels kernels_amx() {
@@ -32,6 +33,8 @@ Kernels kernels_amx() {
   set.isa = "amx";
   set.split_direct = SplitImpl<AmxTiles, 16, false>::kernel();
   set.fresh_split_direct = SplitImpl<AmxTiles, 16, true>::kernel();
+  set.split_winograd2 = SplitWinogradImpl<AmxTiles, 16, Winograd<2>>::kernel();
+  set.split_winograd4 = SplitWinogradImpl<AmxTiles, 16, Winograd<4>>::kernel();
   set.split_pooled = PooledRows<SplitRows<AmxTiles, 16>>::kernel();
   return set;
 }

@@ -30,9 +30,11 @@ const Kernels kKernelsAvx2 = {"avx2",
                               WinogradImpl<Avx2, Winograd<4>>::kernel(),
                               FreshWinogradImpl<Avx2, Winograd<2>>::kernel(),
                               FreshWinogradImpl<Avx2, Winograd<4>>::kernel(),
-                              ConvKernel{},
-                              ConvKernel{},
                               PooledImpl<Avx2>::kernel(),
+                              ConvKernel{},
+                              ConvKernel{},
+                              ConvKernel{},
+                              ConvKernel{},
                               PooledKernel{},
                               EpilogueImpl<Avx2::kLanes>::kernel()};
 }  // namespace fused_resnet::cpu

@@ -31,9 +31,11 @@ const Kernels kKernelsAvx512 = {"avx512",
                                 WinogradImpl<Avx512, Winograd<4>>::kernel(),
                                 FreshWinogradImpl<Avx512, Winograd<2>>::kernel(),
                                 FreshWinogradImpl<Avx512, Winograd<4>>::kernel(),
-                                ConvKernel{},
-                                ConvKernel{},
                                 PooledImpl<Avx512>::kernel(),
+                                ConvKernel{},
+                                ConvKernel{},
+                                ConvKernel{},
+                                ConvKernel{},
                                 PooledKernel{},
                                 EpilogueImpl<Avx512::kLanes>::kernel()};
 }  // namespace fused_resnet::cpu

@@ -7,6 +7,7 @@
 #include "split_rows.h"
 #include "winograd_fresh.h"
 #include "winograd_kernel.h"
+#include "winograd_split.h"
 
 namespace fused_resnet::cpu {
 using Portable = RegisterBlock<4, 6, 2>;
@@ -17,9 +18,11 @@ const Kernels kKernelsPortable = {"portable",
                                   WinogradImpl<Portable, Winograd<4>>::kernel(),
                                   FreshWinogradImpl<Portable, Winograd<2>>::kernel(),
                                   FreshWinogradImpl<Portable, Winograd<4>>::kernel(),
+                                  PooledImpl<Portable>::kernel(),
                                   SplitImpl<PlainTiles, 4, false>::kernel(),
                                   SplitImpl<PlainTiles, 4, true>::kernel(),
-                                  PooledImpl<Portable>::kernel(),
+                                  SplitWinogradImpl<PlainTiles, 4, Winograd<2>>::kernel(),
+                                  SplitWinogradImpl<PlainTiles, 4, Winograd<4>>::kernel(),
                                   PooledRows<SplitRows<PlainTiles, 4>>::kernel(),
                                   EpilogueImpl<Portable::kLanes>::kernel()};
 }  // namespace fused_resnet::cpu

@@ -20,7 +20,7 @@ WeightKind weight_kind(int64_t number) {
 
 WeightKind weight_kind(const std::string& name) {
   const auto* found = std::find(std::begin(kWeightKinds), std::end(kWeightKinds), name);
-  check(found != std::end(kWeightKinds), "weights", "whole, fresh, split or fresh split", name);
+  check(found != std::end(kWeightKinds), "weights", "whole, fresh, split, fresh split or split rows", name);
   return weight_kind(found - std::begin(kWeightKinds));
 }
 
@@ -33,12 +33,26 @@ const ConvKernel& conv_kernel(int64_t m, WeightKind weights, const std::string& 
   // [kind][direct, F2, F4]
   const ConvKernel* const all[][3] = {{&set.direct, &set.winograd2, &set.winograd4},
                                       {&kNone, &set.fresh_winograd2, &set.fresh_winograd4},
-                                      {&set.split_direct, &kNone, &kNone},
-                                      {&set.fresh_split_direct, &kNone, &kNone}};
+                                      {&set.split_direct, &set.split_winograd2, &set.split_winograd4},
+                                      {&set.fresh_split_direct, &kNone, &kNone},
+                                      {&kNone, &kNone, &kNone}};
   const ConvKernel& kernel = *all[static_cast<size_t>(weights)][m / 2];
   check(kernel.run_piece != nullptr, "weights", "a kind that this kernel has", "\"",
         kWeightKinds[static_cast<size_t>(weights)], "\" for m = ", m, " with ", set.isa);
   return kernel;
+}
+
+const PooledKernel& pooled_kernel(WeightKind weights, const std::string& isa, const ConvShape& shape) {
+  const Kernels& set = kernels_called(isa);
+  check(weights == WeightKind::kWhole || weights == WeightKind::kSplitRows, "weights",
+        "whole or split rows for a convolution with its max pool",
+        kWeightKinds[static_cast<size_t>(weights)]);
+  if (weights == WeightKind::kWhole) return set.pooled;
+  check(set.split_pooled.run != nullptr, "isa", "one with matrix tiles for split rows", set.isa);
+  check(set.split_pooled.can_run(shape), "filter",
+        "at most 16 channels, 32 inputs or more, no dilation and no stride beyond it for split rows", shape.c,
+        " channels, ", shape.r, " x ", shape.s);
+  return set.split_pooled;
 }
 
 }  // namespace fused_resnet::cpu

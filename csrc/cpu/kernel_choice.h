@@ -12,16 +12,20 @@ const Kernels& kernels_called(const std::string& isa);
 
 // What is kept of the weights, by name and by number as fused_resnet/backends/chain.py has them.
 enum class WeightKind {
-  kWhole,      // the values that are multiplied, made once and for all
-  kFresh,      // the weights themselves, transformed in each call (Winograd)
-  kSplit,      // those values in three bfloat16 parts, for matrix tiles
-  kFreshSplit  // the weights themselves, split in each call
+  kWhole,       // the values that are multiplied, made once and for all
+  kFresh,       // the weights themselves, transformed in each call (Winograd)
+  kSplit,       // those values in three bfloat16 parts, for matrix tiles
+  kFreshSplit,  // the weights themselves, split in each call
+  kSplitRows    // as kSplit, in the order of the kernel with a max pool
 };
-constexpr const char* kWeightKinds[] = {"whole", "fresh", "split", "fresh split"};
+constexpr const char* kWeightKinds[] = {"whole", "fresh", "split", "fresh split", "split rows"};
 WeightKind weight_kind(const std::string& name);
 WeightKind weight_kind(int64_t number);
 
 // m: 0 for direct convolution, 2 and 4 for Winograd F(m x m, 3 x 3).
 const ConvKernel& conv_kernel(int64_t m, WeightKind weights, const std::string& isa, const ConvShape& shape);
+
+// Convolution and max pool in one pass: kWhole or kSplitRows.
+const PooledKernel& pooled_kernel(WeightKind weights, const std::string& isa, const ConvShape& shape);
 
 }  // namespace fused_resnet::cpu

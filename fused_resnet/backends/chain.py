@@ -19,7 +19,7 @@ from . import packing
 #: In place of the number of a link: the chain's input, nothing. kInput and kNothing in csrc/cpu/chain.cpp.
 INPUT, NOTHING = -1, -2
 #: What is kept of a weight, in the order of enum WeightKind in csrc/cpu/kernel_choice.h.
-WEIGHT_KINDS = ("whole", "fresh", "split", "fresh split")
+WEIGHT_KINDS = ("whole", "fresh", "split", "fresh split", "split rows")
 
 
 class Link(NamedTuple):

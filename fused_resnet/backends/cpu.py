@@ -52,8 +52,12 @@ _FRESH_TRANSFORM = {2: 65, 4: 110}
 _SPLIT_MULTIPLY_ADD = 0.45
 #: Splitting a weight in the call costs as much as so many multiply-adds.
 _SPLIT_WEIGHT = 5
+#: Splitting its result makes an input tile's transform so many times as dear, the output's included.
+_SPLIT_TRANSFORM = 1.3
 #: A weight in three bfloat16 parts takes so many times the bytes of one in float32.
 _SPLIT_BYTES = 1.5
+#: Bytes of split Winograd weights that stay in a core's second-level cache from one block of tiles to the next.
+_SPLIT_WEIGHTS_STAY = 1 << 20
 
 
 class Algorithm(NamedTuple):
@@ -62,7 +66,8 @@ class Algorithm(NamedTuple):
     ``weights`` is what is kept of them: ``whole``, the values that are multiplied; ``fresh``, the weights as they are,
     transformed in each call, 9 values to read for 36 (F4) or 16 (F2); ``split``, the values in three bfloat16 parts for
     the processor's matrix tiles (AMX), which multiply as accurately as float32 does (csrc/cpu/split.h);
-    ``fresh split``, the weights as they are, split in each call.
+    ``fresh split``, the weights as they are, split in each call; ``split rows``, as ``split`` in the order in which the
+    kernel with a max pool reads them.
     """
 
     m: int
@@ -72,6 +77,7 @@ class Algorithm(NamedTuple):
 DIRECT = Algorithm(0)
 SPLIT_DIRECT = Algorithm(0, "split")
 FRESH_SPLIT_DIRECT = Algorithm(0, "fresh split")
+SPLIT_ROWS = Algorithm(0, "split rows")
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -100,6 +106,7 @@ def fastest(problem: Problem, winograd: str = "auto", tiles: bool | None = None)
             (FRESH_SPLIT_DIRECT, _SPLIT_MULTIPLY_ADD * rows + _SPLIT_WEIGHT, 1),
         ):
             cost[algorithm] = pairs * max(work, fetched * _ROWS_TO_HIDE_A_WEIGHT)
+    on_tiles = SPLIT_DIRECT in cost
     sizes: tuple[int, ...] = (2,) if winograd == "f2" else (2, 4)
     if (problem.r, problem.s, problem.stride, problem.dilation) != (3, 3, (1, 1), (1, 1)):
         sizes = ()
@@ -109,6 +116,13 @@ def fastest(problem: Problem, winograd: str = "auto", tiles: bool | None = None)
         cost[Algorithm(m)] = c * k * positions * max(winograd_tiles, _ROWS_TO_HIDE_A_WEIGHT) + transforms
         fresh = max(positions * max(winograd_tiles, _LEAST_ROWS) + _FRESH_TRANSFORM[m], 9 * _ROWS_TO_HIDE_A_WEIGHT)
         cost[Algorithm(m, "fresh")] = c * k * fresh + transforms
+        if on_tiles:
+            c32 = _round_up(problem.c, 32)
+            stay = 6 * positions * c32 * k <= _SPLIT_WEIGHTS_STAY
+            # Fetching other weights hardly overlaps with multiplying: tiles keep the caches busy themselves.
+            fetch = 0.0 if stay else 0.7 * _SPLIT_BYTES * _ROWS_TO_HIDE_A_WEIGHT
+            multiply_adds = _SPLIT_MULTIPLY_ADD * _round_up(winograd_tiles, 16) + fetch
+            cost[Algorithm(m, "split")] = c32 * k * positions * multiply_adds + _SPLIT_TRANSFORM * transforms
     return min(cost, key=lambda algorithm: cost[algorithm])
 
 
@@ -170,9 +184,9 @@ class CpuBackend(Backend):
         otherwise = partial(_run_folded if problem.activation == "none" else _run_pass, memory_format)
         if problem.groups != 1:
             return otherwise
-        if problem.c < _LEAST_CHANNELS:
-            return partial(_run_few_channels, memory_format, otherwise)
         choice = winograd_choice(tail.winograd)
+        if problem.c < _LEAST_CHANNELS:
+            return partial(_run_few_channels, memory_format, _stem(problem, choice), otherwise)
         algorithm, projection = fastest(problem, choice), DIRECT
         if problem.projection is not None:
             projection = fastest(_projection(problem, problem.projection), choice)
@@ -211,7 +225,15 @@ def _run_fused(
     return y if memory_format is torch.channels_last else y.contiguous()
 
 
-def _run_few_channels(memory_format: torch.memory_format, otherwise: Callable[[Tail], Tensor], tail: Tail) -> Tensor:
+def _stem(problem: Problem, winograd: str) -> Algorithm:
+    """The kernel for a convolution of few channels with its max pool (``can_run`` in csrc/cpu/split_rows.h)."""
+    on_tiles = problem.dilation == (1, 1) and problem.stride[0] <= problem.r and problem.r * problem.s * problem.c >= 32
+    return SPLIT_ROWS if on_tiles and winograd != "off" and has_tiles() else DIRECT
+
+
+def _run_few_channels(
+    memory_format: torch.memory_format, algorithm: Algorithm, otherwise: Callable[[Tail], Tensor], tail: Tail
+) -> Tensor:
     """A stem by itself; with its max pool it has a kernel of its own, see :func:`with_max_pool`."""
     return otherwise(tail)
 
@@ -245,7 +267,7 @@ def links(
         return None
     geometry = (tail.stride, tail.padding, tail.dilation)
     if run.func is _run_max_pool:
-        link = _link(DIRECT, tail.conv, source, NOTHING, *geometry, tail.activation)
+        link = _link(run.args[2], tail.conv, source, NOTHING, *geometry, tail.activation)
         return [link._replace(pool=sum(run.args[1], ()))]
     _, algorithm, projection, _ = run.args
     found = []
@@ -278,25 +300,28 @@ def with_max_pool(run: Callable[[Tail], Tensor], pool: Pool) -> Callable[[Tail],
     if not possible or not isinstance(run, partial):
         return None
     if run.func is _run_few_channels:
-        memory_format, otherwise = run.args
+        memory_format, algorithm, otherwise = run.args
     elif run.func is _run_fused and run.args[1].m == 0:
         memory_format, _, _, otherwise = run.args
+        algorithm = DIRECT
     else:
         return None
-    return partial(_run_max_pool, memory_format, pool, otherwise)
+    return partial(_run_max_pool, memory_format, pool, algorithm, otherwise)
 
 
 def _run_max_pool(
-    memory_format: torch.memory_format, pool: Pool, otherwise: Callable[[Tail], Tensor], tail: Tail
-) -> Tensor:
+    memory_format: torch.memory_format, pool: Pool, algorithm: Algorithm, otherwise: Callable[[Tail], Tensor],
+    tail: Tail,
+) -> Tensor:  # fmt: skip
     if not tail.cache_weights:
         return F.max_pool2d(otherwise(tail), *pool)
     conv = tail.conv
     k, _, r, s = conv.weight.shape
-    packed = _packed(conv.weight, DIRECT)
+    packed = _packed(conv.weight, algorithm)
     y: Tensor = torch.ops.fused_resnet_C.conv_max_pool.default(
         tail.x.contiguous(memory_format=torch.channels_last), packed, (k, r, s), "", tail.stride, tail.padding,
         tail.dilation, *conv[1:], _ACTIVATION_CODES[tail.activation], (*pool[0], *pool[1], *pool[2]),
+        algorithm.weights,
     )  # fmt: skip
     return y if memory_format is torch.channels_last else y.contiguous()
 
