@@ -251,9 +251,10 @@ def test_the_rule_that_chooses(text: str, algorithm: tuple[int, str]) -> None:
     [
         ("n=1,h=56,w=56,c=64,k=64", (4, "split")),
         ("n=1,h=28,w=28,c=128,k=128", (4, "whole")),
-        ("n=8,h=28,w=28,c=128,k=128", (4, "split")),
+        ("n=8,h=56,w=56,c=64,k=64", (4, "split")),
+        ("n=8,h=28,w=28,c=128,k=128", (4, "whole")),  # split, they do not stay in the cache
         ("n=1,h=14,w=14,c=256,k=256", (4, "fresh")),
-        ("n=8,h=14,w=14,c=256,k=256", (4, "split")),
+        ("n=8,h=14,w=14,c=256,k=256", (4, "whole")),
         ("n=1,h=7,w=7,c=512,k=512", (0, "fresh split")),  # its weights come from memory
         ("n=8,h=7,w=7,c=512,k=512", (4, "fresh")),
         ("n=1,h=56,w=56,c=64,k=128,stride=2", (0, "split")),

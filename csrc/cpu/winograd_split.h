@@ -44,8 +44,7 @@ struct SplitWinogradImpl {
   static constexpr int64_t kStepValues = kParts * 2 * kTileValues;  // of U, for 32 channels
   static constexpr int64_t kProductsOfStep = sizeof(kProducts) / sizeof(kProducts[0]);
   static constexpr int64_t kStepsAhead = 2;  // what is fetched is used so much later
-  static constexpr int64_t kBlocksOfWeights = 4, kLargestBlock = int64_t{48} << 20;  // bytes
-  static constexpr int64_t kSkew = 32;  // values: keeps positions out of one another's cache sets
+  static constexpr int64_t kSkew = 32;       // values: keeps positions out of one another's cache sets
   static constexpr int kTile = W::kTile, kPositions = W::kPositions;
   using Transforms = WinogradImpl<RegisterBlock<kLanes, 1, kPanel / kLanes>, W>;
   using V = Vec<kLanes>;
@@ -191,23 +190,17 @@ struct SplitWinogradImpl {
     });
   }
 
-  // Weights that stay in the second-level cache leave room there for a block of 32 rows or a few more. Others
-  // are fetched once for each block, from the third-level cache or from memory, and then it pays to let V and
-  // M out of the second-level cache too: with blocks several times as large as the weights, these hardly
-  // count, and what is left passes through in long streams.
+  // Weights and a block of 32 rows or a few more share the second-level cache. Weights that do not fit there
+  // are better left in float32: with blocks large enough for such weights to hardly count, V and M leave the
+  // cache, which was up to a third faster in a loop but slower where other data comes in between.
   static ConvPlan plan(const ConvShape& shape, int threads) {
     const int64_t cache = level2_cache_bytes(), panels = ceil_div(shape.k, kPanel);
-    const int64_t tiles = Transforms::tiles_of(shape);
-    const int64_t weights = weight_floats(shape) * int64_t(sizeof(float));
-    const bool weights_stay = weights <= cache / 2;
     const int64_t group = Layout(shape, kGroup, panels).floats() * int64_t(sizeof(float));
-    const int64_t room = weights_stay ? cache / 3 : std::min(kBlocksOfWeights * weights, kLargestBlock);
-    const int64_t best = std::max<int64_t>(1, room / group) * kGroup;
-    // Each thread a block, where that leaves enough tiles to share the weights.
-    const bool share_tiles = weights_stay || tiles / threads >= best / kBlocksOfWeights;
-    const int64_t blocks = std::max<int64_t>(
-        ceil_div(tiles, best), share_tiles ? std::min<int64_t>(threads, ceil_div(tiles, kGroup)) : 1);
-    ConvPlan plan = cut(tiles, ceil_div(tiles, blocks), panels, threads, share_tiles);
+    const int64_t most = std::max<int64_t>(1, cache / 3 / group) * kGroup,
+                  tiles = Transforms::tiles_of(shape);
+    // A row too many would make a second group of it: blocks are never larger.
+    ConvPlan plan = cut(tiles, ceil_div(tiles, ceil_div(tiles, most)), panels, threads,
+                        weight_floats(shape) * int64_t(sizeof(float)) <= cache / 2);
     plan.scratch_floats =
         chunks_of(shape) * kTileDepth + Layout(shape, plan.rows_per_block, plan.panels_per_block).floats();
     return plan;

@@ -56,7 +56,7 @@ _SPLIT_WEIGHT = 5
 _SPLIT_TRANSFORM = 1.3
 #: A weight in three bfloat16 parts takes so many times the bytes of one in float32.
 _SPLIT_BYTES = 1.5
-#: Bytes of split Winograd weights that stay in a core's second-level cache from one block of tiles to the next.
+#: Split Winograd weights of more bytes do not stay in a core's second-level cache, where the tiles need them.
 _SPLIT_WEIGHTS_STAY = 1 << 20
 
 
@@ -116,12 +116,9 @@ def fastest(problem: Problem, winograd: str = "auto", tiles: bool | None = None)
         cost[Algorithm(m)] = c * k * positions * max(winograd_tiles, _ROWS_TO_HIDE_A_WEIGHT) + transforms
         fresh = max(positions * max(winograd_tiles, _LEAST_ROWS) + _FRESH_TRANSFORM[m], 9 * _ROWS_TO_HIDE_A_WEIGHT)
         cost[Algorithm(m, "fresh")] = c * k * fresh + transforms
-        if on_tiles:
-            c32 = _round_up(problem.c, 32)
-            stay = 6 * positions * c32 * k <= _SPLIT_WEIGHTS_STAY
-            # Fetching other weights hardly overlaps with multiplying: tiles keep the caches busy themselves.
-            fetch = 0.0 if stay else 0.7 * _SPLIT_BYTES * _ROWS_TO_HIDE_A_WEIGHT
-            multiply_adds = _SPLIT_MULTIPLY_ADD * _round_up(winograd_tiles, 16) + fetch
+        c32 = _round_up(problem.c, 32)
+        if on_tiles and 6 * positions * c32 * k <= _SPLIT_WEIGHTS_STAY:
+            multiply_adds = _SPLIT_MULTIPLY_ADD * _round_up(winograd_tiles, 16)
             cost[Algorithm(m, "split")] = c32 * k * positions * multiply_adds + _SPLIT_TRANSFORM * transforms
     return min(cost, key=lambda algorithm: cost[algorithm])
 
