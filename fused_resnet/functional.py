@@ -88,7 +88,8 @@ def conv_bn_add_relu(
         cache_weights: the promise that weights change only by ordinary means between calls (an eval-mode
             module), so that folded or packed copies are kept for reuse under the checks of
             :mod:`fused_resnet.backends.packing`.
-        winograd: CPU algorithm for 3x3 stride-1 convolutions: ``"auto"``, ``"f2"`` or ``"off"``.
+        winograd: CPU algorithm in float32: ``"auto"``, the fastest; ``"f2"``, without Winograd F(4x4), so as accurate
+            as direct convolution; ``"off"``, float32 multiply-adds alone, so that an infinity stays one.
 
     Returns:
         ``y`` ``[N, K, P, Q]``, dtype ``torch.result_type(x, residual)``, in the memory format that eager's

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet import _extension
-from fused_resnet.backends.cpu import DIRECT, FRESH_SPLIT_DIRECT, SPLIT_DIRECT, Algorithm, has_tiles
+from fused_resnet.backends.cpu_rule import DIRECT, FRESH_SPLIT_DIRECT, SPLIT_DIRECT, Algorithm, has_tiles
 from fused_resnet.reference import ConvBN, Tail, reference
 from fused_resnet.testing import assert_bitexact, assert_within_bar, make_tail
 from fused_resnet.testing.problems import Problem
@@ -264,6 +267,19 @@ def test_an_outlier_leaks_into_its_tile_in_f4_only() -> None:
         assert leak(algorithm) == 0
     for algorithm in F4:
         assert 1e-4 < leak(algorithm) < 1e-1
+
+
+@pytest.mark.parametrize("isa", ["portable", "mmx"])
+def test_the_environment_names_the_instruction_set(isa: str) -> None:
+    code = "from fused_resnet import _extension; print(_extension.cpu().build_info()['cpu_isa'])"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"FUSED_RESNET_CPU_ISA": isa}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    if isa == "portable":
+        assert ran.stdout.strip() == isa, ran.stderr
+    else:
+        assert "FUSED_RESNET_CPU_ISA: expected amx, avx512, avx2 or portable, as this CPU has it, got mmx" in ran.stderr
 
 
 def test_relu6_and_none() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fused_resnet
 from fused_resnet import _extension, ops
 from fused_resnet.backends import training_winograd as winograd
-from fused_resnet.backends.cpu import Algorithm
+from fused_resnet.backends.cpu_rule import Algorithm
 from fused_resnet.backends.training_base import ConvGeometry, TrainingBackend
 from fused_resnet.backends.training_cpu import BACKEND
 from fused_resnet.testing import assert_bitexact, assert_within_bar

@@ -1,7 +1,10 @@
 #include "isa.h"
 
+#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+
+#include "../checks.h"
 
 #if defined(__x86_64__)
   #include <cpuid.h>
@@ -59,6 +62,13 @@ const Kernels* kernels_for(const char* isa) {
 
 const Kernels& kernels() {
   static const Kernels& best = [&]() -> const Kernels& {
+    const char* named = std::getenv("FUSED_RESNET_CPU_ISA");
+    if (named != nullptr && *named != '\0') {
+      const Kernels* found = kernels_for(named);
+      check(found != nullptr, "FUSED_RESNET_CPU_ISA", "amx, avx512, avx2 or portable, as this CPU has it",
+            named);
+      return *found;
+    }
     for (const char* isa : {"amx", "avx512", "avx2"}) {
       if (const Kernels* found = kernels_for(isa)) return *found;
     }

@@ -24,8 +24,9 @@ Kernels kernels_amx();  // those of AVX-512 and the ones on matrix tiles
 #endif
 extern const Kernels kKernelsPortable;
 
-// The kernels of the best instruction set, or of the named one; nullptr where this CPU does not have it.
+// The kernels of the named instruction set; nullptr where this CPU does not have it.
 const Kernels* kernels_for(const char* isa);
+// Those of the best one, or of the one that FUSED_RESNET_CPU_ISA names.
 const Kernels& kernels();
 
 inline const char* best_isa() {

@@ -4,7 +4,7 @@ Three ways, decided once per signature:
 
 ``fused``
     float32, one group, weights that may be kept (``cache_weights``): our kernels, direct or Winograd, scale, shift,
-    residual and activation applied on the way out of the registers, BN live. :func:`fastest` chooses among them.
+    residual and activation applied on the way out of the registers, BN live. :func:`.cpu_rule.fastest` chooses.
 ``pass``
     other float32 convolutions: eager's (oneDNN), then one pass of our own over its output with scale, shift, residual
     and activation. BN live.
@@ -17,11 +17,10 @@ Why the activation is never oneDNN's: its ReLU turns NaN into 0, and a model tha
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,106 +32,13 @@ from ..problem import Problem, Projection, dtype_name
 from ..reference import ConvBN, Tail, scale_shift
 from . import Backend, packing
 from .chain import NOTHING, Link
+from .cpu_rule import DIRECT, Algorithm, fastest, stem, winograd_choice
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ACTIVATION_CODES = {"none": 0, "relu": 1, "relu6": 2}  # enum Activation in csrc/cpu/activation.h
 
-#: A weight arrives from memory in the time of so many multiply-adds with it (13 GB/s against 230 GFLOP/s; the ratio is
-#: alike on other CPUs): a GEMM with fewer rows waits for its weights. In a network they never come from a cache.
-_ROWS_TO_HIDE_A_WEIGHT = 36
-#: A GEMM with fewer rows than this takes as long as one with so many: its multiply-adds wait for one another.
-_LEAST_ROWS = 7
-#: Transforming one input (output) tile costs as much as multiplying its positions for so many output (input) channels.
-TRANSFORM_CHANNELS = 10
 #: Below this, gathering the inputs of our direct kernel costs too much: oneDNN has kernels of its own for that.
 _LEAST_CHANNELS = 16
-#: Transforming one 3 x 3 filter in the call costs as much as so many multiply-adds.
-_FRESH_TRANSFORM = {2: 65, 4: 110}
-#: A multiply-add of float32 on matrix tiles costs so much of one in the vector unit: 350 to 400 GFLOP/s against 165.
-_SPLIT_MULTIPLY_ADD = 0.45
-#: Splitting a weight in the call costs as much as so many multiply-adds.
-_SPLIT_WEIGHT = 5
-#: Splitting its result makes an input tile's transform so many times as dear, the output's included.
-_SPLIT_TRANSFORM = 1.3
-#: A weight in three bfloat16 parts takes so many times the bytes of one in float32.
-_SPLIT_BYTES = 1.5
-#: Split Winograd weights of more bytes do not stay in a core's second-level cache, where the tiles need them.
-_SPLIT_WEIGHTS_STAY = 1 << 20
-
-
-class Algorithm(NamedTuple):
-    """One of our convolution kernels: Winograd F(m x m, 3 x 3), or direct convolution where m is 0.
-
-    ``weights`` is what is kept of them: ``whole``, the values that are multiplied; ``fresh``, the weights as they are,
-    transformed in each call, 9 values to read for 36 (F4) or 16 (F2); ``split``, the values in three bfloat16 parts for
-    the processor's matrix tiles (AMX), which multiply as accurately as float32 does (csrc/cpu/split.h);
-    ``fresh split``, the weights as they are, split in each call; ``split rows``, as ``split`` in the order in which the
-    kernel with a max pool reads them.
-    """
-
-    m: int
-    weights: str = "whole"
-
-
-DIRECT = Algorithm(0)
-SPLIT_DIRECT = Algorithm(0, "split")
-FRESH_SPLIT_DIRECT = Algorithm(0, "fresh split")
-SPLIT_ROWS = Algorithm(0, "split rows")
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def fastest(problem: Problem, winograd: str = "auto", tiles: bool | None = None) -> Algorithm:
-    """The kernel that is expected to be fastest for a convolution of one group.
-
-    The rule counts multiply-adds per pair of input and output channel. Direct convolution makes R S for each of the
-    N P Q outputs, and less than half as dear on matrix tiles; F(m), for 3 x 3 filters with stride and dilation 1, makes
-    (m + 2)^2 for each tile plus its transforms; each costs at least what it takes to fetch its weights: 9, 36 (F4) or
-    16 (F2) for each pair, or 9 and their transform. So F(4x4) wins on large images, with fresh weights where there are
-    few tiles to share them, F(2x2) on 7x7 at batch 1, direct convolution where there is next to nothing (1x1 to 4x4
-    pixels) or few channels. ``tiles``: whether there are matrix tiles (None: whether this CPU has them).
-    """
-    if winograd == "off":
-        return DIRECT
-    c, k = _round_up(problem.c, 16), _round_up(problem.k, 32)  # the kernel's granularity
-    taps, outputs = problem.r * problem.s, problem.n * problem.p * problem.q
-    cost = {DIRECT: float(taps * problem.c * problem.k * max(outputs, _ROWS_TO_HIDE_A_WEIGHT))}
-    if has_tiles() if tiles is None else tiles:
-        pairs, rows = taps * _round_up(problem.c, 32) * k, _round_up(outputs, 32)
-        for algorithm, work, fetched in (
-            (SPLIT_DIRECT, _SPLIT_MULTIPLY_ADD * rows, _SPLIT_BYTES),
-            (FRESH_SPLIT_DIRECT, _SPLIT_MULTIPLY_ADD * rows + _SPLIT_WEIGHT, 1),
-        ):
-            cost[algorithm] = pairs * max(work, fetched * _ROWS_TO_HIDE_A_WEIGHT)
-    on_tiles = SPLIT_DIRECT in cost
-    sizes: tuple[int, ...] = (2,) if winograd == "f2" else (2, 4)
-    if (problem.r, problem.s, problem.stride, problem.dilation) != (3, 3, (1, 1), (1, 1)):
-        sizes = ()
-    for m in sizes:
-        positions, winograd_tiles = (m + 2) ** 2, problem.n * -(-problem.p // m) * -(-problem.q // m)
-        transforms = positions * winograd_tiles * TRANSFORM_CHANNELS * (c + k)
-        cost[Algorithm(m)] = c * k * positions * max(winograd_tiles, _ROWS_TO_HIDE_A_WEIGHT) + transforms
-        fresh = max(positions * max(winograd_tiles, _LEAST_ROWS) + _FRESH_TRANSFORM[m], 9 * _ROWS_TO_HIDE_A_WEIGHT)
-        cost[Algorithm(m, "fresh")] = c * k * fresh + transforms
-        c32 = _round_up(problem.c, 32)
-        if on_tiles and 6 * positions * c32 * k <= _SPLIT_WEIGHTS_STAY:
-            multiply_adds = _SPLIT_MULTIPLY_ADD * _round_up(winograd_tiles, 16)
-            cost[Algorithm(m, "split")] = c32 * k * positions * multiply_adds + _SPLIT_TRANSFORM * transforms
-    return min(cost, key=lambda algorithm: cost[algorithm])
-
-
-@lru_cache(maxsize=1)
-def has_tiles() -> bool:
-    """Whether the extension multiplies on this processor's matrix tiles (AMX)."""
-    extension = _extension.cpu()
-    return extension is not None and extension.build_info()["cpu_isa"] == "amx"
-
-
-def winograd_choice(winograd: str) -> str:
-    """``winograd``, or what ``FUSED_RESNET_WINOGRAD`` says where it is ``"auto"``."""
-    return winograd if winograd != "auto" else os.environ.get("FUSED_RESNET_WINOGRAD", "auto")
 
 
 def _onednn_has(dtype: torch.dtype) -> bool:
@@ -183,7 +89,7 @@ class CpuBackend(Backend):
             return otherwise
         choice = winograd_choice(tail.winograd)
         if problem.c < _LEAST_CHANNELS:
-            return partial(_run_few_channels, memory_format, _stem(problem, choice), otherwise)
+            return partial(_run_few_channels, memory_format, stem(problem, choice), otherwise)
         algorithm, projection = fastest(problem, choice), DIRECT
         if problem.projection is not None:
             projection = fastest(_projection(problem, problem.projection), choice)
@@ -220,12 +126,6 @@ def _run_fused(
         residual = residual.to(torch.float32).contiguous(memory_format=torch.channels_last)
     y = _fused_conv(algorithm, tail.x, tail.conv, tail.stride, tail.padding, tail.dilation, residual, tail.activation)
     return y if memory_format is torch.channels_last else y.contiguous()
-
-
-def _stem(problem: Problem, winograd: str) -> Algorithm:
-    """The kernel for a convolution of few channels with its max pool (``can_run`` in csrc/cpu/split_rows.h)."""
-    on_tiles = problem.dilation == (1, 1) and problem.stride[0] <= problem.r and problem.r * problem.s * problem.c >= 32
-    return SPLIT_ROWS if on_tiles and winograd != "off" and has_tiles() else DIRECT
 
 
 def _run_few_channels(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import _extension
 from ..layout import output_memory_format
-from .cpu import DIRECT, TRANSFORM_CHANNELS, Algorithm, winograd_choice
+from .cpu_rule import DIRECT, TRANSFORM_CHANNELS, Algorithm, winograd_choice
 from .training_base import ConvGeometry
 
 _NO_BN = (None, None, None, None, 0.0)

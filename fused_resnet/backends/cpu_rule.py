@@ -1,0 +1,111 @@
+"""Which of our CPU convolution kernels is expected to be fastest: a rule that needs no tuning, and its reasons."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from typing import NamedTuple
+
+from .. import _extension
+from ..problem import Problem
+
+#: A weight arrives from memory in the time of so many multiply-adds with it (13 GB/s against 230 GFLOP/s; the ratio is
+#: alike on other CPUs): a GEMM with fewer rows waits for its weights. In a network they never come from a cache.
+_ROWS_TO_HIDE_A_WEIGHT = 36
+#: A GEMM with fewer rows than this takes as long as one with so many: its multiply-adds wait for one another.
+_LEAST_ROWS = 7
+#: Transforming one input (output) tile costs as much as multiplying its positions for so many output (input) channels.
+TRANSFORM_CHANNELS = 10
+#: Transforming one 3 x 3 filter in the call costs as much as so many multiply-adds.
+_FRESH_TRANSFORM = {2: 65, 4: 110}
+#: A multiply-add of float32 on matrix tiles costs so much of one in the vector unit: 350 to 400 GFLOP/s against 165.
+_SPLIT_MULTIPLY_ADD = 0.45
+#: Splitting a weight in the call costs as much as so many multiply-adds.
+_SPLIT_WEIGHT = 5
+#: Splitting its result makes an input tile's transform so many times as dear, the output's included.
+_SPLIT_TRANSFORM = 1.3
+#: A weight in three bfloat16 parts takes so many times the bytes of one in float32.
+_SPLIT_BYTES = 1.5
+#: Split Winograd weights of more bytes do not stay in a core's second-level cache, where the tiles need them.
+_SPLIT_WEIGHTS_STAY = 1 << 20
+
+
+class Algorithm(NamedTuple):
+    """One of our convolution kernels: Winograd F(m x m, 3 x 3), or direct convolution where m is 0.
+
+    ``weights`` is what is kept of them: ``whole``, the values that are multiplied; ``fresh``, the weights as they are,
+    transformed in each call, 9 values to read for 36 (F4) or 16 (F2); ``split``, the values in three bfloat16 parts for
+    the processor's matrix tiles (AMX), which multiply as accurately as float32 does (csrc/cpu/split.h);
+    ``fresh split``, the weights as they are, split in each call; ``split rows``, as ``split`` in the order in which the
+    kernel with a max pool reads them.
+    """
+
+    m: int
+    weights: str = "whole"
+
+
+DIRECT = Algorithm(0)
+SPLIT_DIRECT = Algorithm(0, "split")
+FRESH_SPLIT_DIRECT = Algorithm(0, "fresh split")
+SPLIT_ROWS = Algorithm(0, "split rows")
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def fastest(problem: Problem, winograd: str = "auto", tiles: bool | None = None) -> Algorithm:
+    """The kernel that is expected to be fastest for a convolution of one group.
+
+    The rule counts multiply-adds per pair of input and output channel. Direct convolution makes R S for each of the
+    N P Q outputs, and less than half as dear on matrix tiles; F(m), for 3 x 3 filters with stride and dilation 1, makes
+    (m + 2)^2 for each tile plus its transforms; each costs at least what it takes to fetch its weights: 9, 36 (F4) or
+    16 (F2) for each pair, or 9 and their transform. So F(4x4) wins on large images, with fresh weights where there are
+    few tiles to share them, F(2x2) on 7x7 at batch 1, direct convolution where there is next to nothing (1x1 to 4x4
+    pixels) or few channels. ``tiles``: whether there are matrix tiles (None: whether this CPU has them).
+    """
+    if winograd == "off":
+        return DIRECT
+    c, k = _round_up(problem.c, 16), _round_up(problem.k, 32)  # the kernel's granularity
+    taps, outputs = problem.r * problem.s, problem.n * problem.p * problem.q
+    cost = {DIRECT: float(taps * problem.c * problem.k * max(outputs, _ROWS_TO_HIDE_A_WEIGHT))}
+    if has_tiles() if tiles is None else tiles:
+        pairs, rows = taps * _round_up(problem.c, 32) * k, _round_up(outputs, 32)
+        for algorithm, work, fetched in (
+            (SPLIT_DIRECT, _SPLIT_MULTIPLY_ADD * rows, _SPLIT_BYTES),
+            (FRESH_SPLIT_DIRECT, _SPLIT_MULTIPLY_ADD * rows + _SPLIT_WEIGHT, 1),
+        ):
+            cost[algorithm] = pairs * max(work, fetched * _ROWS_TO_HIDE_A_WEIGHT)
+    on_tiles = SPLIT_DIRECT in cost
+    sizes: tuple[int, ...] = (2,) if winograd == "f2" else (2, 4)
+    if (problem.r, problem.s, problem.stride, problem.dilation) != (3, 3, (1, 1), (1, 1)):
+        sizes = ()
+    for m in sizes:
+        positions, winograd_tiles = (m + 2) ** 2, problem.n * -(-problem.p // m) * -(-problem.q // m)
+        transforms = positions * winograd_tiles * TRANSFORM_CHANNELS * (c + k)
+        cost[Algorithm(m)] = c * k * positions * max(winograd_tiles, _ROWS_TO_HIDE_A_WEIGHT) + transforms
+        fresh = max(positions * max(winograd_tiles, _LEAST_ROWS) + _FRESH_TRANSFORM[m], 9 * _ROWS_TO_HIDE_A_WEIGHT)
+        cost[Algorithm(m, "fresh")] = c * k * fresh + transforms
+        c32 = _round_up(problem.c, 32)
+        if on_tiles and 6 * positions * c32 * k <= _SPLIT_WEIGHTS_STAY:
+            multiply_adds = _SPLIT_MULTIPLY_ADD * _round_up(winograd_tiles, 16)
+            cost[Algorithm(m, "split")] = c32 * k * positions * multiply_adds + _SPLIT_TRANSFORM * transforms
+    return min(cost, key=lambda algorithm: cost[algorithm])
+
+
+@lru_cache(maxsize=1)
+def has_tiles() -> bool:
+    """Whether the extension multiplies on this processor's matrix tiles (AMX)."""
+    extension = _extension.cpu()
+    return extension is not None and extension.build_info()["cpu_isa"] == "amx"
+
+
+def stem(problem: Problem, winograd: str) -> Algorithm:
+    """The kernel for a convolution of few channels with its max pool (``can_run`` in csrc/cpu/split_rows.h)."""
+    on_tiles = problem.dilation == (1, 1) and problem.stride[0] <= problem.r and problem.r * problem.s * problem.c >= 32
+    return SPLIT_ROWS if on_tiles and winograd != "off" and has_tiles() else DIRECT
+
+
+def winograd_choice(winograd: str) -> str:
+    """``winograd``, or what ``FUSED_RESNET_WINOGRAD`` says where it is ``"auto"``."""
+    return winograd if winograd != "auto" else os.environ.get("FUSED_RESNET_WINOGRAD", "auto")
