@@ -6,10 +6,14 @@ import dataclasses
 
 import pytest
 import torch
+from torch import Tensor
 
-from fused_resnet.testing import RESNET_TAILS, RealTail, in_dtype
+from fused_resnet.contenders import EAGER_CHANNELS_LAST, FUSED, channels_last_inputs
+from fused_resnet.testing import RESNET_TAILS, RealTail, in_dtype, make_tail
+from fused_resnet.timing import Contender
 
-from .baselines import reference_of, tail_contenders, tail_inputs
+from . import onednn
+from .baselines import ONEDNN, reference_of, tail_contenders, tail_inputs
 from .conftest import Record, Work
 
 IDS = [f"{tail.network}-{tail.stage}" for tail in RESNET_TAILS]
@@ -42,6 +46,48 @@ def run(
 def test_cpu_tail(record: Record, tail: RealTail, batch: int, num_threads: int, request: pytest.FixtureRequest) -> None:
     compiled = bool(request.config.getoption("--full"))  # two compilations for each tail
     run(record, tail, batch, torch.device("cpu"), torch.float32, num_threads, compiled)
+
+
+#: The 3x3 stride-1 tails of ResNet-18, one of each stage.
+LOOP_TAILS = [tail for tail in RESNET_TAILS if tail.network == "resnet18" and tail.stage[-1] != "0"]
+
+
+@pytest.mark.benchmark(group="tails in a loop, CPU, float32")
+@pytest.mark.parametrize("batch", [1, 8], ids=["b1", "b8"])
+@pytest.mark.parametrize("tail", LOOP_TAILS, ids=[tail.stage for tail in LOOP_TAILS])
+def test_cpu_loop(record: Record, tail: RealTail, batch: int, num_threads: int) -> None:
+    """In turn on the same tensors: how fast the kernels are, rather than how fast memory is.
+
+    oneDNN in two forms: adding in place, on a copy of the residual, and with an output of its own like ours.
+    """
+    problem = dataclasses.replace(tail.problem, n=batch)
+    cpu = torch.device("cpu")
+    activations = channels_last_inputs(*tail_inputs(problem, cpu)(0))
+
+    def in_place(x: Tensor, *added: Tensor) -> tuple[Tensor, ...]:
+        return (x, *channels_last_inputs(*added))
+
+    def same(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return inputs
+
+    sides = {side.name: side for side in tail_contenders(problem, cpu, False)}
+    record(
+        [
+            dataclasses.replace(sides[EAGER_CHANNELS_LAST], inputs=same),
+            dataclasses.replace(sides[ONEDNN], inputs=in_place),
+            Contender(f"{ONEDNN}, residual kept", lambda: onednn.tail(make_tail(problem), keep=True), same),
+            dataclasses.replace(sides[FUSED], inputs=same),
+        ],
+        lambda round_number: activations,
+        title={"kind": "loop", "network": tail.network, "stage": tail.stage, "batch": batch, "problem": str(problem)},
+        work=Work(problem.flops, problem.compulsory_bytes),
+        images=batch,
+        device=cpu,
+        dtype=torch.float32,
+        num_threads=num_threads,
+        expected=reference_of(problem, cpu),
+        pause=0.0,
+    )
 
 
 @pytest.mark.full

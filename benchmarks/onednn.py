@@ -37,16 +37,26 @@ class PackedConv:
         attribute = "relu" if relu else "none"
         return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.arguments, attribute, [], "")
 
-    def add(self, x: Tensor, residual: Tensor, relu: bool) -> Tensor:
-        """Convolution, plus ``residual``, ReLU: the sum is a post-op that writes over a copy the caller gives up."""
+    def add(self, x: Tensor, residual: Tensor, relu: bool, keep: bool = False) -> Tensor:
+        """Convolution, plus ``residual``, ReLU: the sum is a post-op that writes over a copy the caller gives up.
+
+        With ``keep`` the residual stays as it is, as a caller of ours may expect, and the output has memory of its own.
+        """
         attribute = "relu" if relu else None
+        if keep:
+            return torch.ops.mkldnn._convolution_pointwise.binary(
+                x, residual, self.weight, self.bias, *self.arguments, "add", 1.0, attribute, [], None
+            )
         return torch.ops.mkldnn._convolution_pointwise_.binary(
             residual, x, self.weight, self.bias, *self.arguments, "add", 1.0, attribute, [], None
         )
 
 
-def tail(t: Tail) -> Callable[..., Tensor]:
-    """The tail of ``t``; the residual is overwritten, as a compiler does with a value that nobody reads again."""
+def tail(t: Tail, keep: bool = False) -> Callable[..., Tensor]:
+    """The tail of ``t``; the residual is overwritten, as a compiler does with a value that nobody reads again.
+
+    With ``keep`` it is not.
+    """
     relu = t.activation == "relu"
     conv = PackedConv(t.conv, t.stride, t.padding, t.dilation, t.groups, list(t.x.shape))
     if t.proj is not None and t.proj_x is not None:
@@ -54,7 +64,7 @@ def tail(t: Tail) -> Callable[..., Tensor]:
         return lambda x, proj_x: conv.add(x, proj(proj_x, relu=False), relu)
     if t.residual is None:
         return lambda x: conv(x, relu)
-    return lambda x, residual: conv.add(x, residual, relu)
+    return lambda x, residual: conv.add(x, residual, relu, keep)
 
 
 def _packed(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> PackedConv:
