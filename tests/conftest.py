@@ -1,10 +1,12 @@
-"""What every test shares: which process runs which marker."""
+"""What every test shares: which process runs which marker, and fixtures of several files."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -43,3 +45,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs PTXI_HOME, the folder of the PTX interpreter"))
         if no_gpu and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For images of a few pixels: waking a second thread takes longer than all the rest."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def chained(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Counts the calls that are made in one piece."""
+    from chain_helpers import Counter
+
+    return Counter(monkeypatch)

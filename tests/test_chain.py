@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,21 +19,10 @@ from fused_resnet import _extension, refresh
 from fused_resnet.backends import packing
 from fused_resnet.surgery.plan import ATTRIBUTE
 
-pytestmark = pytest.mark.skipif(_extension.cpu() is None, reason=str(_extension.why_not_cpu()))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Images of a few pixels: waking a second thread takes longer than all the rest."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def chained(monkeypatch: pytest.MonkeyPatch) -> Counter:
-    return Counter(monkeypatch)
+pytestmark = [
+    pytest.mark.skipif(_extension.cpu() is None, reason=str(_extension.why_not_cpu())),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])

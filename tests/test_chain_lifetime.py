@@ -7,7 +7,6 @@ import gc
 import pickle
 import threading
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,21 +20,10 @@ from fused_resnet.ops import direct
 from fused_resnet.surgery.chain import Chains
 from fused_resnet.surgery.plan import ATTRIBUTE
 
-pytestmark = pytest.mark.skipif(_extension.cpu() is None, reason=str(_extension.why_not_cpu()))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Images of a few pixels: waking a second thread takes longer than all the rest."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def chained(monkeypatch: pytest.MonkeyPatch) -> Counter:
-    return Counter(monkeypatch)
+pytestmark = [
+    pytest.mark.skipif(_extension.cpu() is None, reason=str(_extension.why_not_cpu())),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def test_inference_mode_and_no_grad_take_turns(chained: Counter) -> None:

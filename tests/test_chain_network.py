@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,10 @@ from fused_resnet.backends.chain import Chain
 from fused_resnet.surgery.chain import Chains
 from fused_resnet.surgery.plan import ATTRIBUTE
 
-pytestmark = pytest.mark.skipif(_extension.cpu() is None, reason=str(_extension.why_not_cpu()))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Images of a few pixels: waking a second thread takes longer than all the rest."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def chained(monkeypatch: pytest.MonkeyPatch) -> Counter:
-    return Counter(monkeypatch)
+pytestmark = [
+    pytest.mark.skipif(_extension.cpu() is None, reason=str(_extension.why_not_cpu())),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 class Network(nn.Module):

@@ -269,6 +269,18 @@ def test_an_outlier_leaks_into_its_tile_in_f4_only() -> None:
         assert 1e-4 < leak(algorithm) < 1e-1
 
 
+@pytest.mark.skipif(not has_tiles(), reason="this processor has no matrix tiles")
+def test_onednn_finds_the_matrix_tiles_as_it_left_them() -> None:
+    """oneDNN computes bfloat16 on the same tiles, and in the same threads."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=g).bfloat16() for shape in ((2, 64, 14, 14), (64, 64, 3, 3)))
+    tail = make_tail(problem("n=2,h=14,w=14,c=64,k=64,padding=1,residual=1"), "random")
+    bfloat16, ours = torch.conv2d(x, weight, padding=1), run(tail, SPLIT_DIRECT)
+    for _ in range(3):
+        assert torch.equal(torch.conv2d(x, weight, padding=1), bfloat16)
+        assert torch.equal(run(tail, SPLIT_DIRECT), ours)
+
+
 @pytest.mark.parametrize("isa", ["portable", "mmx"])
 def test_the_environment_names_the_instruction_set(isa: str) -> None:
     code = "from fused_resnet import _extension; print(_extension.cpu().build_info()['cpu_isa'])"
