@@ -155,6 +155,7 @@ ON_A_GPU = (
     "the same fuse() call runs each residual tail as one CUDA or Triton kernel in fp16, bf16 or tf32 (sm_80 or "
     "newer): convolution, BN, residual and ReLU without a trip through memory in between, 2 launches for a "
     "BasicBlock and 3 for a Bottleneck, their projections included. There the gain is memory traffic and launches; "
-    "here, on the CPU, it is fewer multiplications (Winograd), matrix tiles where there are any (AMX) and the same saved "
-    "traffic. `fused-resnet bench MODEL --device cuda --dtype float16` measures it; no figure for a GPU is claimed before that has been run."
+    "here, on the CPU, it is fewer multiplications (Winograd), matrix tiles where there are any (AMX) and the same "
+    "saved traffic. `fused-resnet bench MODEL --device cuda --dtype float16` measures it; no figure for a GPU is "
+    "claimed before that has been run."
 )
