@@ -35,7 +35,7 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   m.def(
       "unchanged(Tensor snapshot, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
       "Tensor? running_mean, Tensor? running_var) -> bool");
-  // cpu/samples.cpp, cpu/chain.cpp: the convolutions of a block; None where a weight is not what it was
+  // cpu/samples.cpp, cpu/chain.cpp: the convolutions of a network; None where a weight is not what it was
   m.def("samples(Tensor weight) -> Tensor");
   m.def("conv_chain(Tensor x, Tensor[] tensors, Tensor program) -> Tensor?");
   // cpu/training.cpp: the four passes of a training tail; outputs come allocated

@@ -1,7 +1,7 @@
 // The fused convolution as the rest of the extension sees it: plain structs and raw pointers, no Torch
 // header. float32, NHWC, one group. These kernels share this interface: direct (any filter, stride and
-// dilation), and Winograd F(2x2, 3x3) and F(4x4, 3x3) (3 x 3, stride 1, dilation 1) with weights transformed
-// once or in each call.
+// dilation), and Winograd F(2x2, 3x3) and F(4x4, 3x3) (3 x 3, stride 1, dilation 1), with weights as
+// kernel_choice.h lists them.
 #pragma once
 
 #include <cstdint>

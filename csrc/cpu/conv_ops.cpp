@@ -36,8 +36,7 @@ Tensor conv_pack(const Tensor& weight, int64_t m, const std::string& isa, const 
   };
   const WeightKind kind = weight_kind(weights);
   if (kind == WeightKind::kSplitRows) {
-    shape.stride_h = shape.stride_w = shape.dilation_h = shape.dilation_w =
-        1;  // packing does not depend on them
+    shape.dilation_h = shape.dilation_w = 1;  // of the filter alone; the order does not depend on the rest
     return pack(pooled_kernel(kind, isa, shape));
   }
   return pack(conv_kernel(m, kind, isa, shape));

@@ -29,6 +29,13 @@ struct OutputBounds {
   explicit OutputBounds(Activation activation)
       : lower(activation == Activation::kNone ? -__builtin_inff() : 0.0f),
         upper(activation == Activation::kRelu6 ? 6.0f : __builtin_inff()) {}
+  // Never -0 where there is an activation.
+  template <int kLanes>
+  FR_INLINE Vec<kLanes> apply(Vec<kLanes> value) const {
+    const Vec<kLanes> low = Vec<kLanes>{} + lower, high = Vec<kLanes>{} + upper;
+    value = value <= low ? low : value;
+    return value > high ? high : value;
+  }
 };
 
 // Scale, shift, residual, activation and store for kRows consecutive pixels and the panel that begins with
@@ -39,7 +46,6 @@ FR_INLINE void finish_products(const Vec<Block::kLanes> (&sum)[kRows][Block::kCo
                                const float* residual, float* y) {
   constexpr int kLanes = Block::kLanes;
   const int64_t k_count = problem.shape.k;
-  const Vec<kLanes> lower = Vec<kLanes>{} + bounds.lower, upper = Vec<kLanes>{} + bounds.upper;
   unroll<Block::kCols>([&](auto j) FR_LAMBDA {
     const int64_t offset = j * kLanes, count = k_count - k - offset;
     if (count <= 0) return;
@@ -51,8 +57,7 @@ FR_INLINE void finish_products(const Vec<Block::kLanes> (&sum)[kRows][Block::kCo
       if (residual) {
         value += count >= kLanes ? load<kLanes>(residual + at) : load_partial<kLanes>(residual + at, count);
       }
-      value = value <= lower ? lower : value;
-      value = value > upper ? upper : value;
+      value = bounds.apply<kLanes>(value);
       if (count >= kLanes) {
         store<kLanes>(y + at, value);
       } else {

@@ -12,10 +12,10 @@ struct Kernels {
   const char* vectors;  // the same but for "amx", whose vector code is that of "avx512"
   ConvKernel direct, winograd2, winograd4, fresh_winograd2, fresh_winograd4;
   PooledKernel pooled;
-  // Matrix tiles: absent (nullptr) in "avx512" and "avx2".
-  ConvKernel split_direct, fresh_split_direct, split_winograd2, split_winograd4;
-  PooledKernel split_pooled;
   EpilogueKernel epilogue;
+  // Matrix tiles: absent (nullptr) in "avx512" and "avx2".
+  ConvKernel split_direct = {}, fresh_split_direct = {}, split_winograd2 = {}, split_winograd4 = {};
+  PooledKernel split_pooled = {};
 };
 
 #if defined(__x86_64__)

@@ -31,11 +31,6 @@ const Kernels kKernelsAvx2 = {"avx2",
                               FreshWinogradImpl<Avx2, Winograd<2>>::kernel(),
                               FreshWinogradImpl<Avx2, Winograd<4>>::kernel(),
                               PooledImpl<Avx2>::kernel(),
-                              ConvKernel{},
-                              ConvKernel{},
-                              ConvKernel{},
-                              ConvKernel{},
-                              PooledKernel{},
                               EpilogueImpl<Avx2::kLanes>::kernel()};
 }  // namespace fused_resnet::cpu
   #if defined(__clang__)

@@ -32,11 +32,6 @@ const Kernels kKernelsAvx512 = {"avx512",
                                 FreshWinogradImpl<Avx512, Winograd<2>>::kernel(),
                                 FreshWinogradImpl<Avx512, Winograd<4>>::kernel(),
                                 PooledImpl<Avx512>::kernel(),
-                                ConvKernel{},
-                                ConvKernel{},
-                                ConvKernel{},
-                                ConvKernel{},
-                                PooledKernel{},
                                 EpilogueImpl<Avx512::kLanes>::kernel()};
 }  // namespace fused_resnet::cpu
   #if defined(__clang__)

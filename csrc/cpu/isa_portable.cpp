@@ -19,10 +19,10 @@ const Kernels kKernelsPortable = {"portable",
                                   FreshWinogradImpl<Portable, Winograd<2>>::kernel(),
                                   FreshWinogradImpl<Portable, Winograd<4>>::kernel(),
                                   PooledImpl<Portable>::kernel(),
+                                  EpilogueImpl<Portable::kLanes>::kernel(),
                                   SplitImpl<PlainTiles, 4, false>::kernel(),
                                   SplitImpl<PlainTiles, 4, true>::kernel(),
                                   SplitWinogradImpl<PlainTiles, 4, Winograd<2>>::kernel(),
                                   SplitWinogradImpl<PlainTiles, 4, Winograd<4>>::kernel(),
-                                  PooledRows<SplitRows<PlainTiles, 4>>::kernel(),
-                                  EpilogueImpl<Portable::kLanes>::kernel()};
+                                  PooledRows<SplitRows<PlainTiles, 4>>::kernel()};
 }  // namespace fused_resnet::cpu

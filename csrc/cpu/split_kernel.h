@@ -67,13 +67,11 @@ struct SplitImpl {
     }
     template <bool kWhole>
     FR_INLINE void finish_vector(const float* sum, int64_t at, int64_t k, int64_t count) const {
-      const V lower = V{} + bounds.lower, upper = V{} + bounds.upper;
       V value = load<kLanes>(sum) * load<kLanes>(problem->scale + k) + load<kLanes>(problem->shift + k);
       if (const float* residual = problem->residual) {
         value += kWhole ? load<kLanes>(residual + at) : load_partial<kLanes>(residual + at, count);
       }
-      value = value < lower ? lower : value;
-      value = value > upper ? upper : value;
+      value = bounds.apply<kLanes>(value);
       if constexpr (kWhole) {
         store<kLanes>(problem->y + at, value);
       } else {

@@ -235,7 +235,7 @@ struct SplitRows {
     const float* sums;  // [pixels][width]
     int64_t width, pixels, count, k;
     const float *scale, *shift;
-    float lower, upper;
+    OutputBounds bounds{Activation::kNone};
     float* y;
 
     FR_INLINE void finish(int64_t begin, int64_t end) const {
@@ -253,8 +253,8 @@ struct SplitRows {
         const float* from = sums + row * width;
         float* to = y + row * k;
         for (int64_t j = 0; j < count; j += kLanes) {
-          const V value =
-              activate(load<kLanes>(from + j) * load<kLanes>(scale + j) + load<kLanes>(shift + j));
+          const V value = bounds.apply<kLanes>(load<kLanes>(from + j) * load<kLanes>(scale + j) +
+                                               load<kLanes>(shift + j));
           if (kWhole || count - j >= kLanes) {
             store<kLanes>(to + j, value);
           } else {
@@ -262,11 +262,6 @@ struct SplitRows {
           }
         }
       }
-    }
-    FR_INLINE V activate(V value) const {
-      const V low = V{} + lower, high = V{} + upper;
-      value = value <= low ? low : value;
-      return value > high ? high : value;
     }
   };
 
@@ -330,8 +325,7 @@ struct SplitRows {
                shape_.k,
                problem_.scale + k,
                problem_.shift + k,
-               bounds_.lower,
-               bounds_.upper,
+               bounds_,
                y + q * shape_.k + k};
   }
 

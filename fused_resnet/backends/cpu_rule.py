@@ -66,17 +66,18 @@ def fastest(problem: Problem, winograd: str = "auto", tiles: bool | None = None)
     """
     if winograd == "off":
         return DIRECT
+    if tiles is None:
+        tiles = has_tiles()
     c, k = _round_up(problem.c, 16), _round_up(problem.k, 32)  # the kernel's granularity
     taps, outputs = problem.r * problem.s, problem.n * problem.p * problem.q
     cost = {DIRECT: float(taps * problem.c * problem.k * max(outputs, _ROWS_TO_HIDE_A_WEIGHT))}
-    if has_tiles() if tiles is None else tiles:
+    if tiles:
         pairs, rows = taps * _round_up(problem.c, 32) * k, _round_up(outputs, 32)
         for algorithm, work, fetched in (
             (SPLIT_DIRECT, _SPLIT_MULTIPLY_ADD * rows, _SPLIT_BYTES),
             (FRESH_SPLIT_DIRECT, _SPLIT_MULTIPLY_ADD * rows + _SPLIT_WEIGHT, 1),
         ):
             cost[algorithm] = pairs * max(work, fetched * _ROWS_TO_HIDE_A_WEIGHT)
-    on_tiles = SPLIT_DIRECT in cost
     sizes: tuple[int, ...] = (2,) if winograd == "f2" else (2, 4)
     if (problem.r, problem.s, problem.stride, problem.dilation) != (3, 3, (1, 1), (1, 1)):
         sizes = ()
@@ -87,7 +88,7 @@ def fastest(problem: Problem, winograd: str = "auto", tiles: bool | None = None)
         fresh = max(positions * max(winograd_tiles, _LEAST_ROWS) + _FRESH_TRANSFORM[m], 9 * _ROWS_TO_HIDE_A_WEIGHT)
         cost[Algorithm(m, "fresh")] = c * k * fresh + transforms
         c32 = _round_up(problem.c, 32)
-        if on_tiles and 6 * positions * c32 * k <= _SPLIT_WEIGHTS_STAY:
+        if tiles and 6 * positions * c32 * k <= _SPLIT_WEIGHTS_STAY:
             multiply_adds = _SPLIT_MULTIPLY_ADD * _round_up(winograd_tiles, 16)
             cost[Algorithm(m, "split")] = c32 * k * positions * multiply_adds + _SPLIT_TRANSFORM * transforms
     return min(cost, key=lambda algorithm: cost[algorithm])
