@@ -94,7 +94,10 @@ DIRECT_PROBLEMS = [
     "n=1,h=13,w=11,c=16,k=24,stride=2:1,padding=2:1,dilation=1:2,residual=1",
     "n=1,h=9,w=10,c=48,k=24,r=3,s=1,padding=1:0,residual=1",
     "n=1,h=9,w=10,c=12,k=20,r=5,s=2,stride=3,padding=4,residual=1",
+    # 33 to 64 positions, which fresh split weights pass once: many steps, one step, a last panel of few channels
     "n=1,h=7,w=7,c=600,k=40,r=1,residual=1",
+    "n=1,h=6,w=8,c=8,k=20,r=1,residual=1",
+    "n=1,h=5,w=9,c=40,k=81,r=3,padding=1,activation=relu6",
 ]
 
 
@@ -110,6 +113,15 @@ def test_f2_is_bit_exact_on_integers(text: str, algorithm: Algorithm, isa: str) 
 def test_direct_is_bit_exact_on_integers(text: str, algorithm: Algorithm, isa: str) -> None:
     tail = make_tail(problem(text), "integers")
     assert_bitexact(run(tail, algorithm, isa), reference(tail.to(torch.float64)), text)
+
+
+def test_large_weights_lie_in_pages_of_their_own() -> None:
+    huge_page = 2 << 20
+    packed = OPS.conv_pack(torch.randn(256, 256, 3, 3), 0, "")
+    assert packed.data_ptr() % huge_page == 0
+    assert packed.untyped_storage().nbytes() >= packed.nbytes + packed.data_ptr() - packed.untyped_storage().data_ptr()
+    small = OPS.conv_pack(torch.randn(32, 32, 3, 3), 0, "")
+    assert small.untyped_storage().nbytes() == small.nbytes
 
 
 @pytest.mark.parametrize("algorithm", SPLIT, ids=name_of)

@@ -8,7 +8,8 @@
 //
 // Weights that stay in the second-level cache are read again for each group, all panels of a group one after
 // another, so that outputs and residual are read and written side by side. Others are read once, a slab of
-// steps at a time by all groups of a block; where they are fresh, in float32, two thirds of the bytes.
+// steps at a time by all groups of a block; where they are fresh, in float32, two thirds of the bytes. Few
+// positions have an order of their own.
 #pragma once
 
 #include <algorithm>
@@ -16,20 +17,21 @@
 #include "direct_kernel.h"
 #include "memory.h"
 #include "split_inputs.h"
+#include "split_pending.h"
 #include "split_weights.h"
 
 namespace fused_resnet::cpu {
 
 template <class Tiles, int kLanes, bool kFresh>
 struct SplitImpl {
-  using V = Vec<kLanes>;
   using Weights = SplitWeights<kLanes>;
   using Inputs = InputSplitter<kLanes>;
+  using Pending = PendingSums<kLanes>;
   static constexpr int64_t kGroup = 2 * kTileRows;  // positions
   static constexpr int64_t kPanel = Weights::kPanel, kTileValues = Weights::kTileValues;
   static constexpr int64_t kStepValues = Weights::kStepValues;
   static constexpr int64_t kProductsOfStep = sizeof(kProducts) / sizeof(kProducts[0]);
-  static constexpr int64_t kSlab = kFresh ? 8 : 32;  // steps
+  static constexpr int64_t kSlab = kFresh ? 8 : 48;  // steps: sums between two slabs wait in memory
 
   static int64_t panel_floats(const ConvShape& shape) {
     return Weights::steps_of(shape) * (kFresh ? Weights::kStepWeights : kStepValues / 2);
@@ -45,50 +47,6 @@ struct SplitImpl {
                           packed + panel * panel_floats(shape));
     }
   }
-
-  // Sums of a group that wait to be finished.
-  struct Pending {
-    const ConvProblem* problem;
-    OutputBounds bounds;
-    const float* sums;  // [kGroup][sums_stride], nullptr: nothing to do
-    int64_t sums_stride;
-    const int64_t* outputs;  // of the group's positions in y and in the residual; -1: thrown away
-    int64_t k_begin, k_end;
-
-    FR_INLINE void finish(int64_t begin, int64_t end) const {
-      if (sums == nullptr) return;
-      for (int64_t row = begin; row < end; ++row) {
-        if (outputs[row] < 0) continue;
-        const float* sum = sums + row * sums_stride - k_begin;
-        int64_t k = k_begin;
-        for (; k + kLanes <= k_end; k += kLanes) finish_vector<true>(sum + k, outputs[row] + k, k, kLanes);
-        if (k < k_end) finish_vector<false>(sum + k, outputs[row] + k, k, k_end - k);
-      }
-    }
-    template <bool kWhole>
-    FR_INLINE void finish_vector(const float* sum, int64_t at, int64_t k, int64_t count) const {
-      V value = load<kLanes>(sum) * load<kLanes>(problem->scale + k) + load<kLanes>(problem->shift + k);
-      if (const float* residual = problem->residual) {
-        value += kWhole ? load<kLanes>(residual + at) : load_partial<kLanes>(residual + at, count);
-      }
-      value = bounds.apply<kLanes>(value);
-      if constexpr (kWhole) {
-        store<kLanes>(problem->y + at, value);
-      } else {
-        store_partial<kLanes>(problem->y + at, value, count);
-      }
-    }
-    // What finish will need.
-    FR_INLINE void fetch(int64_t begin, int64_t end) const {
-      for (int64_t row = begin; row < end; ++row) {
-        if (outputs[row] < 0) continue;
-        for (int64_t k = k_begin; k < k_end; k += kCacheLine) {
-          __builtin_prefetch(problem->y + outputs[row] + k, 1);
-          if (problem->residual) __builtin_prefetch(problem->residual + outputs[row] + k);
-        }
-      }
-    }
-  };
 
   // One group and one panel: sums = (or +=) X U. between() is called after each product of parts, after(step)
   // after each step.
@@ -124,6 +82,15 @@ struct SplitImpl {
         unroll<4>([&](auto at) FR_LAMBDA {
           constexpr int kSum = decltype(at)::value;
           tiles.template multiply<kSum, 4 + kSum / 2, 6 + kSum % 2>();
+          // A quarter of each tile that the next step will need, from the second-level cache: few loads of
+          // tiles can be on their way at once.
+          constexpr int kTile = kIndex, kLine = kSum * kTileRows / 4;
+          const BFloat16* next_v = x + offsets[step + 1] + kTile / 2 * part_stride + kTile % 2 * kTileValues;
+          const BFloat16* next_u = u + kStepValues + kTile * kTileValues;
+          unroll<4>([&](auto line) FR_LAMBDA {
+            __builtin_prefetch(next_v + (kLine + line) * kTileDepth);
+            __builtin_prefetch(next_u + (kLine + line) * kTileDepth);
+          });
         });
         between();
       });
@@ -162,7 +129,7 @@ struct SplitImpl {
       sums = SplitLayout(shape, geometry, positions).values / 2;
       outputs = sums + all;
       steps = outputs + 2 * positions;
-      slabs = ceil_div(steps + 2 * Weights::steps_of(shape), kCacheLine) * kCacheLine;
+      slabs = ceil_div(steps + 2 * (Weights::steps_of(shape) + 1), kCacheLine) * kCacheLine;
       floats = slabs + (kFresh ? kSlab * kStepValues : 0);  // two of them, in bfloat16
     }
   };
@@ -196,6 +163,7 @@ struct SplitImpl {
       outputs = reinterpret_cast<int64_t*>(scratch + at.outputs);
       offsets = reinterpret_cast<int64_t*>(scratch + at.steps);
       layout.find_steps(shape, geometry, offsets);
+      offsets[steps] = 0;  // what follows the last step is the first of the next group or panel
       Position position(geometry, first);
       for (int64_t i = 0; i < groups * kGroup; ++i, position.step()) {
         outputs[i] = position.is_output()
@@ -293,14 +261,84 @@ struct SplitImpl {
     before.finish(0, kGroup);
   }
 
+  // Fresh weights for so few positions that four tiles hold them all: sixteen outputs of all positions from
+  // the first step to the last in four accumulators. So each weight is split once, a step ahead, into a
+  // buffer that stays in the first-level cache, and no sum waits in memory.
+  static constexpr int64_t kFewTiles = 4, kFewPositions = kFewTiles * kTileRows;
+  static constexpr int kFewProducts = kFewTiles * kProductsOfStep;
+  static_assert(kFewTiles * kTileCols <= kGroup * kPanel / kTileRows, "the sums of two passes have room");
+
+  static void run_few(Tiles& tiles, const Piece& piece) {
+    Inputs(piece.problem, piece.geometry, piece.layout, piece.first, piece.positions(), piece.x)
+        .advance(piece.positions());
+    const int64_t steps = piece.steps, end = 2 * piece.last_panel;
+    // A pass is half a panel: one of the two tiles of each step.
+    const auto weights_of = [&](int64_t pass) {
+      return piece.problem.weights + pass / 2 * steps * Weights::kStepWeights + pass % 2 * kTileValues;
+    };
+    BFloat16 *u = piece.slabs, *other = u + kParts * kTileValues;
+    Weights::split_tile(weights_of(2 * piece.first_panel), 0, Weights::kTileUnits, u);
+    Pending before = piece.pending(nullptr, kTileCols, 0, 0, 0);
+    for (int64_t pass = 2 * piece.first_panel; pass < end; ++pass) {
+      const float *w = weights_of(pass), *next_pass = pass + 1 < end ? weights_of(pass + 1) : w;
+      const auto weights_at = [&](int64_t step) {
+        return step < steps ? w + step * Weights::kStepWeights
+                            : next_pass + (step - steps) % steps * Weights::kStepWeights;
+      };
+      float* sums = piece.sums + pass % 2 * kFewPositions * kTileCols;
+      const Pending now = piece.pending(sums, kTileCols, 0, pass * kTileCols, (pass + 1) * kTileCols);
+      unroll<kFewTiles>([&](auto tile) FR_LAMBDA { tiles.template zero<decltype(tile)::value>(); });
+      for (int64_t step = 0; step < steps; ++step) {
+        constexpr int64_t kFar = 6;  // steps: further than the processor looks ahead by itself
+        multiply_few(tiles, piece.x + piece.offsets[step], piece.layout.part, u, weights_at(step + 1), other,
+                     weights_at(step + kFar));
+        std::swap(u, other);
+        const int64_t row = step * kFewPositions / steps, until = (step + 1) * kFewPositions / steps;
+        before.finish(row, until);
+        now.fetch(row, until);
+      }
+      unroll<kFewTiles>([&](auto tile) FR_LAMBDA {
+        tiles.template store<decltype(tile)::value>(sums + tile * kTileRows * kTileCols,
+                                                    kTileCols * sizeof(float));
+      });
+      before = now;
+    }
+    before.finish(0, kFewPositions);
+  }
+
+  // One step of all positions for sixteen outputs; meanwhile the next step's weights are split to `to`, and
+  // those of a later one fetched.
+  static FR_INLINE void multiply_few(Tiles& tiles, const BFloat16* x, int64_t part_stride, const BFloat16* u,
+                                     const float* next, BFloat16* to, const float* far) {
+    unroll<kParts>([&](auto part) FR_LAMBDA {
+      tiles.template load<4 + decltype(part)::value>(u + part * kTileValues, 64);
+    });
+    // Of x the smallest part first: x2 w0; x1 w1, x1 w0; x0 w2, x0 w1, x0 w0.
+    unroll<kParts>([&](auto i) FR_LAMBDA {
+      constexpr int kCount = decltype(i)::value + 1, kXPart = kParts - kCount;
+      unroll<kFewTiles>([&](auto tile) FR_LAMBDA {
+        constexpr int kSum = decltype(tile)::value;
+        tiles.template load<7>(x + kXPart * part_stride + tile * kTileValues, 64);
+        unroll<kCount>(
+            [&](auto j) FR_LAMBDA { tiles.template multiply<kSum, 7, 3 + kCount - decltype(j)::value>(); });
+        // The vector unit keeps pace with the products.
+        constexpr int kDone = kCount * (kCount - 1) / 2 * kFewTiles + kCount * (kSum + 1);
+        constexpr int64_t kFirst = Weights::kTileUnits * (kDone - kCount) / kFewProducts,
+                          kLast = Weights::kTileUnits * kDone / kFewProducts;
+        Weights::fetch_tile(far, kFirst, kLast);
+        Weights::split_tile(next, kFirst, kLast, to);
+      });
+    });
+  }
+
   static void run_piece(const ConvProblem& problem, const ConvPlan& plan, int64_t number, float* scratch) {
     const Piece piece(problem, plan, number, scratch);
     Tiles tiles;
-    if (weights_stay(problem.shape)) {
-      run_groups(tiles, piece);
-    } else {
-      run_slabs(tiles, piece);
+    if (weights_stay(problem.shape)) return run_groups(tiles, piece);
+    if constexpr (kFresh) {
+      if (piece.groups * kGroup == kFewPositions) return run_few(tiles, piece);
     }
+    run_slabs(tiles, piece);
   }
 
   static constexpr ConvKernel kernel() { return {kPanel, &weight_floats, &pack_weights, &plan, &run_piece}; }

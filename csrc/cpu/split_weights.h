@@ -20,6 +20,7 @@ struct SplitWeights {
   static constexpr int64_t kStepValues = kParts * kStepWeights;  // of U
   static constexpr int64_t kUnit = 2 * kLanes;                   // weights split at once
   static constexpr int64_t kUnits = kStepWeights / kUnit;        // of a step
+  static constexpr int64_t kTileUnits = kTileValues / kUnit;     // of one of its two tiles
 
   static int64_t chunks_of(const ConvShape& shape) { return ceil_div(shape.c, kTileDepth); }
   static int64_t steps_of(const ConvShape& shape) { return chunks_of(shape) * shape.r * shape.s; }
@@ -39,6 +40,17 @@ struct SplitWeights {
       }
     }
   };
+
+  // Units [first, last) of one tile.
+  static FR_INLINE void split_tile(const float* from, int64_t first, int64_t last, BFloat16* to) {
+    for (int64_t unit = first; unit < last; ++unit) {
+      const float* at = from + unit * kUnit;
+      split<kLanes>(load<kLanes>(at), load<kLanes>(at + kLanes), to + unit * kUnit, kTileValues);
+    }
+  }
+  static FR_INLINE void fetch_tile(const float* from, int64_t first, int64_t last) {
+    for (int64_t i = first * kUnit; i < last * kUnit; i += kCacheLine) __builtin_prefetch(from + i, 0, 2);
+  }
 
   // Fetches U, some cache lines with each call.
   struct Fetcher {
