@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -18,16 +19,31 @@ namespace {
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 
+// Uninitialised, in huge pages of its own unless it is small.
+Tensor empty_weights(int64_t floats) {
+  const Extent extent(floats * int64_t(sizeof(float)));
+  if (extent.alignment < kHugePage) return torch::stable::empty({floats}, ScalarType::Float);
+  // torch aligns to 64 bytes: room for the next boundary, which is never touched.
+  const Tensor all =
+      torch::stable::empty({(extent.bytes + kHugePage) / int64_t(sizeof(float))}, ScalarType::Float);
+  void* begin = all.mutable_data_ptr();
+  auto room = static_cast<size_t>(extent.bytes + kHugePage);
+  std::align(static_cast<size_t>(kHugePage), static_cast<size_t>(extent.bytes), begin, room);
+  advise_huge_pages(begin, extent.bytes);
+  Tensor view = all;
+  const auto* first = static_cast<const float*>(all.const_data_ptr());
+  return torch::stable::narrow(view, 0, static_cast<const float*>(begin) - first, floats);
+}
+
 Tensor conv_pack(const Tensor& weight, int64_t m, const std::string& isa, const std::string& weights) {
   check(weight.dim() == 4, "weight", "4 dimensions", weight.dim());
   check(weight.scalar_type() == ScalarType::Float, "weight", "dtype float32", "another one");
   ConvShape shape{};
   shape.k = weight.size(0), shape.c = weight.size(1), shape.r = weight.size(2), shape.s = weight.size(3);
   const auto pack = [&](const auto& kernel) {
-    Tensor packed = torch::stable::empty({kernel.weight_floats(shape)}, ScalarType::Float);
+    Tensor packed = empty_weights(kernel.weight_floats(shape));
     const float* from = static_cast<const float*>(weight.const_data_ptr());
     float* to = static_cast<float*>(packed.mutable_data_ptr());
-    advise_huge_pages(to, packed.numel() * int64_t(sizeof(float)));
     const int64_t stride[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
     torch::stable::parallel_for(0, ceil_div(shape.k, kernel.panel), 1, [&](int64_t begin, int64_t end) {
       kernel.pack_weights(shape, from, stride, begin, end, to);

@@ -34,6 +34,19 @@ void advise_huge_pages([[maybe_unused]] void* begin, [[maybe_unused]] int64_t by
 #endif
 }
 
+Extent::Extent(int64_t asked) {
+  alignment = asked >= kHugePage / 4 ? kHugePage : 64;
+  bytes = (asked + alignment - 1) / alignment * alignment;
+}
+
+void* allocate(int64_t bytes) {
+  const Extent extent(bytes);
+  void* memory = std::aligned_alloc(static_cast<size_t>(extent.alignment), static_cast<size_t>(extent.bytes));
+  if (memory == nullptr) throw std::bad_alloc();
+  advise_huge_pages(memory, extent.bytes);
+  return memory;
+}
+
 float* thread_scratch(int64_t floats) {
   struct Free {
     void operator()(float* p) const { std::free(p); }
@@ -43,10 +56,7 @@ float* thread_scratch(int64_t floats) {
   if (size < floats) {
     memory.reset();
     size = 0;
-    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-    if (memory == nullptr) throw std::bad_alloc();
-    advise_huge_pages(memory.get(), static_cast<int64_t>(bytes));
+    memory.reset(static_cast<float*>(allocate(floats * int64_t(sizeof(float)))));
     size = floats;
   }
   return memory.get();

@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdlib>
-#include <new>
 
 #include "memory.h"
 
@@ -21,17 +20,14 @@ Workspace& Workspace::mine() {
 }
 
 Tensor Workspace::take(int64_t n, int64_t k, int64_t p, int64_t q) {
-  const int64_t bytes = std::max<int64_t>(64, (n * k * p * q * int64_t(sizeof(float)) + 63) / 64 * 64);
+  const int64_t bytes = Extent(std::max<int64_t>(1, n * k * p * q * int64_t(sizeof(float)))).bytes;
   Buffer* best = nullptr;
   for (Buffer& buffer : buffers_) {
     if (!buffer.taken && buffer.bytes >= bytes && (best == nullptr || buffer.bytes < best->bytes))
       best = &buffer;
   }
   if (best == nullptr) {
-    void* memory = std::aligned_alloc(64, static_cast<size_t>(bytes));
-    if (memory == nullptr) throw std::bad_alloc();
-    advise_huge_pages(memory, bytes);
-    buffers_.push_back({{static_cast<float*>(memory), std::free}, bytes, false});
+    buffers_.push_back({{static_cast<float*>(allocate(bytes)), std::free}, bytes, false});
     best = &buffers_.back();
   }
   best->taken = true;
