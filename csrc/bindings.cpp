@@ -37,7 +37,7 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
       "Tensor? running_mean, Tensor? running_var) -> bool");
   // cpu/samples.cpp, cpu/chain.cpp: the convolutions of a network; None where a weight is not what it was
   m.def("samples(Tensor weight) -> Tensor");
-  m.def("conv_chain(Tensor x, Tensor[] tensors, Tensor program) -> Tensor?");
+  m.def("conv_chain(Tensor x, Tensor[] tensors, Tensor program, Tensor? added=None) -> Tensor?");
   // cpu/training.cpp: the four passes of a training tail; outputs come allocated
   m.def("cpu_bn_stats(Tensor y, Tensor(a!) mean, Tensor(b!) var) -> ()");
   m.def(

@@ -34,7 +34,8 @@ __all__ = [
 assert _ops.NAMESPACE == "fused_resnet"
 
 
-# Bound once: the lookup through torch.ops takes half a microsecond.
+# Bound once: a lookup through torch.ops takes half a microsecond, and several in a network, where all is cold.
+_is_compiling = torch.compiler.is_compiling
 _CONV_BN_ADD_RELU = torch.ops.fused_resnet.conv_bn_add_relu.default
 _CONV_BN_PROJ_ADD_RELU = torch.ops.fused_resnet.conv_bn_proj_add_relu.default
 
@@ -105,7 +106,7 @@ def conv_bn_add_relu(
     """
     stride, padding, dilation = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
     tail = None
-    if not torch.compiler.is_compiling() and _direct.quiet():
+    if not _is_compiling() and _direct.quiet():
         conv = ConvBN(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
         tail = Tail(
             x, conv, residual, stride, padding, dilation, groups, activation,
@@ -166,7 +167,7 @@ def conv_bn_add_relu_max_pool(
     """
     pool = max_pool_numbers(window, pool_stride, pool_padding)
     stride, padding, dilation = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
-    if not torch.compiler.is_compiling() and _direct.quiet():
+    if not _is_compiling() and _direct.quiet():
         conv = ConvBN(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
         tail = Tail(
             x, conv, None, stride, padding, dilation, groups, activation,
@@ -228,7 +229,7 @@ def conv_bn_proj_add_relu(
     stride, padding, dilation = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
     proj_stride = pair("proj_stride", proj_stride)
     tail = None
-    if not torch.compiler.is_compiling() and _direct.quiet():
+    if not _is_compiling() and _direct.quiet():
         conv = ConvBN(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
         proj = ConvBN(
             proj_weight, proj_bias, proj_bn_weight, proj_bn_bias, proj_running_mean, proj_running_var, proj_eps

@@ -209,6 +209,9 @@ def test_each_sample_is_compared(chained: Counter) -> None:
         ([], 3, "program: expected"),
         ([[-1, -2, 0, 0, 32, 1, 1, 1, 1, 0, 0, 1, 1, 0, 1, 0]], 3, "tensors: expected all that the program names"),
         ([[-1, -2, 0, 0, 32, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0]], 2, "tensors: expected all that the program names"),
+        ([[-1, -3, 0, 0, 32, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0]], 3, "added: expected a tensor"),
+        ([[-3, -2, 0, 0, 32, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0]], 3, "added: expected a tensor"),
+        ([[-1, -4, 0, 0, 32, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0]], 3, "program: expected the number of an earlier link"),
     ],
 )
 def test_a_wrong_program_is_refused(program: list[list[int]], tensors: int, message: str) -> None:

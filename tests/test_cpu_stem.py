@@ -39,9 +39,12 @@ def _stem(
             pooled = functional.conv_bn_add_relu_max_pool(
                 **arguments, window=window, pool_stride=stride, pool_padding=padding
             )
-        y = cpu._fused_conv(
-            cpu_rule.DIRECT, arguments["x"], tail.conv, tail.stride, tail.padding, tail.dilation, None, tail.activation
-        )
+        k, _, r, s = tail.conv.weight.shape
+        y = torch.ops.fused_resnet_C.conv_fused(
+            arguments["x"].contiguous(memory_format=torch.channels_last),
+            torch.ops.fused_resnet_C.conv_pack(tail.conv.weight, 0, ""), (k, r, s), 0, "",
+            tail.stride, tail.padding, tail.dilation, *tail.conv[1:], None, cpu._ACTIVATION_CODES[tail.activation],
+        )  # fmt: skip
         two = torch.nn.functional.max_pool2d(functional.conv_bn_add_relu(**arguments), *pool)
         assert pooled.stride() == two.stride()
         return [pooled, torch.nn.functional.max_pool2d(y, *pool)]

@@ -18,11 +18,11 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kInput = -1, kNothing = -2;  // in place of the number of a link
+constexpr int64_t kInput = -1, kNothing = -2, kAdded = -3;  // in place of the number of a link
 
 // One convolution of a chain, as fused_resnet/backends/chain.py writes it: int64 throughout.
 struct Link {
-  int64_t source, residual;  // the link whose output is read (added), or kInput, or kNothing
+  int64_t source, residual;  // the link whose output is read (added), or kInput, kAdded or kNothing
   int64_t m, weights, k, r, s;
   int64_t stride[2], padding[2], dilation[2];
   int64_t activation;
@@ -39,7 +39,9 @@ std::vector<int64_t> list(const int64_t (&numbers)[N]) {
 
 // `tensors`: for each link its packed weight, the samples of its weight, the weight, and the vectors that are
 // present. Returns the last output, or nothing where a weight is no longer what its copy was packed from.
-OptionalTensor conv_chain(const Tensor& x, const std::vector<Tensor>& tensors, const Tensor& program) {
+// `added` is a second input, the residual or what a projection reads.
+OptionalTensor conv_chain(const Tensor& x, const std::vector<Tensor>& tensors, const Tensor& program,
+                          const OptionalTensor& added) {
   check(program.scalar_type() == ScalarType::Long && program.dim() == 2 && program.is_contiguous() &&
             program.size(1) * sizeof(int64_t) == sizeof(Link),
         "program", "a row of numbers for each convolution", shape_of(program));
@@ -51,13 +53,16 @@ OptionalTensor conv_chain(const Tensor& x, const std::vector<Tensor>& tensors, c
   std::vector<int64_t> last_use(count, count);
   for (int64_t i = 0; i < count; ++i) {
     for (const int64_t place : {links[i].source, links[i].residual}) {
-      check(place >= kNothing && place < i && links[i].source != kNothing, "program",
+      check(place >= kAdded && place < i && links[i].source != kNothing, "program",
             "the number of an earlier link", place);
+      check(place != kAdded || added.has_value(), "added", "a tensor, since the program names it", "none");
       if (place >= 0) last_use[place] = i;
     }
   }
   std::vector<OptionalTensor> outputs(count);
-  const auto made = [&](int64_t place) -> const Tensor& { return place == kInput ? x : *outputs[place]; };
+  const auto made = [&](int64_t place) -> const Tensor& {
+    return place == kInput ? x : place == kAdded ? *added : *outputs[place];
+  };
   // Everything but the last output; given back also where an argument is refused.
   struct Lease {
     Workspace& workspace = Workspace::mine();

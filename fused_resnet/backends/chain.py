@@ -16,8 +16,8 @@ from torch import Tensor
 from ..reference import ConvBN
 from . import packing
 
-#: In place of the number of a link: the chain's input, nothing. kInput and kNothing in csrc/cpu/chain.cpp.
-INPUT, NOTHING = -1, -2
+#: In place of the number of a link: the chain's input, nothing, its second input. As in csrc/cpu/chain.cpp.
+INPUT, NOTHING, ADDED = -1, -2, -3
 #: What is kept of a weight, in the order of enum WeightKind in csrc/cpu/kernel_choice.h.
 WEIGHT_KINDS = ("whole", "fresh", "split", "fresh split", "split rows")
 
@@ -36,7 +36,7 @@ class Link(NamedTuple):
     activation: int
     key: Any
     """Under which :mod:`packing` keeps the copy, and what makes it."""
-    pack: Callable[[], Tensor]
+    pack: Callable[[Tensor, Any], Tensor]
     pool: tuple[int, ...] = (0,) * 6
     """Window, stride and padding of the max pool behind it; zeros without one."""
 
@@ -49,17 +49,16 @@ class Chain:
 
     def __init__(self, x: Tensor, links: Sequence[Link]) -> None:
         self._convert = not is_dense(x)
-        self.program = torch.tensor([_row(link) for link in links], dtype=torch.int64, device="cpu")
+        self.program = program(links)
         self.versions: list[tuple[Tensor, int]] = []
         self.tensors: list[Tensor] = []
         for link in links:
             weight, *vectors = link.conv[:6]
             assert isinstance(weight, Tensor)
+            # Before the copy is looked at: a write that comes in between makes the version false, not the copy true.
             version = -1 if weight.is_inference() else weight._version
-            # Before the copy is looked at: a write that comes in between makes the samples false, not the copy true.
-            samples = torch.ops.fused_resnet_C.samples.default(weight)
-            packed = packing.get(weight, link.key, packing.NO_VECTORS, link.pack)
-            self.tensors += [packed, samples, weight, *(v for v in vectors if v is not None)]
+            self.tensors += [*packing.sampled(weight, link.key, link.pack), weight]
+            self.tensors += (v for v in vectors if v is not None)
             if version >= 0:
                 self.versions.append((weight, version))
         # One attribute less on each call than OpOverload.__call__, which does nothing else.
@@ -78,6 +77,11 @@ class Chain:
 def is_dense(t: Tensor) -> bool:
     """Whether the kernels read ``t`` as it is."""
     return t.is_contiguous(memory_format=torch.channels_last)
+
+
+def program(links: Sequence[Link]) -> Tensor:
+    """``links`` as ``conv_chain`` reads them."""
+    return torch.tensor([_row(link) for link in links], dtype=torch.int64, device="cpu")
 
 
 def _row(link: Link) -> list[int]:

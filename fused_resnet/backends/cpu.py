@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,8 @@ from ..layout import output_memory_format
 from ..problem import Problem, Projection, dtype_name
 from ..reference import ConvBN, Tail, scale_shift
 from . import Backend, packing
-from .chain import NOTHING, Link
+from .chain import ADDED, INPUT, NOTHING, Link, is_dense
+from .chain import program as chain_program
 from .cpu_rule import DIRECT, Algorithm, fastest, stem, winograd_choice
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -93,7 +94,9 @@ class CpuBackend(Backend):
         algorithm, projection = fastest(problem, choice), DIRECT
         if problem.projection is not None:
             projection = fastest(_projection(problem, problem.projection), choice)
-        return partial(_run_fused, memory_format, algorithm, projection, otherwise)
+        return partial(
+            _run_fused, memory_format, algorithm, projection, otherwise, _call_of(algorithm, projection, tail)
+        )
 
 
 def _projection(problem: Problem, proj: Projection) -> Problem:
@@ -113,19 +116,58 @@ def _run_widened(backend: CpuBackend, dtype: torch.dtype, tail: Tail) -> Tensor:
 # ---- our kernels ---------------------------------------------------------------------------------------------
 
 
+class _Call(NamedTuple):
+    """What the calls of one signature have in common."""
+
+    operator: Callable[..., Tensor | None]
+    program: Tensor
+    convert_x: bool
+    convert_added: bool
+
+
+def _call_of(algorithm: Algorithm, projection: Algorithm, tail: Tail) -> _Call:
+    added = tail.residual if tail.proj_x is None else tail.proj_x
+    return _Call(
+        torch.ops.fused_resnet_C.conv_chain.default,
+        chain_program(_tail_links(algorithm, projection, tail, INPUT, ADDED, 0)),
+        # Known from the signature; to ask torch in each call takes as long as all else that Python does there.
+        not is_dense(tail.x),
+        added is not None and not (added.dtype is torch.float32 and is_dense(added)),
+    )
+
+
 def _run_fused(
     memory_format: torch.memory_format, algorithm: Algorithm, projection: Algorithm,
-    otherwise: Callable[[Tail], Tensor], tail: Tail,
+    otherwise: Callable[[Tail], Tensor], call: _Call, tail: Tail,
 ) -> Tensor:  # fmt: skip
     if not tail.cache_weights:  # packing or transforming the weights for one call costs more than it saves
         return otherwise(tail)
-    residual = tail.residual
-    if tail.proj is not None and tail.proj_x is not None:
-        residual = _fused_conv(projection, tail.proj_x, tail.proj, tail.proj_stride, (0, 0), (1, 1), None, "none")
-    elif residual is not None:
-        residual = residual.to(torch.float32).contiguous(memory_format=torch.channels_last)
-    y = _fused_conv(algorithm, tail.x, tail.conv, tail.stride, tail.padding, tail.dilation, residual, tail.activation)
-    return y if memory_format is torch.channels_last else y.contiguous()
+    x, added = tail.x, tail.residual if tail.proj_x is None else tail.proj_x
+    if call.convert_x:
+        x = x.contiguous(memory_format=torch.channels_last)
+    if call.convert_added and added is not None:
+        added = added.to(torch.float32).contiguous(memory_format=torch.channels_last)
+    for _ in range(_ATTEMPTS):
+        tensors = [] if tail.proj is None else _operands(tail.proj, projection)
+        tensors += _operands(tail.conv, algorithm)
+        y = call.operator(x, tensors, call.program, added)
+        if y is not None:
+            return y if memory_format is torch.channels_last else y.contiguous()
+        # A weight was written to in a way that its version does not tell.
+        packing.forget(tail.conv.weight, ("fused", algorithm))
+        if tail.proj is not None:
+            packing.forget(tail.proj.weight, ("fused", projection))
+    return otherwise(tail)
+
+
+def _operands(conv: ConvBN, algorithm: Algorithm) -> list[Tensor]:
+    """What ``conv_chain`` wants of a convolution."""
+    weight, *vectors, _ = conv
+    return [*packing.sampled(weight, ("fused", algorithm), _pack), weight, *[v for v in vectors if v is not None]]
+
+
+#: How often copies of the weights are made before a call goes without: another thread may be writing to them.
+_ATTEMPTS = 3
 
 
 def _run_few_channels(
@@ -133,19 +175,6 @@ def _run_few_channels(
 ) -> Tensor:
     """A stem by itself; with its max pool it has a kernel of its own, see :func:`with_max_pool`."""
     return otherwise(tail)
-
-
-def _fused_conv(
-    algorithm: Algorithm, x: Tensor, conv: ConvBN, stride: Any, padding: Any, dilation: Any, residual: Tensor | None,
-    activation: str,
-) -> Tensor:  # fmt: skip
-    packed = _packed(conv.weight, algorithm)
-    k, _, r, s = conv.weight.shape
-    m, weights = algorithm
-    return torch.ops.fused_resnet_C.conv_fused.default(
-        x.contiguous(memory_format=torch.channels_last), packed, (k, r, s), m, "", stride, padding, dilation,
-        *conv[1:], residual, _ACTIVATION_CODES[activation], weights,
-    )  # fmt: skip
 
 
 def links(
@@ -162,15 +191,23 @@ def links(
         return None
     if run.func not in (_run_fused, _run_max_pool) or run.args[0] is not torch.channels_last:
         return None
-    geometry = (tail.stride, tail.padding, tail.dilation)
     if run.func is _run_max_pool:
-        link = _link(run.args[2], tail.conv, source, NOTHING, *geometry, tail.activation)
+        (link,) = _tail_links(run.args[2], DIRECT, tail, source, NOTHING, number)
         return [link._replace(pool=sum(run.args[1], ()))]
-    _, algorithm, projection, _ = run.args
+    _, algorithm, projection, *_ = run.args
+    return _tail_links(algorithm, projection, tail, source, residual, number)
+
+
+def _tail_links(
+    algorithm: Algorithm, projection: Algorithm, tail: Tail, source: int, residual: int, number: int
+) -> list[Link]:
     found = []
     if tail.proj is not None:
         found.append(_link(projection, tail.proj, residual, NOTHING, tail.proj_stride, (0, 0), (1, 1), "none"))
         residual = number
+    elif tail.residual is None:
+        residual = NOTHING
+    geometry = (tail.stride, tail.padding, tail.dilation)
     return [*found, _link(algorithm, tail.conv, source, residual, *geometry, tail.activation)]
 
 
@@ -180,7 +217,7 @@ def _link(
 ) -> Link:  # fmt: skip
     return Link(
         source, residual, *algorithm, conv, stride, padding, dilation, _ACTIVATION_CODES[activation],
-        ("fused", algorithm), partial(_pack, conv.weight, algorithm),
+        ("fused", algorithm), _pack,
     )  # fmt: skip
 
 
@@ -199,7 +236,7 @@ def with_max_pool(run: Callable[[Tail], Tensor], pool: Pool) -> Callable[[Tail],
     if run.func is _run_few_channels:
         memory_format, algorithm, otherwise = run.args
     elif run.func is _run_fused and run.args[1].m == 0:
-        memory_format, _, _, otherwise = run.args
+        memory_format, _, _, otherwise, *_ = run.args
         algorithm = DIRECT
     else:
         return None
@@ -225,10 +262,12 @@ def _run_max_pool(
 
 def _packed(weight: Tensor, algorithm: Algorithm) -> Tensor:
     """The kept copy of ``weight`` in the order in which ``algorithm`` reads it."""
-    return packing.get(weight, ("fused", algorithm), packing.NO_VECTORS, partial(_pack, weight, algorithm))
+    key = ("fused", algorithm)
+    return packing.get(weight, key, packing.NO_VECTORS, partial(_pack, weight, key))
 
 
-def _pack(weight: Tensor, algorithm: Algorithm) -> Tensor:
+def _pack(weight: Tensor, key: tuple[str, Algorithm]) -> Tensor:
+    algorithm = key[1]
     return torch.ops.fused_resnet_C.conv_pack.default(weight.detach(), algorithm.m, "", algorithm.weights)
 
 

@@ -39,6 +39,8 @@ class _Copy(NamedTuple):
     data_ptr: int
     version: int
     snapshot: Tensor
+    samples: Tensor | None
+    """For operators that compare on their own: of float32 weights in the CPU's memory."""
 
 
 class _Entry:
@@ -60,13 +62,29 @@ def get(weight: Tensor, key: Hashable, vectors: Vectors, make: Callable[[], T]) 
     ``key`` names the kind of copy and every number in it that is no tensor (eps, say). Two threads never make the
     same copy twice.
     """
-    copy = _find(weight, key, vectors)
-    if copy is None:
-        with _lock:
-            copy = _find(weight, key, vectors)
-            if copy is None:
-                copy = _make(weight, key, vectors, make)
-    return copy.value
+    return _current(weight, key, vectors, make).value
+
+
+def sampled(weight: Tensor, key: Hashable, make: Callable[[Tensor, Any], Tensor]) -> tuple[Tensor, Tensor]:
+    """The copy of a float32 ``weight`` and its samples, for an operator that returns nothing where they do not hold.
+
+    ``make(weight, key)`` makes it. After an operator that returned nothing, :func:`forget` comes before the next
+    attempt. What is saved is the call that compares.
+    """
+    entry = _entries.get(id(weight))
+    copy = None if entry is None or entry.weight() is not weight else entry.copies.get(key)
+    # A tensor without a version was one when the copy was made: asking it each time takes as long as all of this.
+    if copy is None or (copy.version >= 0 and copy.version != weight._version):
+        copy = _current(weight, key, NO_VECTORS, lambda: make(weight, key))
+    assert copy.samples is not None
+    return copy.value, copy.samples
+
+
+def forget(weight: Tensor, key: Hashable) -> None:
+    """Forget one copy, since it is no longer true."""
+    entry = _entries.get(id(weight))
+    if entry is not None:
+        entry.copies.pop(key, None)
 
 
 def drop(weight: Tensor) -> None:
@@ -99,6 +117,16 @@ def nbytes(weight: Tensor) -> int:
     return sum(_nbytes(copy.value) for copy in list(entry.copies.values()))
 
 
+def _current(weight: Tensor, key: Hashable, vectors: Vectors, make: Callable[[], Any]) -> _Copy:
+    copy = _find(weight, key, vectors)
+    if copy is None:
+        with _lock:
+            copy = _find(weight, key, vectors)
+            if copy is None:
+                copy = _make(weight, key, vectors, make)
+    return copy
+
+
 def _find(weight: Tensor, key: Hashable, vectors: Vectors) -> _Copy | None:
     entry = _entries.get(id(weight))
     if entry is None or entry.weight() is not weight:
@@ -112,8 +140,9 @@ def _find(weight: Tensor, key: Hashable, vectors: Vectors) -> _Copy | None:
 def _make(weight: Tensor, key: Hashable, vectors: Vectors, make: Callable[[], Any]) -> _Copy:
     # Remembered before the copy is made: a write that comes in between must make the copy stale, not true.
     data_ptr, version, snapshot = weight.data_ptr(), _version(weight), _snapshot(weight, vectors)
+    samples = _samples(weight)
     with torch.no_grad():
-        copy = _Copy(make(), data_ptr, version, snapshot)
+        copy = _Copy(make(), data_ptr, version, snapshot, samples)
     entry = _entries.get(id(weight))
     if entry is None or entry.weight() is not weight:
         entry = _entries[id(weight)] = _Entry(weight)
@@ -123,6 +152,13 @@ def _make(weight: Tensor, key: Hashable, vectors: Vectors, make: Callable[[], An
 
 def _version(t: Tensor) -> int:
     return -1 if t.is_inference() else t._version
+
+
+def _samples(weight: Tensor) -> Tensor | None:
+    plain = weight.is_cpu and weight.dtype is torch.float32 and weight.dim() == 4 and weight.numel() > 0
+    if not plain or not hasattr(torch.ops.fused_resnet_C, "samples"):
+        return None
+    return torch.ops.fused_resnet_C.samples.default(weight)
 
 
 def _snapshot(weight: Tensor, vectors: Vectors) -> Tensor:
@@ -154,7 +190,7 @@ def _snapshot_in_python(weight: Tensor, vectors: Vectors) -> Tensor:
 
 def _nbytes(value: Any) -> int:
     if isinstance(value, Tensor):
-        return torch.ops.mkldnn._nbytes(value) if value.is_mkldnn else value.untyped_storage().nbytes()
+        return torch.ops.mkldnn._nbytes(value) if value.is_mkldnn else value.nbytes
     if isinstance(value, (tuple, list)):
         return sum(_nbytes(item) for item in value)
     return 0
