@@ -18,12 +18,12 @@ _LEAST_ROWS = 7
 TRANSFORM_CHANNELS = 10
 #: Transforming one 3 x 3 filter in the call costs as much as so many multiply-adds.
 _FRESH_TRANSFORM = {2: 65, 4: 110}
-#: A multiply-add of float32 on matrix tiles costs so much of one in the vector unit: 350 to 400 GFLOP/s against 165.
-_SPLIT_MULTIPLY_ADD = 0.45
+#: A multiply-add of float32 on matrix tiles costs so much of one in the vector unit: 460 to 480 GFLOP/s against 145.
+_SPLIT_MULTIPLY_ADD = 0.3
 #: Splitting a weight in the call costs as much as so many multiply-adds.
 _SPLIT_WEIGHT = 5
 #: Splitting its result makes an input tile's transform so many times as dear, the output's included.
-_SPLIT_TRANSFORM = 1.3
+_SPLIT_TRANSFORM = 2.3
 #: A weight in three bfloat16 parts takes so many times the bytes of one in float32.
 _SPLIT_BYTES = 1.5
 #: Split Winograd weights of more bytes do not stay in a core's second-level cache, where the tiles need them.
@@ -58,11 +58,12 @@ def fastest(problem: Problem, winograd: str = "auto", tiles: bool | None = None)
     """The kernel that is expected to be fastest for a convolution of one group.
 
     The rule counts multiply-adds per pair of input and output channel. Direct convolution makes R S for each of the
-    N P Q outputs, and less than half as dear on matrix tiles; F(m), for 3 x 3 filters with stride and dilation 1, makes
-    (m + 2)^2 for each tile plus its transforms; each costs at least what it takes to fetch its weights: 9, 36 (F4) or
-    16 (F2) for each pair, or 9 and their transform. So F(4x4) wins on large images, with fresh weights where there are
-    few tiles to share them, F(2x2) on 7x7 at batch 1, direct convolution where there is next to nothing (1x1 to 4x4
-    pixels) or few channels. ``tiles``: whether there are matrix tiles (None: whether this CPU has them).
+    N P Q outputs, a third as dear on matrix tiles; F(m), for 3 x 3 filters with stride and dilation 1, makes (m + 2)^2
+    for each tile plus its transforms; each costs at least what it takes to fetch its weights: 9, 36 (F4) or 16 (F2) for
+    each pair, or 9 and their transform. So F(4x4) wins on large images, with fresh weights where there are few tiles to
+    share them, F(2x2) on 7x7 at batch 1, direct convolution where there is next to nothing (1x1 to 4x4 pixels) or few
+    channels; with matrix tiles direct convolution wins from 256 channels at 14x14 on. ``tiles``: whether there are
+    matrix tiles (None: whether this CPU has them).
     """
     if winograd == "off":
         return DIRECT
