@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_resnet.contenders import EAGER_CHANNELS_LAST, FUSED, channels_last_inputs
+from fused_resnet.contenders import FUSED, channels_last_inputs
 from fused_resnet.testing import RESNET_TAILS, RealTail, in_dtype, make_tail
 from fused_resnet.timing import Contender
 
@@ -53,12 +53,13 @@ LOOP_TAILS = [tail for tail in RESNET_TAILS if tail.network == "resnet18" and ta
 
 
 @pytest.mark.benchmark(group="tails in a loop, CPU, float32")
+@pytest.mark.parametrize("kept", [False, True], ids=["in-place", "kept"])
 @pytest.mark.parametrize("batch", [1, 8], ids=["b1", "b8"])
 @pytest.mark.parametrize("tail", LOOP_TAILS, ids=[tail.stage for tail in LOOP_TAILS])
-def test_cpu_loop(record: Record, tail: RealTail, batch: int, num_threads: int) -> None:
-    """In turn on the same tensors: how fast the kernels are, rather than how fast memory is.
+def test_cpu_loop(record: Record, tail: RealTail, batch: int, kept: bool, num_threads: int) -> None:
+    """Ours and oneDNN's in turn on the same tensors: how fast the kernels are, rather than how fast memory is.
 
-    oneDNN in two forms: adding in place, on a copy of the residual, and with an output of its own like ours.
+    oneDNN in two forms: adding in place, on a copy of the residual, or with an output of its own like ours.
     """
     problem = dataclasses.replace(tail.problem, n=batch)
     cpu = torch.device("cpu")
@@ -71,13 +72,12 @@ def test_cpu_loop(record: Record, tail: RealTail, batch: int, num_threads: int) 
         return inputs
 
     sides = {side.name: side for side in tail_contenders(problem, cpu, False)}
+    if kept:
+        rival = Contender(f"{ONEDNN}, residual kept", lambda: onednn.tail(make_tail(problem), keep=True), same)
+    else:
+        rival = dataclasses.replace(sides[ONEDNN], inputs=in_place)
     record(
-        [
-            dataclasses.replace(sides[EAGER_CHANNELS_LAST], inputs=same),
-            dataclasses.replace(sides[ONEDNN], inputs=in_place),
-            Contender(f"{ONEDNN}, residual kept", lambda: onednn.tail(make_tail(problem), keep=True), same),
-            dataclasses.replace(sides[FUSED], inputs=same),
-        ],
+        [rival, dataclasses.replace(sides[FUSED], inputs=same)],
         lambda round_number: activations,
         title={"kind": "loop", "network": tail.network, "stage": tail.stage, "batch": batch, "problem": str(problem)},
         work=Work(problem.flops, problem.compulsory_bytes),
