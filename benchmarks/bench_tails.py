@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from fused_resnet.contenders import FUSED, channels_last_inputs
+from fused_resnet.problem import Problem
 from fused_resnet.testing import RESNET_TAILS, RealTail, in_dtype, make_tail
 from fused_resnet.timing import Contender
 
@@ -23,21 +25,31 @@ def run(
     record: Record, tail: RealTail, batch: int, device: torch.device, dtype: torch.dtype, threads: int | None,
     compiled: bool,
 ) -> None:  # fmt: skip
-    problem = dataclasses.replace(tail.problem, n=batch, device_type=device.type)
-    problem = in_dtype(problem, dtype)
-    title = {"kind": "tail", "network": tail.network, "stage": tail.stage, "batch": batch, "problem": str(problem)}
+    problem = in_dtype(dataclasses.replace(tail.problem, n=batch, device_type=device.type), dtype)
+    time(
+        record, "tail", tail, problem, tail_contenders(problem, device, compiled), tail_inputs(problem, device), threads
+    )
+
+
+def time(
+    record: Record, kind: str, tail: RealTail, problem: Problem, sides: list[Contender],
+    inputs: Callable[[int], tuple[Tensor, ...]], threads: int | None,
+) -> None:  # fmt: skip
+    device = torch.device(problem.device_type)
     record(
-        tail_contenders(problem, device, compiled),
-        tail_inputs(problem, device),
-        title=title,
+        sides,
+        inputs,
+        title={
+            "kind": kind, "network": tail.network, "stage": tail.stage, "batch": problem.n, "problem": str(problem)
+        },
         work=Work(problem.flops, problem.compulsory_bytes),
-        images=batch,
+        images=problem.n,
         device=device,
-        dtype=dtype,
+        dtype=problem.dtype,
         num_threads=threads,
         expected=reference_of(problem, device),
         pause=0.0,  # all sides share torch's one thread pool
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.benchmark(group="tails, CPU, float32")
@@ -76,18 +88,8 @@ def test_cpu_loop(record: Record, tail: RealTail, batch: int, kept: bool, num_th
         rival = Contender(f"{ONEDNN}, residual kept", lambda: onednn.tail(make_tail(problem), keep=True), same)
     else:
         rival = dataclasses.replace(sides[ONEDNN], inputs=in_place)
-    record(
-        [rival, dataclasses.replace(sides[FUSED], inputs=same)],
-        lambda round_number: activations,
-        title={"kind": "loop", "network": tail.network, "stage": tail.stage, "batch": batch, "problem": str(problem)},
-        work=Work(problem.flops, problem.compulsory_bytes),
-        images=batch,
-        device=cpu,
-        dtype=torch.float32,
-        num_threads=num_threads,
-        expected=reference_of(problem, cpu),
-        pause=0.0,
-    )
+    both = [rival, dataclasses.replace(sides[FUSED], inputs=same)]
+    time(record, "loop", tail, problem, both, lambda round_number: activations, num_threads)
 
 
 @pytest.mark.full

@@ -121,11 +121,12 @@ def markdown(document: dict[str, Any], results: Sequence[Result], path: Path) ->
     """All tables, with the machine and the versions they were measured on."""
     info = results[0].info
     machine = document["machine_info"].get("fused_resnet", {})
+    inputs = "the same inputs" if info["kind"] == "loop" else "fresh inputs"
     versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
     where = machine.get("GPU 0") if info["device"] == "cuda" else machine.get("CPU", "unknown CPU")
     lines = [
         f"Measured on {where}, {document['datetime'][:10]}; {versions}. Medians of {info['rounds']} "
-        "rounds in one process, in random order, fresh inputs, outputs checked against float64; the fastest side of "
+        f"rounds in one process, in random order, {inputs}, outputs checked against float64; the fastest side of "
         "a row is bold.",
         "`of the roof`: the larger of FLOP / peak and compulsory bytes / bandwidth, both measured on this machine, "
         "over the time taken; that peak is the vector unit's in float32, which Winograd's fewer multiplications and "

@@ -277,8 +277,8 @@ def test_winograd_is_the_callers_choice(choice: str, m: int, monkeypatch: pytest
     problem = Problem.parse("n=1,h=28,w=28,c=64,k=64,padding=1")
     monkeypatch.setattr(cpu_rule, "has_tiles", lambda: False)  # on which direct convolution may be faster
     used: list[int] = []
-    operands = cpu._operands
-    monkeypatch.setattr(cpu, "_operands", lambda conv, a: used.append(a.m) or operands(conv, a))
+    operands = cpu.operands
+    monkeypatch.setattr(cpu, "operands", lambda conv, key, pack: used.append(key[1].m) or operands(conv, key, pack))
     run(make_tail(problem, winograd=choice, cache_weights=True))
     monkeypatch.setenv("FUSED_RESNET_WINOGRAD", choice)
     run(make_tail(problem, cache_weights=True))

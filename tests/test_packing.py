@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fused_resnet import _extension, functional
 from fused_resnet.backends import packing
+from fused_resnet.ops import plans
 from fused_resnet.reference import ConvBN, Tail, reference
 from fused_resnet.testing import assert_within_bar
 
@@ -27,8 +28,10 @@ def comparison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if request.param == "python":
         monkeypatch.setattr(packing._extension, "cpu", lambda: None)
     packing.clear()
+    plans.clear()  # made with the extension, or without
     yield request.param
     packing.clear()
+    plans.clear()
 
 
 def vectors(k: int = 8) -> list[Tensor | None]:

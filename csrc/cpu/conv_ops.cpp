@@ -24,15 +24,13 @@ Tensor empty_weights(int64_t floats) {
   const Extent extent(floats * int64_t(sizeof(float)));
   if (extent.alignment < kHugePage) return torch::stable::empty({floats}, ScalarType::Float);
   // torch aligns to 64 bytes: room for the next boundary, which is never touched.
-  const Tensor all =
-      torch::stable::empty({(extent.bytes + kHugePage) / int64_t(sizeof(float))}, ScalarType::Float);
+  Tensor all = torch::stable::empty({(extent.bytes + kHugePage) / int64_t(sizeof(float))}, ScalarType::Float);
   void* begin = all.mutable_data_ptr();
   auto room = static_cast<size_t>(extent.bytes + kHugePage);
   std::align(static_cast<size_t>(kHugePage), static_cast<size_t>(extent.bytes), begin, room);
   advise_huge_pages(begin, extent.bytes);
-  Tensor view = all;
   const auto* first = static_cast<const float*>(all.const_data_ptr());
-  return torch::stable::narrow(view, 0, static_cast<const float*>(begin) - first, floats);
+  return torch::stable::narrow(all, 0, static_cast<const float*>(begin) - first, floats);
 }
 
 Tensor conv_pack(const Tensor& weight, int64_t m, const std::string& isa, const std::string& weights) {

@@ -22,22 +22,6 @@
 
 namespace fused_resnet::cpu {
 
-// The activation as two bounds, so that it needs no code of its own in each kernel. Comparisons with NaN are
-// false. What equals the lower bound becomes it: after a ReLU there is no -0.
-struct OutputBounds {
-  float lower, upper;
-  explicit OutputBounds(Activation activation)
-      : lower(activation == Activation::kNone ? -__builtin_inff() : 0.0f),
-        upper(activation == Activation::kRelu6 ? 6.0f : __builtin_inff()) {}
-  // Never -0 where there is an activation.
-  template <int kLanes>
-  FR_INLINE Vec<kLanes> apply(Vec<kLanes> value) const {
-    const Vec<kLanes> low = Vec<kLanes>{} + lower, high = Vec<kLanes>{} + upper;
-    value = value <= low ? low : value;
-    return value > high ? high : value;
-  }
-};
-
 // Scale, shift, residual, activation and store for kRows consecutive pixels and the panel that begins with
 // channel k. y and residual are dense: a pixel is K floats.
 template <class Block, int kRows>

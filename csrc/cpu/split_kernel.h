@@ -325,7 +325,7 @@ struct SplitImpl {
         constexpr int kDone = kCount * (kCount - 1) / 2 * kFewTiles + kCount * (kSum + 1);
         constexpr int64_t kFirst = Weights::kTileUnits * (kDone - kCount) / kFewProducts,
                           kLast = Weights::kTileUnits * kDone / kFewProducts;
-        Weights::fetch_tile(far, kFirst, kLast);
+        Weights::fetch_units(far + kFirst * Weights::kUnit, kLast - kFirst);
         Weights::split_tile(next, kFirst, kLast, to);
       });
     });

@@ -203,8 +203,7 @@ struct SplitRows {
     }
   }
 
-  // Two rows at once where they fit a vector: the fewer stores the better. (They cost more than they should;
-  // it looks as if loads of tiles waited for stores to where they are loaded from, modulo 4 KB.)
+  // Two rows at once where they fit a vector: the fewer stores the better.
   void scatter(const BFloat16* from, int64_t rows, int64_t count, BFloat16* to) const {
     const int64_t c = shape_.c, step = shape_.r * c, row = kParts * layout_.block_part;
 #if defined(FR_TARGET_AMX)

@@ -25,6 +25,13 @@ struct SplitWeights {
   static int64_t chunks_of(const ConvShape& shape) { return ceil_div(shape.c, kTileDepth); }
   static int64_t steps_of(const ConvShape& shape) { return chunks_of(shape) * shape.r * shape.s; }
 
+  static FR_INLINE void split_unit(const float* from, BFloat16* to, int64_t part_stride) {
+    split<kLanes>(load<kLanes>(from), load<kLanes>(from + kLanes), to, part_stride);
+  }
+  static FR_INLINE void fetch_units(const float* from, int64_t count) {
+    for (int64_t i = 0; i < count * kUnit; i += kCacheLine) __builtin_prefetch(from + i, 0, 2);
+  }
+
   // Splits W to U, some units with each call.
   struct Splitter {
     const float* from;
@@ -34,9 +41,8 @@ struct SplitWeights {
       constexpr int64_t kFar = 2048;  // floats: further than the processor looks ahead by itself
       for (const int64_t end = std::min(unit + count, units); unit < end; ++unit) {
         const float* at = from + unit * kUnit;
-        for (int64_t i = 0; i < kUnit; i += kCacheLine) __builtin_prefetch(at + kFar + i, 0, 2);
-        split<kLanes>(load<kLanes>(at), load<kLanes>(at + kLanes),
-                      to + unit / kUnits * kStepValues + unit % kUnits * kUnit, kStepWeights);
+        fetch_units(at + kFar, 1);
+        split_unit(at, to + unit / kUnits * kStepValues + unit % kUnits * kUnit, kStepWeights);
       }
     }
   };
@@ -44,12 +50,8 @@ struct SplitWeights {
   // Units [first, last) of one tile.
   static FR_INLINE void split_tile(const float* from, int64_t first, int64_t last, BFloat16* to) {
     for (int64_t unit = first; unit < last; ++unit) {
-      const float* at = from + unit * kUnit;
-      split<kLanes>(load<kLanes>(at), load<kLanes>(at + kLanes), to + unit * kUnit, kTileValues);
+      split_unit(from + unit * kUnit, to + unit * kUnit, kTileValues);
     }
-  }
-  static FR_INLINE void fetch_tile(const float* from, int64_t first, int64_t last) {
-    for (int64_t i = first * kUnit; i < last * kUnit; i += kCacheLine) __builtin_prefetch(from + i, 0, 2);
   }
 
   // Fetches U, some cache lines with each call.

@@ -53,12 +53,10 @@ class Chain:
         self.versions: list[tuple[Tensor, int]] = []
         self.tensors: list[Tensor] = []
         for link in links:
-            weight, *vectors = link.conv[:6]
-            assert isinstance(weight, Tensor)
+            weight = link.conv.weight
             # Before the copy is looked at: a write that comes in between makes the version false, not the copy true.
             version = -1 if weight.is_inference() else weight._version
-            self.tensors += [*packing.sampled(weight, link.key, link.pack), weight]
-            self.tensors += (v for v in vectors if v is not None)
+            self.tensors += operands(link.conv, link.key, link.pack)
             if version >= 0:
                 self.versions.append((weight, version))
         # One attribute less on each call than OpOverload.__call__, which does nothing else.
@@ -77,6 +75,12 @@ class Chain:
 def is_dense(t: Tensor) -> bool:
     """Whether the kernels read ``t`` as it is."""
     return t.is_contiguous(memory_format=torch.channels_last)
+
+
+def operands(conv: ConvBN, key: Any, pack: Callable[[Tensor, Any], Tensor]) -> list[Tensor]:
+    """What ``conv_chain`` wants of a link: its packed weight, the samples, the weight and the vectors there are."""
+    weight, *vectors, _ = conv
+    return [*packing.sampled(weight, key, pack), weight, *[v for v in vectors if v is not None]]
 
 
 def program(links: Sequence[Link]) -> Tensor:

@@ -31,7 +31,7 @@ from ..layout import output_memory_format
 from ..problem import Problem, Projection, dtype_name
 from ..reference import ConvBN, Tail, scale_shift
 from . import Backend, packing
-from .chain import ADDED, INPUT, NOTHING, Link, is_dense
+from .chain import ADDED, INPUT, NOTHING, Link, is_dense, operands
 from .chain import program as chain_program
 from .cpu_rule import DIRECT, Algorithm, fastest, stem, winograd_choice
 
@@ -148,8 +148,8 @@ def _run_fused(
     if call.convert_added and added is not None:
         added = added.to(torch.float32).contiguous(memory_format=torch.channels_last)
     for _ in range(_ATTEMPTS):
-        tensors = [] if tail.proj is None else _operands(tail.proj, projection)
-        tensors += _operands(tail.conv, algorithm)
+        tensors = [] if tail.proj is None else operands(tail.proj, ("fused", projection), _pack)
+        tensors += operands(tail.conv, ("fused", algorithm), _pack)
         y = call.operator(x, tensors, call.program, added)
         if y is not None:
             return y if memory_format is torch.channels_last else y.contiguous()
@@ -158,12 +158,6 @@ def _run_fused(
         if tail.proj is not None:
             packing.forget(tail.proj.weight, ("fused", projection))
     return otherwise(tail)
-
-
-def _operands(conv: ConvBN, algorithm: Algorithm) -> list[Tensor]:
-    """What ``conv_chain`` wants of a convolution."""
-    weight, *vectors, _ = conv
-    return [*packing.sampled(weight, ("fused", algorithm), _pack), weight, *[v for v in vectors if v is not None]]
 
 
 #: How often copies of the weights are made before a call goes without: another thread may be writing to them.

@@ -156,9 +156,7 @@ def _version(t: Tensor) -> int:
 
 def _samples(weight: Tensor) -> Tensor | None:
     plain = weight.is_cpu and weight.dtype is torch.float32 and weight.dim() == 4 and weight.numel() > 0
-    if not plain or not hasattr(torch.ops.fused_resnet_C, "samples"):
-        return None
-    return torch.ops.fused_resnet_C.samples.default(weight)
+    return torch.ops.fused_resnet_C.samples.default(weight) if plain and _extension.cpu() is not None else None
 
 
 def _snapshot(weight: Tensor, vectors: Vectors) -> Tensor:
