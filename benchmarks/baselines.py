@@ -43,10 +43,17 @@ def tail_inputs(problem: Problem, device: torch.device) -> Callable[[int], tuple
     take up to a quarter longer for values without zeros.
     """
 
+    shapes = [(problem.n, problem.c, problem.h, problem.w)]
+    if problem.projection is not None:
+        shapes.append((problem.n, problem.projection.c, problem.projection.h, problem.projection.w))
+    elif problem.residual is not None:
+        shapes.append(problem.output_shape)
+    layout = torch.channels_last if problem.channels_last else torch.contiguous_format
+
     def make(round_number: int) -> tuple[Tensor, ...]:
-        tail = make_tail(problem, seed=round_number, device=device)
-        added = tail.residual if tail.proj_x is None else tail.proj_x
-        return tuple(activation.relu() for activation in (tail.x, added) if activation is not None)
+        g = torch.Generator().manual_seed(round_number)
+        drawn = (torch.randn(shape, generator=g).relu() for shape in shapes)
+        return tuple(t.to(device, problem.dtype, memory_format=layout) for t in drawn)
 
     return make
 
@@ -72,7 +79,10 @@ def tail_contenders(problem: Problem, device: torch.device, compiled: bool) -> l
     folded = _folded(tail)
 
     def fused(backend: str, winograd: str = "auto") -> Callable[..., Tensor]:
-        arguments = call_arguments(tail) | {"backend": backend, "winograd": winograd, "cache_weights": True}
+        # Weights of its own, as every side of a comparison has: calls with other options on the same weights would
+        # make each call look its plan up anew.
+        own = make_tail(problem, device=device)
+        arguments = call_arguments(own) | {"backend": backend, "winograd": winograd, "cache_weights": True}
         del arguments["x"]
         if tail.proj is not None:
             del arguments["proj_x"]
