@@ -98,6 +98,15 @@ DIRECT_PROBLEMS = [
     "n=1,h=7,w=7,c=600,k=40,r=1,residual=1",
     "n=1,h=6,w=8,c=8,k=20,r=1,residual=1",
     "n=1,h=5,w=9,c=40,k=81,r=3,padding=1,activation=relu6",
+    # images side by side in strips, where that throws fewer positions away: one strip, a strip that is not full, with
+    # a stride, with a dilation, with a filter that needs no zeros
+    "n=9,h=7,w=7,c=40,k=33,padding=1,residual=1",
+    "n=11,h=6,w=14,c=8,k=20,padding=1,residual=1",
+    "n=5,h=9,w=8,c=8,k=20,stride=2,padding=1,residual=1",
+    "n=4,h=9,w=9,c=4,k=8,padding=2:1,dilation=2:1,residual=1",
+    "n=3,h=6,w=7,c=8,k=20,padding=0,residual=1",
+    # weights beyond the second-level cache, in slabs: sums of all panels wait; a last panel of two channels
+    "n=3,h=9,w=9,c=320,k=130,padding=1,residual=1",
 ]
 
 

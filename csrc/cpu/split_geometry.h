@@ -38,30 +38,57 @@ struct SplitAxis {
 };
 
 struct SplitGeometry {
+  // Positions of a row, at most: what a block reads beyond its own positions is some rows.
+  static constexpr int64_t kLongestRow = 128;
+
   SplitAxis h, w;
-  int64_t n, image;  // positions from one image to the next
+  int64_t n, images, row, strip;  // row, strip: positions from one to the next
   explicit SplitGeometry(const ConvShape& s)
       : h(s.h, s.stride_h, s.pad_h, s.r, s.dilation_h, s.p),
         w(s.w, s.stride_w, s.pad_w, s.s, s.dilation_w, s.q),
-        n(s.n),
-        image(h.pitch * w.pitch) {}
+        n(s.n) {
+    set_images(1);
+    const int64_t most = h.pitch > h.out ? std::min(n, kLongestRow / w.pitch) : 1;
+    int64_t best = 1, least = positions();
+    for (int64_t i = 2; i <= most; ++i) {
+      set_images(i);
+      if (positions() < least) best = i, least = positions();
+    }
+    set_images(best);
+  }
   int64_t phases() const { return h.phases * w.phases; }
-  int64_t positions() const { return n * image - (h.pitch - h.out) * w.pitch - (w.pitch - w.out); }
-  int64_t largest_shift() const { return h.overhang * w.pitch + w.overhang; }
+  int64_t positions() const {
+    return ceil_div(n, images) * strip - (h.pitch - h.out) * row - (w.pitch - w.out);
+  }
+  int64_t shift(int64_t r, int64_t s) const { return h.shift(r) * row + w.shift(s); }
+  int64_t largest_shift() const { return h.overhang * row + w.overhang; }
+
+ private:
+  void set_images(int64_t count) {
+    images = count;
+    row = images * w.pitch;
+    strip = h.pitch * row;
+  }
 };
 
 // A position, stepped from one to the next without divisions.
 struct Position {
   const SplitGeometry& geometry;
-  int64_t n, i, j;
+  int64_t first, n, i, j;  // first: image of the strip
   Position(const SplitGeometry& g, int64_t at)
-      : geometry(g), n(at / g.image), i(at / g.w.pitch % g.h.pitch), j(at % g.w.pitch) {}
+      : geometry(g),
+        first(at / g.strip * g.images),
+        n(first + at / g.w.pitch % g.images),
+        i(at / g.row % g.h.pitch),
+        j(at % g.w.pitch) {}
   void step() {
     if (++j < geometry.w.pitch) return;
     j = 0;
+    if (++n < first + geometry.images) return;
+    n = first;
     if (++i < geometry.h.pitch) return;
     i = 0;
-    ++n;
+    n = first += geometry.images;
   }
   bool is_output() const { return n < geometry.n && i < geometry.h.out && j < geometry.w.out; }
 };

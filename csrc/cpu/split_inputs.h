@@ -28,8 +28,7 @@ struct SplitLayout {
       for (int64_t r = 0; r < shape.r; ++r) {
         for (int64_t s = 0; s < shape.s; ++s) {
           const int64_t of_phase = geometry.h.phase(r) * geometry.w.phases + geometry.w.phase(s);
-          const int64_t shift = geometry.h.shift(r) * geometry.w.pitch + geometry.w.shift(s);
-          *steps++ = of_phase * phase + c * chunk + shift * kTileDepth;
+          *steps++ = of_phase * phase + c * chunk + geometry.shift(r, s) * kTileDepth;
         }
       }
     }

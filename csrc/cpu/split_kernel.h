@@ -8,11 +8,13 @@
 //
 // Weights that stay in the second-level cache are read again for each group, all panels of a group one after
 // another, so that outputs and residual are read and written side by side. Others are read once, a slab of
-// steps at a time by all groups of a block; where they are fresh, in float32, two thirds of the bytes. Few
-// positions have an order of their own.
+// steps at a time by all groups of a block: of all panels, so that the slab's part of the input stays in the
+// cache, or, where they are fresh (in float32, two thirds of the bytes), of one panel after another, since
+// their slabs are small. Few positions have an order of their own.
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "direct_kernel.h"
 #include "memory.h"
@@ -31,7 +33,7 @@ struct SplitImpl {
   static constexpr int64_t kPanel = Weights::kPanel, kTileValues = Weights::kTileValues;
   static constexpr int64_t kStepValues = Weights::kStepValues;
   static constexpr int64_t kProductsOfStep = sizeof(kProducts) / sizeof(kProducts[0]);
-  static constexpr int64_t kSlab = kFresh ? 8 : 48;  // steps: sums between two slabs wait in memory
+  static constexpr int64_t kSlab = kFresh ? 8 : 36;  // steps: sums between two slabs wait in memory
 
   static int64_t panel_floats(const ConvShape& shape) {
     return Weights::steps_of(shape) * (kFresh ? Weights::kStepWeights : kStepValues / 2);
@@ -106,14 +108,21 @@ struct SplitImpl {
     return !kFresh && weight_floats(shape) * int64_t(sizeof(float)) <= level2_cache_bytes() / 2;
   }
 
+  static int64_t slabs_of(const ConvShape& shape) { return ceil_div(Weights::steps_of(shape), kSlab); }
+  static bool sums_wait(const ConvShape& shape) {
+    return !kFresh && !weights_stay(shape) && slabs_of(shape) > 1;
+  }
+
   static ConvPlan plan(const ConvShape& shape, int threads) {
     const SplitGeometry geometry(shape);
     const int64_t cache = level2_cache_bytes();
     const bool stay = weights_stay(shape);
-    const int64_t group_bytes = geometry.phases() * Weights::chunks_of(shape) * kParts * 64 * kGroup;
-    const int64_t best = std::max<int64_t>(1, cache / (stay ? 4 : 2) / group_bytes);
-    ConvPlan plan =
-        cut(ceil_div(geometry.positions(), kGroup), best, ceil_div(shape.k, kPanel), threads, stay);
+    const int64_t x_bytes = geometry.phases() * Weights::chunks_of(shape) * kParts * 64 * kGroup;
+    const int64_t panels = ceil_div(shape.k, kPanel), sums = kGroup * kPanel * int64_t(sizeof(float));
+    // All panels use a slab's part of the input before the next slab, and their sums wait.
+    const int64_t in_use = sums_wait(shape) ? x_bytes / slabs_of(shape) + panels * sums : x_bytes;
+    const int64_t best = std::max<int64_t>(1, cache / (stay ? 4 : 2) / in_use);
+    ConvPlan plan = cut(ceil_div(geometry.positions(), kGroup), best, panels, threads, stay);
     plan.scratch_floats = Scratch(shape, plan).floats;
     return plan;
   }
@@ -124,10 +133,12 @@ struct SplitImpl {
     Scratch(const ConvShape& shape, const ConvPlan& plan) {
       const SplitGeometry geometry(shape);
       const int64_t positions = plan.rows_per_block * kGroup;
-      const int64_t all = weights_stay(shape) ? 2 * kGroup * plan.panels_per_block * kPanel
-                                              : std::max<int64_t>(plan.rows_per_block, 2) * kGroup * kPanel;
+      // Of one group those of two panels, since those of one wait to be finished.
+      const int64_t waiting = weights_stay(shape) ? 2 * plan.panels_per_block
+                              : sums_wait(shape)  ? plan.rows_per_block * plan.panels_per_block
+                                                  : plan.rows_per_block;
       sums = SplitLayout(shape, geometry, positions).values / 2;
-      outputs = sums + all;
+      outputs = sums + std::max<int64_t>(waiting, 2) * kGroup * kPanel;
       steps = outputs + 2 * positions;
       slabs = ceil_div(steps + 2 * (Weights::steps_of(shape) + 1), kCacheLine) * kCacheLine;
       floats = slabs + (kFresh ? kSlab * kStepValues : 0);  // two of them, in bfloat16
@@ -212,51 +223,64 @@ struct SplitImpl {
   static void run_slabs(Tiles& tiles, const Piece& piece) {
     Inputs(piece.problem, piece.geometry, piece.layout, piece.first, piece.positions(), piece.x)
         .advance(piece.positions());
-    const int64_t steps = piece.steps, groups = piece.groups;
-    const BFloat16* u =
-        reinterpret_cast<const BFloat16*>(piece.problem.weights) + piece.first_panel * steps * kStepValues;
-    const float* w = piece.problem.weights + piece.first_panel * steps * Weights::kStepWeights;
-    BFloat16 *slab = piece.slabs, *other = slab + kSlab * kStepValues;
-    const auto splitter = [&](int64_t count, BFloat16* to) {
-      return typename Weights::Splitter{w, to, 0, count * Weights::kUnits};
+    const int64_t steps = piece.steps, groups = piece.groups, panels = piece.last_panel - piece.first_panel;
+    const int64_t slabs = slabs_of(piece.shape), parts = slabs * panels;
+    const bool all_panels = sums_wait(piece.shape);
+    // The slab of a panel that is the i-th to be used.
+    struct Part {
+      int64_t panel, begin, end;
     };
-    if (kFresh) splitter(std::min(kSlab, steps), slab).advance(kSlab * Weights::kUnits);
-
-    Pending before = piece.pending(nullptr, kPanel, 0, 0, 0);
-    int64_t left = (piece.last_panel - piece.first_panel) * steps;  // behind this slab
-    for (int64_t panel = piece.first_panel; panel < piece.last_panel; ++panel) {
-      for (int64_t step = 0; step < steps; step += kSlab) {
-        const int64_t count = std::min(kSlab, steps - step), calls = groups * count * kProductsOfStep;
-        left -= count;
-        const auto all_groups = [&](const BFloat16* weights, auto& next, int64_t share) {
-          for (int64_t group = 0; group < groups; ++group) {
-            // One group alone would begin the next panel's sums while this panel's wait to be finished.
-            float* sums = piece.sums + (groups > 1 ? group : panel % 2) * kGroup * kPanel;
-            const Pending now = piece.pending(sums, kPanel, group, panel * kPanel, (panel + 1) * kPanel);
-            multiply(
-                tiles, piece.inputs_of(group), piece.layout.part, piece.offsets + step, count, weights, sums,
-                kPanel, step > 0, [&]() FR_LAMBDA { next.advance(share); },
-                [&](int64_t i) FR_LAMBDA {
-                  const int64_t begin = i * kGroup / count, end = (i + 1) * kGroup / count;
-                  before.finish(begin, end);
-                  now.fetch(begin, end);
-                });
-            before = now;
-            if (step + count < steps) before.sums = nullptr;
-          }
-        };
-        if constexpr (kFresh) {
-          w += count * Weights::kStepWeights;
-          const int64_t in_panel = steps - step - count;
-          auto next = splitter(std::min({kSlab, in_panel > 0 ? in_panel : steps, left}), other);
-          all_groups(slab, next, ceil_div(next.units, calls));
-          std::swap(slab, other);
-        } else {
-          typename Weights::Fetcher next{reinterpret_cast<const char*>(u + count * kStepValues)};
-          all_groups(u, next, ceil_div(std::min(count, left) * kStepValues / 32, calls));
-          u += count * kStepValues;
-        }
+    const auto part_at = [&](int64_t i) {
+      const int64_t slab = all_panels ? i / panels : i % slabs;
+      return Part{piece.first_panel + (all_panels ? i % panels : i / slabs), steps * slab / slabs,
+                  steps * (slab + 1) / slabs};
+    };
+    const BFloat16* u = reinterpret_cast<const BFloat16*>(piece.problem.weights);
+    BFloat16 *slab = piece.slabs, *other = slab + kSlab * kStepValues;
+    // What makes the weights of a part ready, and how much there is to do.
+    const auto ready = [&](const Part& part, BFloat16* to) {
+      const int64_t count = part.end - part.begin;
+      if constexpr (kFresh) {
+        const float* w = piece.problem.weights + part.panel * steps * Weights::kStepWeights;
+        return std::pair(typename Weights::Splitter{w + part.begin * kTileValues, steps * kTileValues, to, 0,
+                                                    count * Weights::kUnits},
+                         count * Weights::kUnits);
+      } else {
+        const BFloat16* at = u + (part.panel * steps + part.begin) * kStepValues;
+        return std::pair(typename Weights::Fetcher{at}, count * kStepValues / kTileDepth);
       }
+    };
+
+    if constexpr (kFresh) {
+      auto [first, work] = ready(part_at(0), slab);
+      first.advance(work);
+    }
+    Pending before = piece.pending(nullptr, kPanel, 0, 0, 0);
+    for (int64_t i = 0; i < parts; ++i) {
+      const Part part = part_at(i);
+      const int64_t count = part.end - part.begin;
+      auto [next, work] = ready(part_at(std::min(i + 1, parts - 1)), other);
+      const int64_t share = i + 1 < parts ? ceil_div(work, groups * count * kProductsOfStep) : 0;
+      const BFloat16* weights = kFresh ? slab : u + (part.panel * steps + part.begin) * kStepValues;
+      for (int64_t group = 0; group < groups; ++group) {
+        // One group alone would begin the next panel's sums while this panel's wait to be finished.
+        const int64_t place = all_panels   ? (part.panel - piece.first_panel) * groups + group
+                              : groups > 1 ? group
+                                           : part.panel % 2;
+        float* sums = piece.sums + place * kGroup * kPanel;
+        Pending now = piece.pending(sums, kPanel, group, part.panel * kPanel, (part.panel + 1) * kPanel);
+        if (part.end < steps) now.sums = nullptr;
+        multiply(
+            tiles, piece.inputs_of(group), piece.layout.part, piece.offsets + part.begin, count, weights,
+            sums, kPanel, part.begin > 0, [&]() FR_LAMBDA { next.advance(share); },
+            [&](int64_t step) FR_LAMBDA {
+              const int64_t begin = step * kGroup / count, end = (step + 1) * kGroup / count;
+              before.finish(begin, end);
+              now.fetch(begin, end);
+            });
+        before = now;
+      }
+      std::swap(slab, other);
     }
     before.finish(0, kGroup);
   }
@@ -272,24 +296,21 @@ struct SplitImpl {
     Inputs(piece.problem, piece.geometry, piece.layout, piece.first, piece.positions(), piece.x)
         .advance(piece.positions());
     const int64_t steps = piece.steps, end = 2 * piece.last_panel;
-    // A pass is half a panel: one of the two tiles of each step.
-    const auto weights_of = [&](int64_t pass) {
-      return piece.problem.weights + pass / 2 * steps * Weights::kStepWeights + pass % 2 * kTileValues;
-    };
+    // A pass is half a panel.
+    const auto weights_of = [&](int64_t pass) { return piece.problem.weights + pass * steps * kTileValues; };
     BFloat16 *u = piece.slabs, *other = u + kParts * kTileValues;
     Weights::split_tile(weights_of(2 * piece.first_panel), 0, Weights::kTileUnits, u);
     Pending before = piece.pending(nullptr, kTileCols, 0, 0, 0);
     for (int64_t pass = 2 * piece.first_panel; pass < end; ++pass) {
       const float *w = weights_of(pass), *next_pass = pass + 1 < end ? weights_of(pass + 1) : w;
       const auto weights_at = [&](int64_t step) {
-        return step < steps ? w + step * Weights::kStepWeights
-                            : next_pass + (step - steps) % steps * Weights::kStepWeights;
+        return step < steps ? w + step * kTileValues : next_pass + (step - steps) % steps * kTileValues;
       };
       float* sums = piece.sums + pass % 2 * kFewPositions * kTileCols;
       const Pending now = piece.pending(sums, kTileCols, 0, pass * kTileCols, (pass + 1) * kTileCols);
       unroll<kFewTiles>([&](auto tile) FR_LAMBDA { tiles.template zero<decltype(tile)::value>(); });
       for (int64_t step = 0; step < steps; ++step) {
-        constexpr int64_t kFar = 6;  // steps: further than the processor looks ahead by itself
+        constexpr int64_t kFar = 16;  // steps: further than the processor looks ahead by itself
         multiply_few(tiles, piece.x + piece.offsets[step], piece.layout.part, u, weights_at(step + 1), other,
                      weights_at(step + kFar));
         std::swap(u, other);

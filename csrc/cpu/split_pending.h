@@ -44,6 +44,7 @@ struct PendingSums {
   }
   // What finish will need.
   FR_INLINE void fetch(int64_t begin, int64_t end) const {
+    if (sums == nullptr) return;
     for (int64_t row = begin; row < end; ++row) {
       if (outputs[row] < 0) continue;
       for (int64_t k = k_begin; k < k_end; k += kCacheLine) {
