@@ -7,6 +7,7 @@
 
 #include "cpu/isa.h"
 #include "facts.h"
+#include "repeat.h"
 
 STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   // cpu/epilogue.cpp: y = act(scale * y + shift + residual) in place
@@ -58,6 +59,7 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
 
 PYBIND11_MODULE(_C, m) {
   fused_resnet::define_facts(m);
+  fused_resnet::define_repeat(m);
   m.def(
       "build_info",
       [] {

@@ -1,4 +1,7 @@
-"""The direct path: a repeated call skips the dispatcher, and only where the dispatcher would do nothing."""
+"""The direct path: a repeated call skips the dispatcher, and only where the dispatcher would do nothing.
+
+Twice: found in Python, as on a GPU, and by the extension, which also runs it (csrc/repeat.cpp).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_resnet import functional
+from fused_resnet import _extension, functional
 from fused_resnet.ops import direct, plans
 from fused_resnet.problem import Problem
 from fused_resnet.reference import Tail, reference
@@ -24,37 +27,57 @@ PROBLEM = Problem.parse("n=1,h=5,w=4,c=3,k=4,padding=1,residual=1,bias=1,bn=1")
 PROJECTED = Problem.parse("n=1,h=3,w=4,c=3,k=4,padding=1,proj=2x5x7x2,proj_bias=1")
 
 
+CACHED = Problem.parse("n=1,h=5,w=4,c=32,k=32,padding=1,residual=1,bias=1,bn=1")
+
+
 class Watched:
     """Calls the function on a tail and says whether the dispatcher was passed by."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, extension: bool) -> None:
+        self.extension, self.problem = extension, CACHED if extension else PROBLEM
         self.found = 0
         find = direct.find
 
         def counting(tail: Tail, backend: str) -> Any:
             run = find(tail, backend)
-            self.found += run is not None
+            self.found += run is not None and not extension
             return run
 
         monkeypatch.setattr(direct, "find", counting)
 
     def __call__(self, tail: Tail, **options: Any) -> tuple[Tensor, bool]:
-        before = self.found
+        before, repeat = self.found, direct.repeat
         function = functional.conv_bn_add_relu if tail.proj is None else functional.conv_bn_proj_add_relu
-        y = function(**call_arguments(tail), **options)
+
+        def counting(*arguments: Any) -> Tensor | None:
+            y = repeat(*arguments)
+            self.found += y is not None
+            return y
+
+        direct.repeat = counting
+        try:
+            y = function(**call_arguments(tail), **{"cache_weights": self.extension, **options})
+        finally:
+            if direct.repeat is counting:  # else a call was remembered
+                direct.repeat = repeat
         return y, self.found > before
 
 
-@pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
+@pytest.fixture(params=["python", "extension"])
+def watched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Watched:
+    extension = request.param == "extension"
+    if extension and _extension.cpu() is None:
+        pytest.skip(str(_extension.why_not_cpu()))
     plans.clear()
-    return Watched(monkeypatch)
+    return Watched(monkeypatch, extension)
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-@pytest.mark.parametrize("problem", [PROBLEM, PROJECTED], ids=["residual", "projection"])
-def test_the_third_call_is_direct(watched: Watched, problem: Problem, mode: Callable[..., Any]) -> None:
-    tail = make_tail(problem, "integers")
+@pytest.mark.parametrize("projected", [False, True], ids=["residual", "projection"])
+def test_the_third_call_is_direct(watched: Watched, projected: bool, mode: Callable[..., Any]) -> None:
+    if projected and watched.extension:
+        pytest.skip("the extension repeats calls of conv_bn_add_relu")
+    tail = make_tail(PROJECTED if projected else watched.problem, "integers")
     exact = reference(tail.to(torch.float64))
     with mode():
         calls = [watched(tail) for _ in range(4)]
@@ -65,7 +88,7 @@ def test_the_third_call_is_direct(watched: Watched, problem: Problem, mode: Call
 
 
 def test_one_tensor_in_two_places(watched: Watched) -> None:
-    tail = make_tail(dataclasses.replace(PROBLEM, k=3), "integers")
+    tail = make_tail(dataclasses.replace(watched.problem, k=watched.problem.c), "integers")
     with torch.inference_mode():
         for _ in range(4):
             y, _ = watched(tail._replace(residual=tail.x))
@@ -73,7 +96,7 @@ def test_one_tensor_in_two_places(watched: Watched) -> None:
 
 
 def test_with_gradients_the_dispatcher_is_asked(watched: Watched) -> None:
-    tail = make_tail(PROBLEM)
+    tail = make_tail(watched.problem)
     tail.conv.weight.requires_grad_()
     for _ in range(4):
         y, was_direct = watched(tail)
@@ -84,7 +107,7 @@ def test_with_gradients_the_dispatcher_is_asked(watched: Watched) -> None:
 def test_shapes_without_end_leave_nothing_behind(watched: Watched) -> None:
     with torch.inference_mode():
         for height in range(5, 25):
-            watched(make_tail(dataclasses.replace(PROBLEM, h=height)))
+            watched(make_tail(dataclasses.replace(watched.problem, h=height)))
     assert not direct._entries
 
 
@@ -127,7 +150,7 @@ CHANGES: dict[str, Callable[[Tail], Tail]] = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_one_difference(watched: Watched, change: Callable[[Tail], Tail]) -> None:
     with torch.inference_mode():
-        tail = make_tail(PROBLEM, "integers")
+        tail = make_tail(watched.problem, "integers")
         for _ in range(3):
             watched(tail)
         assert direct._entries
@@ -138,17 +161,17 @@ def test_one_difference(watched: Watched, change: Callable[[Tail], Tail]) -> Non
 
 
 def test_a_vector_that_no_longer_fits_is_refused(watched: Watched) -> None:
-    tail = make_tail(PROBLEM)
+    tail = make_tail(watched.problem)
     with torch.inference_mode():
         for _ in range(3):
             watched(tail)
         tail.conv.running_var.data = torch.ones(3)
-        with pytest.raises(ValueError, match=r"running_var: expected shape \[4\]"):
+        with pytest.raises(ValueError, match=rf"running_var: expected shape \[{watched.problem.k}\]"):
             watched(tail)
 
 
 def test_the_environment_is_read_on_each_call(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    tail = make_tail(PROBLEM)
+    tail = make_tail(watched.problem)
     with torch.inference_mode():
         for _ in range(3):
             watched(tail)
@@ -183,7 +206,7 @@ STATES: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("state", STATES.values(), ids=STATES.keys())
 def test_not_direct_in(watched: Watched, state: Callable[[], Any]) -> None:
-    tail = make_tail(PROBLEM)
+    tail = make_tail(watched.problem)
     with torch.no_grad():
         for _ in range(3):
             watched(tail)
@@ -194,7 +217,7 @@ def test_not_direct_in(watched: Watched, state: Callable[[], Any]) -> None:
 
 
 def test_not_direct_under_transforms(watched: Watched) -> None:
-    tail = make_tail(PROBLEM)
+    tail = make_tail(watched.problem)
     batch = torch.stack([tail.x, tail.x + 1, tail.x - 1])
     with torch.no_grad():
         for _ in range(3):
@@ -212,7 +235,7 @@ def test_not_direct_under_transforms(watched: Watched) -> None:
 
 
 def test_forward_mode_raises_also_when_remembered(watched: Watched) -> None:
-    tail = make_tail(PROBLEM)
+    tail = make_tail(watched.problem)
     with torch.no_grad():
         for _ in range(3):
             watched(tail)
@@ -220,15 +243,16 @@ def test_forward_mode_raises_also_when_remembered(watched: Watched) -> None:
             watched(tail._replace(x=forward_ad.make_dual(tail.x, torch.ones_like(tail.x))))
 
 
-def test_compiled_graph_holds_the_operator() -> None:
-    tail = make_tail(PROBLEM)
+@pytest.mark.parametrize("cached", [False, True])
+def test_compiled_graph_holds_the_operator(cached: bool) -> None:
+    tail = make_tail(CACHED if cached else PROBLEM)
     targets: list[Any] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         targets.extend(node.target for node in graph.graph.nodes)
         return graph.forward
 
-    arguments = call_arguments(tail)
+    arguments = call_arguments(tail) | {"cache_weights": cached}
     with torch.no_grad():
         for _ in range(3):
             functional.conv_bn_add_relu(**arguments)

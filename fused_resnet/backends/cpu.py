@@ -17,7 +17,7 @@ Why the activation is never oneDNN's: its ReLU turns NaN into 0, and a model tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -158,6 +158,20 @@ def _run_fused(
         if tail.proj is not None:
             packing.forget(tail.proj.weight, ("fused", projection))
     return otherwise(tail)
+
+
+def one_convolution(
+    run: Callable[[Tail], Tensor], tail: Tail
+) -> tuple[Hashable, Callable[..., Tensor | None], Tensor] | None:
+    """What ``run`` comes to where it is one call of ``conv_chain`` on tensors as they are, else None: the key of the
+    weight's copy, the operator and its program.
+    """
+    if not isinstance(run, partial) or run.func is not _run_fused or tail.proj is not None or not tail.cache_weights:
+        return None
+    memory_format, algorithm, _, _, call = run.args
+    if memory_format is not torch.channels_last or call.convert_x or call.convert_added:
+        return None
+    return ("fused", algorithm), call.operator, call.program
 
 
 #: How often copies of the weights are made before a call goes without: another thread may be writing to them.

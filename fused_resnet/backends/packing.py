@@ -33,7 +33,7 @@ _SAMPLES = 64
 
 
 class _Copy(NamedTuple):
-    """One packed copy and what it was made from."""
+    """One packed copy and what it was made from; csrc/repeat.cpp reads it."""
 
     value: Any
     data_ptr: int
@@ -44,12 +44,20 @@ class _Copy(NamedTuple):
 
 
 class _Entry:
-    """All copies made of one weight."""
+    """All copies made of one weight. The dictionary lives as long as the weight: csrc/repeat.cpp holds on to it."""
+
+    __slots__ = ("copies", "weight")
 
     def __init__(self, weight: Tensor) -> None:
         key = id(weight)
-        self.weight = weakref.ref(weight, lambda _: _entries.pop(key, None))
-        self.copies: dict[Hashable, _Copy] = {}
+        copies: dict[Hashable, _Copy] = {}
+
+        def gone(_: Any) -> None:
+            _entries.pop(key, None)
+            copies.clear()
+
+        self.weight = weakref.ref(weight, gone)
+        self.copies = copies
 
 
 _entries: dict[int, _Entry] = {}
@@ -80,6 +88,11 @@ def sampled(weight: Tensor, key: Hashable, make: Callable[[Tensor, Any], Tensor]
     return copy.value, copy.samples
 
 
+def copies(weight: Tensor) -> dict[Hashable, Any]:
+    """All copies of ``weight``, for csrc/repeat.cpp, which does what :func:`sampled` does; empty once it is gone."""
+    return _of(weight).copies
+
+
 def forget(weight: Tensor, key: Hashable) -> None:
     """Forget one copy, since it is no longer true."""
     entry = _entries.get(id(weight))
@@ -90,13 +103,16 @@ def forget(weight: Tensor, key: Hashable) -> None:
 def drop(weight: Tensor) -> None:
     """Forget every copy made of ``weight``."""
     _count_drop()
-    _entries.pop(id(weight), None)
+    entry = _entries.get(id(weight))
+    if entry is not None:
+        entry.copies.clear()
 
 
 def clear() -> None:
     """Forget everything."""
     _count_drop()
-    _entries.clear()
+    for entry in list(_entries.values()):
+        entry.copies.clear()
 
 
 #: How often something was dropped: who holds a copy beyond one call lets go of it when this has changed.
@@ -143,11 +159,15 @@ def _make(weight: Tensor, key: Hashable, vectors: Vectors, make: Callable[[], An
     samples = _samples(weight)
     with torch.no_grad():
         copy = _Copy(make(), data_ptr, version, snapshot, samples)
+    _of(weight).copies[key] = copy
+    return copy
+
+
+def _of(weight: Tensor) -> _Entry:
     entry = _entries.get(id(weight))
     if entry is None or entry.weight() is not weight:
         entry = _entries[id(weight)] = _Entry(weight)
-    entry.copies[key] = copy
-    return copy
+    return entry
 
 
 def _version(t: Tensor) -> int:

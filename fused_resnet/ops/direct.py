@@ -4,6 +4,9 @@ PyTorch's dispatcher takes 5.6 microseconds to hand 17 arguments to a kernel wri
 fused launch. Where it would do nothing else (no gradients, autocast, tracing, modes, subclasses or transforms)
 this module finds the plan in about one. Anything that is not exactly the call seen before takes the dispatcher.
 
+On the CPU the extension finds such calls of ``conv_bn_add_relu`` and runs them itself (:data:`repeat`,
+csrc/repeat.cpp), by the same comparisons.
+
 The comparison of the tensors is dynamo's ``TensorGuards``: one C++ call that compares type, dispatch keys (those of
 the thread included: autocast, functorch, tracing and inference mode show there), dtype, device, sizes and strides.
 """
@@ -20,7 +23,8 @@ from torch import Tensor
 from torch.autograd import forward_ad, profiler
 from torch.nn import Parameter
 
-from ..backends import cpu
+from .. import _extension
+from ..backends import cpu, packing
 from ..reference import Tail
 from . import plans
 
@@ -45,6 +49,28 @@ plans.derived.append(_entries)
 #: Stand for absent tensors in the comparison, one per place, since it wants its tensors distinct; no argument has
 #: this shape.
 _ABSENT = tuple(torch.empty(0, device="cpu") for _ in range(15))
+
+
+def _no_repeat(*arguments: Any) -> Tensor | None:
+    return None
+
+
+#: ``repeat(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, *options)``: the result of a
+#: call like one that the extension remembers, or None. The options are those of ``conv_bn_add_relu`` from eps on.
+repeat: Callable[..., Tensor | None] = _no_repeat
+
+
+class _Repeats:
+    """What the extension remembers, as one of the caches that end with the plans."""
+
+    def clear(self) -> None:
+        extension = _extension.cpu()
+        if extension is not None:
+            extension.forget_repeats()
+
+
+_repeats = _Repeats()
+plans.derived.append(_repeats)
 
 _grad_enabled = torch.is_grad_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -123,8 +149,32 @@ def remember(tail: Tail, backend: str) -> None:
         return
     if len(_entries) >= _ENTRIES_KEPT:
         _entries.clear()
+        _repeats.clear()
     key = (id(tail.conv.weight), tail.x.shape)
     _entries[key] = _Entry(same_tensors, _options(tail, backend), plan.run)
+    _remember_in_extension(tail, backend, same_tensors, plan.run)
+
+
+def _remember_in_extension(
+    tail: Tail, backend: str, same_tensors: Callable[..., bool], run: plans.Runner
+) -> None:  # fmt: skip
+    global repeat
+    extension, convolution = _extension.cpu(), cpu.one_convolution(run, tail)
+    if extension is None or convolution is None or type(plans.backend_variable()[0]) is not dict:
+        return
+    weight = tail.conv.weight
+    options = (tail.conv.eps, *tail[3:8], backend, tail.cache_weights, tail.winograd)
+    # What quiet() asks, as functions that say no and variables that keep their values.
+    idle = (_grad_enabled, _dispatch_modes, _function_mode)
+    variables = (
+        (forward_ad.__dict__, "_current_level", -1),
+        (profiler.__dict__, "_is_profiler_enabled", False),
+        plans.backend_variable(),
+    )
+    extension.remember_repeat(
+        weight, options, idle, variables, _ABSENT[:8], same_tensors, packing.copies(weight), *convolution
+    )
+    repeat = extension.repeat
 
 
 def guard(tensors: tuple[Tensor, ...]) -> Callable[..., bool] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,8 +35,13 @@ class Plan:
 _plans: dict[Any, Plan] = {}
 _PLANS_KEPT = 4096
 
+
+class Cache(Protocol):
+    def clear(self) -> None: ...
+
+
 #: Caches made from plans elsewhere; they go when the plans go.
-derived: list[dict[Any, Any]] = []
+derived: list[Cache] = []
 
 
 #: How often the plans went, for what is made of plans and cannot be emptied from here.
@@ -55,6 +60,11 @@ def clear() -> None:
 # os.environ.get encodes the name anew on every call, 1.3 microseconds; the mapping below it takes 0.04.
 _environment: Any = getattr(os.environ, "_data", os.environ)
 _BACKEND_VARIABLE: Any = getattr(os.environ, "encodekey", str)("FUSED_RESNET_BACKEND")
+
+
+def backend_variable() -> tuple[dict[Any, Any], Any, Any]:
+    """Where the environment's choice of a backend stands, under what name, and what it is now (None: not set)."""
+    return _environment, _BACKEND_VARIABLE, _environment.get(_BACKEND_VARIABLE)
 
 
 def switches(x: Tensor) -> tuple[Any, ...]:
