@@ -228,11 +228,13 @@ struct WeightGradientImpl {
                   end = std::min(begin + plan.tiles_per_split, plan.tiles);
     for (int64_t tile = begin; tile < end; tile += plan.tiles_per_step) {
       const int64_t tiles = std::min(plan.tiles_per_step, end - tile), chunk = plan.tiles_per_step * kChunk;
-      for (int64_t t = 0; t < tiles; ++t) {
-        Forward::transform_input(forward, tile + t, zeros, v + t * kChunk, v_position, chunk);
-        transform_gradient(problem, tile + t, problem.grad_y + k_begin, k_count, zeros, z + t * kChunk,
-                           z_position, chunk);
-      }
+      Forward::for_pixels(forward, tile, tile + tiles, zeros, [&](int64_t at, auto& pixels, auto& next) {
+        const int64_t t = at - tile;
+        Forward::transform_input(forward.shape, pixels, next, false, zeros, v + t * kChunk, v_position,
+                                 chunk);
+        transform_gradient(problem, at, problem.grad_y + k_begin, k_count, zeros, z + t * kChunk, z_position,
+                           chunk);
+      });
       for (int position = 0; position < kPositions; ++position) {
         for (int64_t c = 0; c < c_count; c += kPanel) {
           const float* inputs = v + position * v_position + c / kChunk * chunk + c % kChunk;

@@ -103,14 +103,16 @@ struct SplitWinogradImpl {
   };
 
   // V = B^T d B of one tile, split.
-  static void transform_input(const ConvProblem& problem, int64_t tile, const Layout& layout,
-                              const float* zeros, BFloat16* v) {
-    const float* pixels[kTile][kTile];
-    Transforms::find_pixels(problem, tile, zeros, pixels);
+  static void transform_input(const ConvShape& shape, const float* const (&pixels)[kTile][kTile],
+                              const float* const (&next)[kTile][kTile], bool fetch, const Layout& layout,
+                              BFloat16* v) {
     constexpr int kVectors = kTileDepth / kLanes, kPairs = kVectors / 2;
-    for (int64_t c = 0; c < problem.shape.c; c += kTileDepth, v += kParts * layout.part) {
+    for (int64_t c = 0; c < shape.c; c += kTileDepth, v += kParts * layout.part) {
       V half[kTile][kTile][kVectors];  // B^T d
-      const int64_t count = problem.shape.c - c;
+      const int64_t count = shape.c - c;
+      if (fetch) {
+        unroll<kVectors>([&](auto vector) { Transforms::fetch_pixels(next, c + vector * kLanes); });
+      }
       for (int j = 0; j < kTile; ++j) {
         unroll<kVectors>([&](auto vector) FR_LAMBDA {
           const int64_t at = c + vector * kLanes, rest = count - vector * kLanes;
@@ -219,9 +221,11 @@ struct SplitWinogradImpl {
     BFloat16* v = reinterpret_cast<BFloat16*>(m + kPositions * layout.m_position);
 
     std::fill_n(zeros, layout.chunks * kTileDepth, 0.0f);
-    for (int64_t t = 0; t < count; ++t) {
-      transform_input(problem, first_tile + t, layout, zeros, v + t * kTileDepth);
-    }
+    const bool fetch = Transforms::fetches(shape);
+    Transforms::for_pixels(
+        problem, first_tile, first_tile + count, zeros, [&](int64_t tile, auto& pixels, auto& next) {
+          transform_input(shape, pixels, next, fetch, layout, v + (tile - first_tile) * kTileDepth);
+        });
     Tiles tiles;
     const int64_t u_panel = panel_values(shape), u_position = plan.panels * u_panel;
     const BFloat16* weights = reinterpret_cast<const BFloat16*>(problem.weights) + first_panel * u_panel;
