@@ -1,9 +1,9 @@
 // The weights of convolution on matrix tiles, in steps: 32 channels of one tap for a panel of 32 outputs.
 //
 //   U [panel][step][part][2][16][16][2]    bfloat16, B tiles in three parts
-//   W [panel][2][step][16][16][2]          float32: fresh weights, split in the call; each half of a panel in
-//                                          one piece, since what is read from memory by half panels comes a
-//                                          fifth faster than with gaps
+//   W [panel][2][step][16][16][2]          float32: fresh weights, split in the call. Half a panel lies in
+//                                          one piece: few positions read them from memory so, and take 6 %
+//                                          longer where there are gaps
 #pragma once
 
 #include <algorithm>
