@@ -106,7 +106,7 @@ def conv_bn_add_relu(
 
     Source: the operator is defined in ``fused_resnet/reference.py``.
     """
-    if not _is_dynamo_compiling():
+    if not _is_dynamo_compiling() and _direct.repeat is not None:
         repeated = _direct.repeat(
             x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual,
             eps, stride, padding, dilation, groups, activation, backend, cache_weights, winograd,

@@ -33,7 +33,7 @@ pytestmark = [
 
 
 @pytest.fixture
-def repeats(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def repeats() -> Iterator[None]:
     plans.clear()
     yield
     plans.clear()
@@ -183,8 +183,8 @@ def test_threads_that_call_and_forget() -> None:
 
 @torch.no_grad()
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "repeat", direct._no_repeat)
+    monkeypatch.setattr(direct, "repeat", None)
     monkeypatch.setitem(_extension._modules, "_C", "not built")
     tail = remembered(make_tail(PROBLEM))
-    assert direct.repeat is direct._no_repeat
+    assert direct.repeat is None
     assert_right(call(tail), tail)

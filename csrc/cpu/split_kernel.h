@@ -235,7 +235,10 @@ struct SplitImpl {
       return Part{piece.first_panel + (all_panels ? i % panels : i / slabs), steps * slab / slabs,
                   steps * (slab + 1) / slabs};
     };
-    const BFloat16* u = reinterpret_cast<const BFloat16*>(piece.problem.weights);
+    const auto stored = [&](const Part& part) {
+      return reinterpret_cast<const BFloat16*>(piece.problem.weights) +
+             (part.panel * steps + part.begin) * kStepValues;
+    };
     BFloat16 *slab = piece.slabs, *other = slab + kSlab * kStepValues;
     // What makes the weights of a part ready, and how much there is to do.
     const auto ready = [&](const Part& part, BFloat16* to) {
@@ -246,8 +249,7 @@ struct SplitImpl {
                                                     count * Weights::kUnits},
                          count * Weights::kUnits);
       } else {
-        const BFloat16* at = u + (part.panel * steps + part.begin) * kStepValues;
-        return std::pair(typename Weights::Fetcher{at}, count * kStepValues / kTileDepth);
+        return std::pair(typename Weights::Fetcher{stored(part)}, count * kStepValues / kTileDepth);
       }
     };
 
@@ -261,7 +263,7 @@ struct SplitImpl {
       const int64_t count = part.end - part.begin;
       auto [next, work] = ready(part_at(std::min(i + 1, parts - 1)), other);
       const int64_t share = i + 1 < parts ? ceil_div(work, groups * count * kProductsOfStep) : 0;
-      const BFloat16* weights = kFresh ? slab : u + (part.panel * steps + part.begin) * kStepValues;
+      const BFloat16* weights = kFresh ? slab : stored(part);
       for (int64_t group = 0; group < groups; ++group) {
         // One group alone would begin the next panel's sums while this panel's wait to be finished.
         const int64_t place = all_panels   ? (part.panel - piece.first_panel) * groups + group

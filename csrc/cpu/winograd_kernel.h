@@ -155,11 +155,11 @@ struct WinogradImpl {
 
   // Where a tile's outputs and residual lie.
   struct Outputs {
-    const ConvProblem& problem;
+    const ConvProblem* problem;
     int64_t rows, columns;
     float* y;
     const float* residual;
-    Outputs(const ConvProblem& p, int64_t tile) : problem(p) {
+    Outputs(const ConvProblem& p, int64_t tile) : problem(&p) {
       const Place at(p.shape, tile);
       const auto offset = [&](const int64_t stride[3]) {
         return at.image * stride[0] + at.top * stride[1] + at.left * stride[2];
@@ -169,7 +169,7 @@ struct WinogradImpl {
       residual = p.residual ? p.residual + offset(p.residual_stride) : nullptr;
     }
     FR_INLINE void fetch(int64_t k) const {
-      const int64_t *of_y = problem.y_stride, *of_residual = problem.residual_stride;
+      const int64_t *of_y = problem->y_stride, *of_residual = problem->residual_stride;
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < columns; ++j) {
           __builtin_prefetch(y + i * of_y[1] + j * of_y[2] + k, 1);
@@ -215,10 +215,11 @@ struct WinogradImpl {
     const int64_t m_tile = (last_panel - first_panel) * kPanel, last_tile = tiles_of(problem.shape) - 1;
     const bool fetch = fetches(problem.shape);
     with_epilogue(problem, [&](auto epilogue) {
+      Outputs at(problem, first_tile);
       for (int64_t tile = first_tile; tile < first_tile + tiles; ++tile, m += m_tile) {
-        transform_output<decltype(epilogue)>(problem, Outputs(problem, tile),
-                                             Outputs(problem, std::min(tile + 1, last_tile)), fetch, m,
-                                             m_position, k_begin, k_end);
+        const Outputs next(problem, std::min(tile + 1, last_tile));
+        transform_output<decltype(epilogue)>(problem, at, next, fetch, m, m_position, k_begin, k_end);
+        at = next;
       }
     });
   }

@@ -111,8 +111,8 @@ def drop(weight: Tensor) -> None:
 def clear() -> None:
     """Forget everything."""
     _count_drop()
-    for entry in list(_entries.values()):
-        entry.copies.clear()
+    while _entries:
+        _entries.popitem()[1].copies.clear()
 
 
 #: How often something was dropped: who holds a copy beyond one call lets go of it when this has changed.

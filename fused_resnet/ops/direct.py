@@ -51,13 +51,10 @@ plans.derived.append(_entries)
 _ABSENT = tuple(torch.empty(0, device="cpu") for _ in range(15))
 
 
-def _no_repeat(*arguments: Any) -> Tensor | None:
-    return None
-
-
 #: ``repeat(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, *options)``: the result of a
 #: call like one that the extension remembers, or None. The options are those of ``conv_bn_add_relu`` from eps on.
-repeat: Callable[..., Tensor | None] = _no_repeat
+#: None until it remembers one: on a GPU it never does.
+repeat: Callable[..., Tensor | None] | None = None
 
 
 class _Repeats:
@@ -75,6 +72,10 @@ plans.derived.append(_repeats)
 _grad_enabled = torch.is_grad_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_mode = torch._C._is_torch_function_mode_enabled
+
+#: What :func:`quiet` asks, for the extension: functions that say no, and variables that have these values.
+_SILENT = (_grad_enabled, _dispatch_modes, _function_mode)
+_IDLE = ((forward_ad.__dict__, "_current_level", -1), (profiler.__dict__, "_is_profiler_enabled", False))
 
 
 def quiet() -> bool:
@@ -155,24 +156,16 @@ def remember(tail: Tail, backend: str) -> None:
     _remember_in_extension(tail, backend, same_tensors, plan.run)
 
 
-def _remember_in_extension(
-    tail: Tail, backend: str, same_tensors: Callable[..., bool], run: plans.Runner
-) -> None:  # fmt: skip
+def _remember_in_extension(tail: Tail, backend: str, same_tensors: Callable[..., bool], run: plans.Runner) -> None:
     global repeat
     extension, convolution = _extension.cpu(), cpu.one_convolution(run, tail)
     if extension is None or convolution is None or type(plans.backend_variable()[0]) is not dict:
         return
     weight = tail.conv.weight
     options = (tail.conv.eps, *tail[3:8], backend, tail.cache_weights, tail.winograd)
-    # What quiet() asks, as functions that say no and variables that keep their values.
-    idle = (_grad_enabled, _dispatch_modes, _function_mode)
-    variables = (
-        (forward_ad.__dict__, "_current_level", -1),
-        (profiler.__dict__, "_is_profiler_enabled", False),
-        plans.backend_variable(),
-    )
+    variables = (*_IDLE, plans.backend_variable())
     extension.remember_repeat(
-        weight, options, idle, variables, _ABSENT[:8], same_tensors, packing.copies(weight), *convolution
+        weight, options, _SILENT, variables, _ABSENT[:8], same_tensors, packing.copies(weight), *convolution
     )
     repeat = extension.repeat
 
