@@ -139,7 +139,7 @@ def setup_arguments() -> dict[str, Any]:
                     ext.depends = [*ext.extra_objects, *sources("csrc/*.h", "csrc/cuda/*.h")]
             super().build_extensions()
 
-    files = sources("csrc/bindings.cpp", "csrc/facts.cpp", "csrc/repeat.cpp", "csrc/cpu/*.cpp")
+    files = sources("csrc/bindings.cpp", "csrc/cpu/*.cpp")
     extensions = []
     if "csrc/bindings.cpp" in files:
         say(f"building _C from {len(files)} files")

@@ -6,8 +6,6 @@
 #include <string>
 
 #include "cpu/isa.h"
-#include "facts.h"
-#include "repeat.h"
 
 STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   // cpu/epilogue.cpp: y = act(scale * y + shift + residual) in place
@@ -58,8 +56,6 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
 }
 
 PYBIND11_MODULE(_C, m) {
-  fused_resnet::define_facts(m);
-  fused_resnet::define_repeat(m);
   m.def(
       "build_info",
       [] {

@@ -15,9 +15,7 @@ from .functional_training import (
     conv_bn_add_relu_train,
     conv_bn_branch,
 )
-from .ops import direct as _direct
 from .pairs import Pair, pair
-from .reference import ConvBN, Tail
 
 __all__ = [
     "BatchNormBranch",
@@ -35,9 +33,6 @@ assert _ops.NAMESPACE == "fused_resnet"
 
 
 # Bound once: a lookup through torch.ops takes half a microsecond, and several in a network, where all is cold.
-_is_compiling = torch.compiler.is_compiling
-#: One frame instead of two; all else that traces shows in the state of the thread.
-_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _CONV_BN_ADD_RELU = torch.ops.fused_resnet.conv_bn_add_relu.default
 _CONV_BN_PROJ_ADD_RELU = torch.ops.fused_resnet.conv_bn_proj_add_relu.default
 
@@ -106,31 +101,12 @@ def conv_bn_add_relu(
 
     Source: the operator is defined in ``fused_resnet/reference.py``.
     """
-    if not _is_dynamo_compiling() and _direct.repeat is not None:
-        repeated = _direct.repeat(
-            x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual,
-            eps, stride, padding, dilation, groups, activation, backend, cache_weights, winograd,
-        )  # fmt: skip
-        if repeated is not None:
-            return repeated
     stride, padding, dilation = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
-    tail = None
-    if not _is_compiling() and _direct.quiet():
-        conv = ConvBN(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
-        tail = Tail(
-            x, conv, residual, stride, padding, dilation, groups, activation,
-            None, None, (1, 1), cache_weights, winograd,
-        )  # fmt: skip
-        run = _direct.find(tail, backend)
-        if run is not None:
-            return run(tail)
-    y = _CONV_BN_ADD_RELU(
+    result: Tensor = _CONV_BN_ADD_RELU(
         x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, residual,
         stride, padding, dilation, groups, activation, backend, cache_weights, winograd,
     )  # fmt: skip
-    if tail is not None:
-        _direct.remember(tail, backend)
-    return y
+    return result
 
 
 def max_pool_numbers(
@@ -176,15 +152,6 @@ def conv_bn_add_relu_max_pool(
     """
     pool = max_pool_numbers(window, pool_stride, pool_padding)
     stride, padding, dilation = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
-    if not _is_compiling() and _direct.quiet():
-        conv = ConvBN(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
-        tail = Tail(
-            x, conv, None, stride, padding, dilation, groups, activation,
-            None, None, (1, 1), cache_weights, winograd,
-        )  # fmt: skip
-        run = _direct.find_with_max_pool(tail, backend, pool)
-        if run is not None:
-            return run(tail)
     y = conv_bn_add_relu(
         x, weight, bias, bn_weight, bn_bias, running_mean, running_var,
         eps=eps, stride=stride, padding=padding, dilation=dilation, groups=groups, activation=activation,
@@ -237,24 +204,9 @@ def conv_bn_proj_add_relu(
     """
     stride, padding, dilation = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
     proj_stride = pair("proj_stride", proj_stride)
-    tail = None
-    if not _is_compiling() and _direct.quiet():
-        conv = ConvBN(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
-        proj = ConvBN(
-            proj_weight, proj_bias, proj_bn_weight, proj_bn_bias, proj_running_mean, proj_running_var, proj_eps
-        )
-        tail = Tail(
-            x, conv, None, stride, padding, dilation, groups, activation,
-            proj_x, proj, proj_stride, cache_weights, winograd,
-        )  # fmt: skip
-        run = _direct.find(tail, backend)
-        if run is not None:
-            return run(tail)
-    y = _CONV_BN_PROJ_ADD_RELU(
+    result: Tensor = _CONV_BN_PROJ_ADD_RELU(
         x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, stride, padding, dilation, groups,
         proj_x, proj_weight, proj_bias, proj_bn_weight, proj_bn_bias, proj_running_mean, proj_running_var, proj_eps,
         proj_stride, activation, backend, cache_weights, winograd,
     )  # fmt: skip
-    if tail is not None:
-        _direct.remember(tail, backend)
-    return y
+    return result

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import tails
+from . import parts, tails
 from .keras import KerasBlock, from_keras
 from .nn import FusedBasicBlock, FusedBottleneck, _Fused
 
@@ -125,7 +125,7 @@ class ResNet(_Fused):
 
     def _stem(self, x: Tensor) -> Tensor:
         options = ("relu", self.backend, self.winograd)
-        if tails.is_plain_max_pool(self.maxpool) and tails.why_not_bypassed(self.maxpool) is None:
+        if parts.is_plain_max_pool(self.maxpool) and parts.why_not_bypassed(self.maxpool) is None:
             return tails.conv_bn_act_max_pool(self.conv1, self.bn1, self.maxpool, x, *options)  # type: ignore[arg-type]
         return self.maxpool(tails.conv_bn_act(self.conv1, self.bn1, x, None, *options))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import tails
+from . import parts, tails
 
 __all__ = ["FusedBasicBlock", "FusedBottleneck", "FusedConvBNReLU"]
 
@@ -30,9 +30,9 @@ _UNDERSTOOD = frozenset((nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Sequentia
 def _why_not_understood(module: nn.Module) -> str | None:
     """None, or why the tail's operator does not compute what ``module`` does."""
     cls = type(module)
-    if cls is nn.Conv2d or tails.is_plain_conv(module):
-        return tails.why_not_fusable(module)  # type: ignore[arg-type]
-    if cls in _UNDERSTOOD or tails.is_plain_batch_norm(module) or tails.is_frozen_batch_norm(module):
+    if cls is nn.Conv2d or parts.is_plain_conv(module):
+        return parts.why_not_fusable(module)  # type: ignore[arg-type]
+    if cls in _UNDERSTOOD or parts.is_plain_batch_norm(module) or parts.is_frozen_batch_norm(module):
         return None
     if isinstance(module, nn.Conv2d):
         return f"is a {cls.__name__}, which does not compute what nn.Conv2d does"
@@ -59,7 +59,7 @@ class _Fused(nn.Module):
         """
         for name, module in self._bypassed():
             if module is not None:
-                why_not = tails.why_not_bypassed(module) or _why_not_understood(module)
+                why_not = parts.why_not_bypassed(module) or _why_not_understood(module)
                 if why_not is not None:
                     return f"{name} {why_not}"
         return None
@@ -116,9 +116,9 @@ class _FusedBlock(_Fused):
             return None
         conv = down[0]
         bn = down[1] if len(down) == 2 else None
-        if not isinstance(conv, nn.Conv2d) or not tails.is_projection(conv):
+        if not isinstance(conv, nn.Conv2d) or not parts.is_projection(conv):
             return None
-        if bn is not None and not (tails.is_plain_batch_norm(bn) or tails.is_frozen_batch_norm(bn)):
+        if bn is not None and not (parts.is_plain_batch_norm(bn) or parts.is_frozen_batch_norm(bn)):
             return None
         return conv, bn
 

@@ -10,13 +10,12 @@ import copy
 from typing import TypeVar
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from .. import nn as fused_nn
 from .. import tails
 from . import report
 from .discovery import digest, discover, replan
-from .plan import ATTRIBUTE, Fusion, attach, detach, is_fused, restride
+from .plan import ATTRIBUTE, Fusion, attach, detach, is_fused
 from .report import Entry, Explanation
 
 __all__ = ["Entry", "Explanation", "explain", "fuse", "refresh", "unfuse"]
@@ -35,7 +34,7 @@ def fuse(model: M, inplace: bool = False, *, backend: str = "auto", winograd: st
     """Run the residual blocks of ``model``, and its stem, with one launch for each conv -> BN (-> add) -> ReLU.
 
     Names, attributes, Parameters and the state_dict stay what they are: only the forward of each understood block
-    is replaced (by a subclass of the block's own class), and 4-d weights are laid out in channels_last. Before a
+    is replaced (by a subclass of the block's own class). Before a
     block is replaced, its rewritten forward is compared with the original on randomised float64 copies, in training
     and eval mode, outputs and gradients. What is not understood stays as it was; :func:`explain` says why.
 
@@ -67,13 +66,10 @@ def fuse(model: M, inplace: bool = False, *, backend: str = "auto", winograd: st
         raise ValueError(f"winograd: expected 'auto', 'f2' or 'off', got {winograd!r}")
     if not inplace:
         model = copy.deepcopy(model)
-    tied = _tied_storages(model)
     for found in discover(model, check).planned:
         assert found.plan is not None
         key = digest(found.module, found.plan)
-        fusion = Fusion(found.plan, digest=key, partly=found.reason)
-        fusion.restrided = restride(found.module, found.plan, tied)
-        attach(found.module, fusion)
+        attach(found.module, Fusion(found.plan, digest=key, partly=found.reason))
     for module in model.modules():
         if is_fused(module):
             fusion = module.__dict__[ATTRIBUTE]
@@ -83,22 +79,8 @@ def fuse(model: M, inplace: bool = False, *, backend: str = "auto", winograd: st
     return model
 
 
-def _tied_storages(model: nn.Module) -> set[int]:
-    """Addresses of storages that more than one tensor of the model lives in."""
-    seen: set[int] = set()
-    tied: set[int] = set()
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_meta or is_lazy(tensor):
-            continue
-        address = tensor.untyped_storage().data_ptr()
-        if address and address in seen:
-            tied.add(address)
-        seen.add(address)
-    return tied
-
-
 def unfuse(model: M) -> M:
-    """Undo :func:`fuse`, in place: every module has its own class and forward again, every weight its own strides.
+    """Undo :func:`fuse`, in place: every module has its own class and forward again.
 
     Returns ``model``. A model that is not fused is returned as it is.
     """

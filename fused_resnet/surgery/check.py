@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .plan import Fusion, Plan, attach
+from .plan import Fusion, attach
+from .program import Plan
 from .trace import is_batch_norm, tensors_of, without_hooks
 
 # Float64 on both sides, the same operations in another order: rounding differs by some 1e-14 of the largest

@@ -11,7 +11,8 @@ from torch import nn
 from .. import nn as fused_nn
 from .check import difference
 from .match import Matcher
-from .plan import ATTRIBUTE, Fusion, Plan, is_fused, make_plan, original_class
+from .plan import ATTRIBUTE, Fusion, is_fused, original_class
+from .program import Plan, make_plan
 from .trace import Untraceable, inside, is_batch_norm, is_container, trace
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .. import tails
+from .. import parts
 from .trace import Traced, is_batch_norm
 
 # The activations by name, as they are written in the wild. A new one is one more entry (and a branch in each
@@ -167,10 +166,10 @@ class Matcher:
             nodes += passed
             bypassed += [str(n.target) for n in passed]
             module = self.module(node)
-        if node is None or not self._free(node) or not tails.is_plain_conv(module):
+        if node is None or not self._free(node) or not parts.is_plain_conv(module):
             return None
         assert isinstance(module, nn.Conv2d)
-        if tails.why_not_fusable(module) is not None:
+        if parts.why_not_fusable(module) is not None:
             return None
         source = node.args[0]
         if not isinstance(source, fx.Node):
@@ -216,7 +215,7 @@ class Matcher:
     def _then_max_pool(self, end: fx.Node) -> fx.Node | None:
         """The max pool that is the only user of ``end``."""
         user = next(iter(end.users)) if len(end.users) == 1 else None
-        if user is None or user in self.claimed or not tails.is_plain_max_pool(self.module(user)):
+        if user is None or user in self.claimed or not parts.is_plain_max_pool(self.module(user)):
             return None
         return user
 
@@ -246,7 +245,7 @@ class Matcher:
 
     def _is_projection(self, branch: _Branch) -> bool:
         conv = self.modules[branch.conv]
-        return isinstance(conv, nn.Conv2d) and tails.is_projection(conv)
+        return isinstance(conv, nn.Conv2d) and parts.is_projection(conv)
 
     def _main(self, candidates: list[int], branches: list[_Branch | None]) -> int:
         """Of two convolutions that are added, the main one: the other one is then the 1x1 projection.
@@ -288,9 +287,9 @@ class Matcher:
             first = node.args[0]
             if (
                 activation == "none"
-                or not tails.is_plain_conv(module)
+                or not parts.is_plain_conv(module)
                 or not isinstance(first, fx.Node)
-                or tails.why_not_fusable(module) is not None  # type: ignore[arg-type]
+                or parts.why_not_fusable(module) is not None  # type: ignore[arg-type]
             ):
                 return None
             conv, source = str(node.target), first
@@ -339,44 +338,3 @@ def is_identity_in_eval(module: nn.Module) -> bool:
             return type(module).forward(module, probe) is probe and torch.equal(probe, values)
     except Exception:
         return False
-
-
-def rewrite(traced: Traced, found: list[Tail]) -> fx.Graph:
-    """The graph with each tail replaced by one call; parameters ``backend`` and ``winograd`` are added to it."""
-    graph = traced.graph
-    placeholder = next(node for node in graph.nodes if node.op == "placeholder")
-    with graph.inserting_after(placeholder):
-        winograd = graph.placeholder("winograd")
-    with graph.inserting_after(placeholder):
-        backend = graph.placeholder("backend")
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for tail in found:
-        end = max(tail.nodes, key=lambda n: order[n])
-        with graph.inserting_before(end):
-
-            def get(path: str | None) -> fx.Node | None:
-                return None if path is None else graph.get_attr(path)
-
-            call: Callable[..., Any]
-            args: tuple[Any, ...]
-            if tail.pool is not None:
-                call = tails.conv_bn_act_max_pool
-                args = (get(tail.conv), get(tail.bn), get(tail.pool), tail.source)
-            elif tail.projection is not None:
-                call = tails.conv_bn_proj_act
-                proj = (get(tail.projection[0]), get(tail.projection[1]), tail.residual)
-                args = (get(tail.conv), get(tail.bn), tail.source, *proj)
-            else:
-                call = tails.conv_bn_act
-                args = (get(tail.conv), get(tail.bn), tail.source, tail.residual)
-            new = graph.call_function(call, (*args, tail.activation, backend, winograd))
-        end.replace_all_uses_with(new)
-        order[new] = order[end]
-        for other in found:  # a later tail may read or add what this one makes
-            if other.source is end:
-                other.source = new
-            if other.residual is end:
-                other.residual = new
-        for node in sorted(tail.nodes, key=lambda n: order[n], reverse=True):
-            graph.erase_node(node)
-    return graph

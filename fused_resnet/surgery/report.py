@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from .discovery import Discovery, Found
-from .plan import ATTRIBUTE, Fusion, Plan, is_fused, original_class
+from .plan import ATTRIBUTE, Fusion, is_fused, original_class
+from .program import Plan
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,6 @@ def explain_fused(name: str, module: nn.Module) -> Entry:
     if program is None:
         return Entry(name, kind, "blocked", f"runs unfused now: {why_not}", 0, tails, left, why_not)
     text = "fused, " + _sentence_of_plan(fusion.plan, fusion.partly)
-    if fusion.restrided:
-        n = len(fusion.restrided)
-        text += f"; {n} {'weight' if n == 1 else 'weights'} re-strided to channels_last"
     return Entry(name, kind, "fused", text, len(tails), tails, left, fusion.partly)
 
 
@@ -151,20 +149,13 @@ def explain_block(name: str, module: Any) -> Entry:
 def build(model: nn.Module, discovery: Discovery) -> Explanation:
     """The explanation of ``model``, from what it carries and what discovery says of the rest."""
     entries: dict[str, Entry] = {f.name: explain_found(f) for f in discovery.found}
-    restrided = False
     for name, module in model.named_modules():
         if is_fused(module):
             entries[name] = explain_fused(name, module)
-            restrided = restrided or bool(module.__dict__[ATTRIBUTE].restrided)
         elif name in discovery.already:
             entries[name] = explain_block(name, module)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     notes = []
-    if restrided:
-        notes.append(
-            "The re-strided weights are the same Parameters, with the same values; outputs are channels_last, and an "
-            "NCHW input is converted at the first fused launch (give a channels_last input to spare that)."
-        )
     if not entries:
         notes.append(
             f"No block of this {original_class(model).__name__} adds a residual to a convolution's output: "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import tails
+from .. import parts
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype)
 _MODULE_FIELDS = frozenset(nn.Module().__dict__) - {"training"}
@@ -53,7 +53,7 @@ class Traced:
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether ``module`` may be the BN of a tail: live, synchronised or frozen, with or without its own activation."""
-    return isinstance(module, _BatchNorm) or tails.is_frozen_batch_norm(module)
+    return isinstance(module, _BatchNorm) or parts.is_frozen_batch_norm(module)
 
 
 def inside(module: nn.Module, opaque: dict[int, Any]) -> Iterator[nn.Module]:
