@@ -55,6 +55,8 @@ class Program:
     """What the program still does by itself, by module path or function name."""
     bypassed: tuple[Bypassed, ...]
     reads: tuple[tuple[tuple[str, ...], str, Any], ...]
+    graph: fx.Graph = field(compare=False, repr=False)
+    """What ``function`` does."""
 
     def why_not(self, root: nn.Module) -> str | None:
         """None when the program may run for ``root`` now, else a clause that says why not."""
@@ -115,7 +117,7 @@ class Plan:
 
 def make_plan(module: nn.Module, opaque: dict[int, nn.Module], residual: bool = True) -> Plan | None:
     """Plan ``module``'s forward in both modes; None where it has no tail. Raises trace.Untraceable."""
-    programs = [_program(trace(module, opaque, training), residual) for training in (True, False)]
+    programs = [_program(trace(module, opaque, training), residual, opaque) for training in (True, False)]
     if not any(p.tails for p in programs):
         return None
     train, evaluation = programs
@@ -124,7 +126,7 @@ def make_plan(module: nn.Module, opaque: dict[int, nn.Module], residual: bool = 
     return Plan((evaluation,) if same else (train, evaluation))
 
 
-def _program(traced: Traced, residual: bool) -> Program:
+def _program(traced: Traced, residual: bool, opaque: dict[int, nn.Module]) -> Program:
     found = Matcher(traced).tails(residual)
     reads = dict(traced.reads)
     bypassed: dict[str, Bypassed] = {}
@@ -137,7 +139,7 @@ def _program(traced: Traced, residual: bool) -> Program:
         bypassed[path] = Bypassed(path, tuple(path.split(".")), cls, length)
         if length is None and cls is not nn.Identity and not module.training and _dropped(module):
             reads[path, "training"] = False
-    graph = rewrite(traced, found)
+    graph = rewrite(traced, found, opaque)
     left = tuple(_name(n) for n in graph.nodes if _is_work(n))
     source = graph.python_code("self")
     guards = tuple(
@@ -145,7 +147,7 @@ def _program(traced: Traced, residual: bool) -> Program:
     )
     # `training` matters only where train and eval differ; see make_plan.
     return Program(
-        source.src, _compile(source.src, source.globals), tuple(found), left, tuple(bypassed.values()), guards
+        source.src, _compile(source.src, source.globals), tuple(found), left, tuple(bypassed.values()), guards, graph
     )
 
 
@@ -159,12 +161,16 @@ def _is_work(node: fx.Node) -> bool:
     return node.op in ("call_module", "call_function", "call_method") and node.target not in (
         tails.conv_bn_act,
         tails.conv_bn_proj_act,
+        tails.enter,
+        tails.leave,
     )
 
 
 def _name(node: fx.Node) -> str:
     if node.target is tails.conv_bn_act_max_pool:  # the pool is part of the pass on the CPU only
         node = cast(fx.Node, node.args[2])
+    if node.target is tails.call:
+        node = cast(fx.Node, node.args[0])
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
