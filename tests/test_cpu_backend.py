@@ -164,7 +164,8 @@ def test_python_threads_share_weights_and_get_right_answers() -> None:
     conv = tails[0].conv
     tails = [tail._replace(conv=conv, packed_weights=PackedWeights(), winograd="f2") for tail in tails]
     expected = [run(tail) for tail in tails]
-    packing.clear()
+    kept = PackedWeights()
+    tails = [tail._replace(packed_weights=kept) for tail in tails]
     wrong: list[int] = []
     barrier = threading.Barrier(len(tails))
 

@@ -14,7 +14,7 @@ from torch import nn
 from .. import nn as fused_nn
 from . import report
 from .discovery import digest, discover, replan
-from .freeze import FrozenModel, freeze
+from .frozen import FrozenModel, freeze
 from .plan import ATTRIBUTE, Fusion, attach, detach, is_fused
 from .report import Entry, Explanation
 
