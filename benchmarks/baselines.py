@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fused_resnet import contenders, functional
 from fused_resnet.contenders import EAGER, EAGER_CHANNELS_LAST, FUSED, channels_last_inputs
+from fused_resnet.packed_weights import PackedWeights
 from fused_resnet.problem import Problem
 from fused_resnet.reference import Tail, conv_bn, reference, scale_shift
 from fused_resnet.testing import call_arguments, make_tail
@@ -83,7 +84,7 @@ def tail_contenders(problem: Problem, device: torch.device, compiled: bool) -> l
         # Weights of its own, as every side of a comparison has: calls with other options on the same weights would
         # make each call look its plan up anew.
         own = make_tail(problem, device=device)
-        arguments = call_arguments(own) | {"backend": backend, "winograd": winograd, "cache_weights": True}
+        arguments = call_arguments(own) | {"backend": backend, "winograd": winograd, "packed_weights": PackedWeights()}
         del arguments["x"]
         if tail.proj is not None:
             del arguments["proj_x"]

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fused_resnet import backends, functional
 from fused_resnet.ops import plans
+from fused_resnet.packed_weights import PackedWeights
 from fused_resnet.problem import Problem
 from fused_resnet.reference import Tail
 from fused_resnet.testing import call_arguments, make_tail
@@ -165,7 +166,7 @@ def _stub_module() -> Any:
 
 def _call(problem: Problem, backend: str) -> Callable[[], Tensor]:
     """The call as a module makes it: positional weight, the rest by name, tuples for the geometry."""
-    arguments = call_arguments(make_tail(problem)) | {"backend": backend, "cache_weights": True}
+    arguments = call_arguments(make_tail(problem)) | {"backend": backend, "packed_weights": PackedWeights()}
     function = functional.conv_bn_proj_add_relu if "proj_x" in arguments else functional.conv_bn_add_relu
     x, weight = arguments.pop("x"), arguments.pop("weight")
     arguments = {sys.intern(name): value for name, value in arguments.items()}  # as names in source code are

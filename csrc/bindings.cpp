@@ -27,16 +27,10 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   // cpu/training_conv.cpp: 3 x 3, stride 1. The input's gradient is conv_fused of grad_y with these weights
   m.def("conv_pack_input_gradient(Tensor weight, int m, str isa, str weights='whole') -> Tensor");
   m.def("conv_weight_gradient(Tensor x, Tensor grad_y, int[] padding, int m, str isa) -> Tensor");
-  // cpu/snapshot.cpp: what the weight cache compares on each call
-  m.def(
-      "snapshot(Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
-      "Tensor? running_var) -> Tensor");
-  m.def(
-      "unchanged(Tensor snapshot, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
-      "Tensor? running_mean, Tensor? running_var) -> bool");
-  // cpu/samples.cpp, cpu/chain.cpp: the convolutions of a network; None where a weight is not what it was
-  m.def("samples(Tensor weight) -> Tensor");
-  m.def("conv_chain(Tensor x, Tensor[] tensors, Tensor program, Tensor? added=None) -> Tensor?");
+  // cpu/weight_checksum.cpp: one row for each tensor; equal rows mean equal sizes, strides and bytes
+  m.def("checksum(Tensor[] tensors) -> Tensor");
+  // cpu/conv_program.cpp: several convolutions; nothing is returned where a checked weight has changed
+  m.def("conv_program(Tensor[] inputs, Tensor[] tensors, Tensor program, bool checked) -> Tensor[]");
   // cpu/training.cpp: the four passes of a training tail; outputs come allocated
   m.def("cpu_bn_stats(Tensor y, Tensor(a!) mean, Tensor(b!) var) -> ()");
   m.def(

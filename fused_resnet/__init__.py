@@ -17,8 +17,8 @@ _LAZY: dict[str, str] = {
     "FusedBottleneck": "nn",
     "FusedConvBNReLU": "nn",
     "explain": "surgery",
+    "freeze": "surgery",
     "fuse": "surgery",
-    "graph": "graphs",
     "refresh": "surgery",
     "selftest": "tuning",
     "tune": "tuning",
@@ -36,9 +36,9 @@ __all__ = [
     "backends",
     "devices",
     "explain",
+    "freeze",
     "functional",
     "fuse",
-    "graph",
     "models",
     "nn",
     "ops",
@@ -54,9 +54,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import backends, devices, functional, models, nn, ops, roofline, surgery, testing, tuning
-    from .graphs import graph
     from .nn import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU
-    from .surgery import explain, fuse, refresh, unfuse
+    from .surgery import explain, freeze, fuse, refresh, unfuse
     from .tuning import selftest, tune
 
 

@@ -15,10 +15,12 @@ from .functional_training import (
     conv_bn_add_relu_train,
     conv_bn_branch,
 )
+from .packed_weights import PackedWeights
 from .pairs import Pair, pair
 
 __all__ = [
     "BatchNormBranch",
+    "PackedWeights",
     "batch_norm_arguments",
     "bn_add_relu",
     "bn_add_relu_train",
@@ -34,6 +36,7 @@ assert _ops.NAMESPACE == "fused_resnet"
 
 # Bound once: a lookup through torch.ops takes half a microsecond, and several in a network, where all is cold.
 _CONV_BN_ADD_RELU = torch.ops.fused_resnet.conv_bn_add_relu.default
+_CONV_BN_ADD_RELU_MAX_POOL = torch.ops.fused_resnet.conv_bn_add_relu_max_pool.default
 _CONV_BN_PROJ_ADD_RELU = torch.ops.fused_resnet.conv_bn_proj_add_relu.default
 
 
@@ -54,7 +57,7 @@ def conv_bn_add_relu(
     groups: int = 1,
     activation: str = "relu",
     backend: str = "auto",
-    cache_weights: bool = False,
+    packed_weights: PackedWeights | None = None,
     winograd: str = "auto",
 ) -> Tensor:
     r"""The residual tail ``act(BN(conv2d(x)) + residual)`` in one pass, BN in evaluation mode.
@@ -83,9 +86,8 @@ def conv_bn_add_relu(
         groups: as in :func:`torch.nn.functional.conv2d`.
         activation: ``"relu"``, ``"relu6"`` or ``"none"``.
         backend: ``"auto"`` or a name from :func:`fused_resnet.backends.names`.
-        cache_weights: the promise that weights change only by ordinary means between calls (an eval-mode
-            module), so that folded or packed copies are kept for reuse under the checks of
-            :mod:`fused_resnet.backends.packing`.
+        packed_weights: an object that the caller keeps from call to call, in which packed copies of the weights wait
+            for the next one (CPU). Each call compares them with the whole weight; None packs nothing.
         winograd: CPU algorithm in float32: ``"auto"``, the fastest; ``"f2"``, without Winograd F(4x4), so as accurate
             as direct convolution; ``"off"``, float32 multiply-adds alone, so that an infinity stays one.
 
@@ -104,7 +106,7 @@ def conv_bn_add_relu(
     stride, padding, dilation = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
     result: Tensor = _CONV_BN_ADD_RELU(
         x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, residual,
-        stride, padding, dilation, groups, activation, backend, cache_weights, winograd,
+        stride, padding, dilation, groups, activation, backend, _number(packed_weights), winograd,
     )  # fmt: skip
     return result
 
@@ -135,13 +137,13 @@ def conv_bn_add_relu_max_pool(
     groups: int = 1,
     activation: str = "relu",
     backend: str = "auto",
-    cache_weights: bool = False,
+    packed_weights: PackedWeights | None = None,
     winograd: str = "auto",
 ) -> Tensor:
     """``max_pool2d(conv_bn_add_relu(x, ...), window, pool_stride, pool_padding)``: the stem of a network.
 
-    On the CPU, in float32 and without gradients, one pass from the third call of a signature on: the convolution's
-    output, the largest tensor of a ResNet, never goes to memory. Elsewhere it is the two functions one after the
+    On the CPU, in float32, without gradients and with ``packed_weights``, one pass: the convolution's output, the
+    largest tensor of a ResNet, never goes to memory. Elsewhere it is the two functions one after the
     other, with the same result up to rounding.
 
     Args:
@@ -151,13 +153,27 @@ def conv_bn_add_relu_max_pool(
     ``[N, K, P', Q']`` with the pool's ``P' x Q'``.
     """
     pool = max_pool_numbers(window, pool_stride, pool_padding)
-    stride, padding, dilation = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
-    y = conv_bn_add_relu(
-        x, weight, bias, bn_weight, bn_bias, running_mean, running_var,
-        eps=eps, stride=stride, padding=padding, dilation=dilation, groups=groups, activation=activation,
-        backend=backend, cache_weights=cache_weights, winograd=winograd,
+    if not x.is_cpu or _wants_gradients(x, weight, bias, bn_weight, bn_bias):
+        y = conv_bn_add_relu(
+            x, weight, bias, bn_weight, bn_bias, running_mean, running_var,
+            eps=eps, stride=stride, padding=padding, dilation=dilation, groups=groups, activation=activation,
+            backend=backend, packed_weights=packed_weights, winograd=winograd,
+        )  # fmt: skip
+        return F.max_pool2d(y, *pool)
+    result: Tensor = _CONV_BN_ADD_RELU_MAX_POOL(
+        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps,
+        pair("stride", stride), pair("padding", padding), pair("dilation", dilation), groups, *pool,
+        activation, backend, _number(packed_weights), winograd,
     )  # fmt: skip
-    return F.max_pool2d(y, *pool)
+    return result
+
+
+def _wants_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _number(packed_weights: PackedWeights | None) -> int:
+    return 0 if packed_weights is None else packed_weights.number
 
 
 def conv_bn_proj_add_relu(
@@ -185,7 +201,7 @@ def conv_bn_proj_add_relu(
     proj_stride: Pair = 1,
     activation: str = "relu",
     backend: str = "auto",
-    cache_weights: bool = False,
+    packed_weights: PackedWeights | None = None,
     winograd: str = "auto",
 ) -> Tensor:
     r"""The tail of a downsampling block: ``act(BN(conv2d(x)) + BN_proj(conv2d_1x1(proj_x)))`` in one pass.
@@ -207,6 +223,6 @@ def conv_bn_proj_add_relu(
     result: Tensor = _CONV_BN_PROJ_ADD_RELU(
         x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, stride, padding, dilation, groups,
         proj_x, proj_weight, proj_bias, proj_bn_weight, proj_bn_bias, proj_running_mean, proj_running_var, proj_eps,
-        proj_stride, activation, backend, cache_weights, winograd,
+        proj_stride, activation, backend, _number(packed_weights), winograd,
     )  # fmt: skip
     return result

@@ -46,20 +46,17 @@ class KerasBlock(_Fused):
     def _main(self) -> list[tuple[Any, Any]]:
         return [(getattr(self, f"conv{i}"), getattr(self, f"bn{i}")) for i in range(1, self.depth + 1)]
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.why_not_fused() is not None:
-            return self._forward_unfused(x)
+    def _run(self, x: Any) -> Any:
         *body, (conv, bn) = self._main()
-        options = (self.backend, self.winograd)
         h = x
         for body_conv, body_bn in body:
-            h = tails.conv_bn_act(body_conv, body_bn, same_pad(h, body_conv), None, "relu", *options)
-        h = same_pad(h, conv)
+            h = tails.conv_bn_act(body_conv, body_bn, _same_pad_value(h, body_conv), None, "relu", self.options)
+        h = _same_pad_value(h, conv)
         if len(self.shortcut) == 0:
-            return tails.conv_bn_act(conv, bn, h, x, "relu", *options)
+            return tails.conv_bn_act(conv, bn, h, x, "relu", self.options)
         proj: Any = self.shortcut[0]
         proj_bn = self.shortcut[1] if len(self.shortcut) > 1 else None
-        return tails.conv_bn_proj_act(conv, bn, h, proj, proj_bn, x, "relu", *options)
+        return tails.conv_bn_proj_act(conv, bn, h, proj, proj_bn, x, "relu", self.options)
 
     def _forward_unfused(self, x: Tensor) -> Tensor:
         h = x
@@ -82,6 +79,10 @@ def same_pad(x: Tensor, conv: nn.Conv2d) -> Tensor:
         total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
         pads += [total // 2, total - total // 2]
     return F.pad(x, pads) if any(pads) else x
+
+
+def _same_pad_value(x: Any, conv: nn.Conv2d) -> Any:
+    return x if conv.stride == (1, 1) else tails.apply(lambda image: same_pad(image, conv), x)
 
 
 def _layers(weights: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
@@ -113,7 +114,6 @@ def _conv(arrays: Mapping[str, np.ndarray], name: str, stride: int) -> nn.Conv2d
         conv.weight.copy_(torch.from_numpy(np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))))
         if conv.bias is not None:
             conv.bias.copy_(torch.from_numpy(np.ascontiguousarray(arrays["bias"])))
-    conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
     return conv
 
 

@@ -104,8 +104,6 @@ class ResNet(_Fused):
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(inplanes, num_classes)
         self._initialise(zero_init_residual)
-        # Parameters in the layout that the kernels read; loading a state_dict keeps it.
-        self.to(memory_format=torch.channels_last)
 
     def _initialise(self, zero_init_residual: bool) -> None:
         for m in self.modules():
@@ -123,20 +121,32 @@ class ResNet(_Fused):
         yield "bn1", self.bn1
         yield "relu", self.relu
 
-    def _stem(self, x: Tensor) -> Tensor:
-        options = ("relu", self.backend, self.winograd)
-        if parts.is_plain_max_pool(self.maxpool) and parts.why_not_bypassed(self.maxpool) is None:
-            return tails.conv_bn_act_max_pool(self.conv1, self.bn1, self.maxpool, x, *options)  # type: ignore[arg-type]
-        return self.maxpool(tails.conv_bn_act(self.conv1, self.bn1, x, None, *options))
+    def _stem(self, x: Any) -> Any:
+        if self.why_not_fused() is not None:
+            for module in (self.conv1, self.bn1, self.relu):
+                x = tails.call(module, x)
+        elif parts.is_plain_max_pool(self.maxpool) and parts.why_not_bypassed(self.maxpool) is None:
+            pool: Any = self.maxpool
+            return tails.conv_bn_act_max_pool(self.conv1, self.bn1, pool, x, "relu", self.options)
+        else:
+            x = tails.conv_bn_act(self.conv1, self.bn1, x, None, "relu", self.options)
+        return tails.call(self.maxpool, x)
+
+    def _run(self, x: Any) -> Any:
+        x = self._stem(x)
+        for i in range(1, 5):
+            x = tails.call(getattr(self, f"layer{i}"), x)
+        return x
+
+    def head(self, x: Tensor) -> Tensor:
+        """The classes' logits from the last stage's output."""
+        return self.fc(torch.flatten(self.avgpool(x), 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.why_not_fused() is None:
-            x = self._stem(x)
-        else:
-            x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        for i in range(1, 5):
-            x = getattr(self, f"layer{i}")(x)
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return self.head(tails.leave(self._run(tails.enter(x))))
+
+    def run_inside(self, x: Any) -> Any:
+        return tails.enter(self.head(tails.leave(self._run(x))))
 
 
 def _state_dict(name: str, weights: Weights) -> Mapping[str, Tensor]:

@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import parts, tails
+from .packed_weights import PackedWeights
+from .reference import ACTIVATIONS
 
 __all__ = ["FusedBasicBlock", "FusedBottleneck", "FusedConvBNReLU"]
 
@@ -47,6 +49,31 @@ class _Fused(nn.Module):
     backend: str = "auto"
     winograd: str = "auto"
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed_weights = PackedWeights()
+
+    @property
+    def options(self) -> tails.Options:
+        return tails.Options(self.backend, self.winograd, self.packed_weights)
+
+    def forward(self, x: Tensor) -> Any:
+        if self.why_not_fused() is not None:
+            return self._forward_unfused(x)
+        return tails.leave(self._run(tails.enter(x)))
+
+    def run_inside(self, x: Any) -> Any:
+        """What the forward makes of ``x`` for :func:`fused_resnet.tails.call`; NotImplemented where it runs unfused."""
+        return self._run(x) if self.why_not_fused() is None else NotImplemented
+
+    def _run(self, x: Any) -> Any:
+        """The forward in tails, from a :class:`fused_resnet.tails.Value` to another."""
+        raise NotImplementedError
+
+    def _forward_unfused(self, x: Tensor) -> Tensor:
+        """The forward as torchvision writes it."""
+        raise NotImplementedError
+
     def _bypassed(self) -> Iterator[tuple[str, nn.Module | None]]:
         """Name and module of everything whose call the fused forward replaces."""
         raise NotImplementedError
@@ -63,12 +90,6 @@ class _Fused(nn.Module):
                 if why_not is not None:
                     return f"{name} {why_not}"
         return None
-
-    def train(self, mode: bool = True) -> Any:
-        # Training changes the weights: copies that a backend folded or packed from them are dropped.
-        if mode:
-            tails.drop_packed(*(m for m in self.modules() if isinstance(m, nn.Conv2d)))
-        return super().train(mode)
 
 
 class _FusedBlock(_Fused):
@@ -98,6 +119,7 @@ class _FusedBlock(_Fused):
             )
         new = cls.__new__(cls)
         nn.Module.__init__(new)
+        new.packed_weights = PackedWeights()
         for name, child in children.items():  # in the block's own order, which is that of its state_dict
             new.add_module(name, child)
         if "downsample" not in children:
@@ -132,13 +154,12 @@ class _FusedBlock(_Fused):
             yield "downsample.0", projection[0]
             yield "downsample.1", projection[1]
 
-    def _tail(self, conv: nn.Conv2d, bn: nn.Module, h: Tensor, x: Tensor) -> Tensor:
-        options = (self.backend, self.winograd)
+    def _tail(self, conv: nn.Conv2d, bn: nn.Module, h: Any, x: Any) -> Any:
         projection = self._projection()
         if projection is not None:
-            return tails.conv_bn_proj_act(conv, bn, h, *projection, x, "relu", *options)
-        identity = x if self.downsample is None else self.downsample(x)
-        return tails.conv_bn_act(conv, bn, h, identity, "relu", *options)
+            return tails.conv_bn_proj_act(conv, bn, h, *projection, x, "relu", self.options)
+        identity = x if self.downsample is None else tails.call(self.downsample, x)
+        return tails.conv_bn_act(conv, bn, h, identity, "relu", self.options)
 
 
 class FusedBasicBlock(_FusedBlock):
@@ -180,10 +201,8 @@ class FusedBasicBlock(_FusedBlock):
         self.downsample = downsample
         self.stride = stride
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.why_not_fused() is not None:
-            return self._forward_unfused(x)
-        h = tails.conv_bn_act(self.conv1, self.bn1, x, None, "relu", self.backend, self.winograd)
+    def _run(self, x: Any) -> Any:
+        h = tails.conv_bn_act(self.conv1, self.bn1, x, None, "relu", self.options)
         return self._tail(self.conv2, self.bn2, h, x)
 
     def _forward_unfused(self, x: Tensor) -> Tensor:
@@ -227,12 +246,9 @@ class FusedBottleneck(_FusedBlock):
         self.downsample = downsample
         self.stride = stride
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.why_not_fused() is not None:
-            return self._forward_unfused(x)
-        options = (self.backend, self.winograd)
-        h = tails.conv_bn_act(self.conv1, self.bn1, x, None, "relu", *options)
-        h = tails.conv_bn_act(self.conv2, self.bn2, h, None, "relu", *options)
+    def _run(self, x: Any) -> Any:
+        h = tails.conv_bn_act(self.conv1, self.bn1, x, None, "relu", self.options)
+        h = tails.conv_bn_act(self.conv2, self.bn2, h, None, "relu", self.options)
         return self._tail(self.conv3, self.bn3, h, x)
 
     def _forward_unfused(self, x: Tensor) -> Tensor:
@@ -283,8 +299,12 @@ class FusedConvBNReLU(_Fused):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.why_not_fused() is not None:
             y = self.bn(self.conv(x))
-            return tails.activate(y if residual is None else y + residual, self.activation)
-        return tails.conv_bn_act(self.conv, self.bn, x, residual, self.activation, self.backend, self.winograd)
+            return ACTIVATIONS[self.activation](y if residual is None else y + residual)
+        y = tails.conv_bn_act(self.conv, self.bn, tails.enter(x), residual, self.activation, self.options)
+        return tails.leave(y)
+
+    def _run(self, x: Any) -> Any:
+        return tails.conv_bn_act(self.conv, self.bn, x, None, self.activation, self.options)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 Pair = int | tuple[int, int]
 
 
-def pair(name: str, value: Pair) -> tuple[int, int]:
+def pair(name: str, value: Pair | Sequence[int]) -> tuple[int, int]:
     """``value`` as (height, width); TypeError names the argument ``name``."""
-    if type(value) is tuple and len(value) == 2:
-        return value
     if isinstance(value, int):
         return (value, value)
     if isinstance(value, (tuple, list)) and len(value) == 2:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .pairs import pair as height_width
+
 
 def is_plain_conv(module: Any) -> bool:
     """Whether ``module`` computes what ``nn.Conv2d`` computes: that class, or a subclass with the same forward."""
@@ -99,10 +101,10 @@ def numeric_padding(conv: nn.Conv2d) -> tuple[tuple[int, int], bool]:
     """The numeric padding of ``conv`` and whether one number per side says it all (``"same"`` may be uneven)."""
     padding: Any = conv.padding
     if not isinstance(padding, str):
-        return tuple(padding), True
+        return height_width("padding", padding), True
     if padding == "valid":
         return (0, 0), True
-    total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    total = [d * (k - 1) for d, k in zip(height_width("dilation", conv.dilation), conv.kernel_size, strict=True)]
     return (total[0] // 2, total[1] // 2), not (total[0] % 2 or total[1] % 2)
 
 
@@ -129,3 +131,13 @@ def is_plain_max_pool(module: Any) -> bool:
 
 def _is_one(value: Any) -> bool:
     return value in (1, (1, 1))
+
+
+def geometry(conv: nn.Conv2d) -> dict[str, Any]:
+    """Stride, padding, dilation and groups of ``conv`` as they are now, two numbers each."""
+    return {
+        "stride": height_width("stride", conv.stride),
+        "padding": numeric_padding(conv)[0],
+        "dilation": height_width("dilation", conv.dilation),
+        "groups": conv.groups,
+    }

@@ -7,11 +7,14 @@ Tests, benchmarks, the tuner and ``assert_equivalent`` all compare against :func
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .packed_weights import PackedWeights
 
 #: Activations by name. Adding one means: here, in each kernel's epilogue, and in ``ops.tail``'s gradient.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -55,8 +58,8 @@ class Tail(NamedTuple):
     proj_x: Tensor | None = None
     proj: ConvBN | None = None
     proj_stride: tuple[int, int] = (1, 1)
-    #: the caller promises that weights only change between calls, so packed copies may be reused
-    cache_weights: bool = False
+    #: where packed copies of the weights are kept for later calls; None: nowhere
+    packed_weights: PackedWeights | None = None
     #: CPU algorithm for 3x3: "auto", "f2" or "off"
     winograd: str = "auto"
 
@@ -68,7 +71,7 @@ class Tail(NamedTuple):
             residual=None if self.residual is None else self.residual.to(dtype),
             proj_x=None if self.proj_x is None else self.proj_x.to(dtype),
             proj=None if self.proj is None else self.proj.to(dtype),
-            cache_weights=False,
+            packed_weights=None,
         )
 
 

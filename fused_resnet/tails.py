@@ -1,119 +1,218 @@
 """The tail on modules: what one fused launch does with a convolution's and a batch norm's own modules.
 
-``nn`` and ``surgery`` both run their blocks through :func:`conv_bn_act` and :func:`conv_bn_proj_act`. Everything
-is read from the modules at each call (parameters, buffers, ``training``, geometry), so that ``load_state_dict``,
-``train()``, ``bn.eval()``, an optimizer step or an EMA copy need no notice.
+``nn`` and ``surgery`` both run their blocks through these functions. Everything is read from the modules at each call
+(parameters, buffers, ``training``, geometry), so that ``load_state_dict``, ``train()``, ``bn.eval()``, an optimizer
+step or an EMA copy need no notice.
+
+Between tails an activation is a :class:`Value`: always in channels_last, which is what the kernels read and write,
+whatever the model's own layout is. Where it reaches anything else, :func:`leave` gives it the strides that eager's
+activation would have there.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from . import functional
-from .parts import batch_norm_eps, is_plain_max_pool, numeric_padding, uses_batch_statistics
+from .layout import looks_channels_last
+from .packed_weights import PackedWeights
+from .parts import batch_norm_eps, geometry, is_plain_max_pool, uses_batch_statistics, why_not_bypassed
+
+
+class Options(NamedTuple):
+    """How a module's tails run: see :func:`fused_resnet.fuse`."""
+
+    backend: str = "auto"
+    winograd: str = "auto"
+    packed_weights: PackedWeights | None = None
+
+
+_DEFAULTS = Options()
+
+
+class Value(NamedTuple):
+    """An activation between tails."""
+
+    tensor: Tensor
+    channels_last: bool
+    """Whether eager's would be in channels_last here."""
+
+
+def enter(x: Any) -> Any:
+    """``x`` as a :class:`Value`; anything that is not an image in a plain floating-point tensor stays what it is."""
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        return x
+    return Value(x.contiguous(memory_format=torch.channels_last), looks_channels_last(x.shape, x.stride()))
+
+
+def leave(x: Any) -> Any:
+    """The tensor of a :class:`Value`, strided as eager's would be; anything else stays what it is."""
+    if not isinstance(x, Value):
+        return x
+    wanted = torch.channels_last if x.channels_last else torch.contiguous_format
+    return x.tensor.contiguous(memory_format=wanted)
+
+
+class Recorded:
+    """Stands for a :class:`Value` while a network is frozen: tails are noted instead of run."""
+
+    def tail(
+        self, conv: nn.Conv2d, bn: Any, residual: Any, projection: Any, pool: Any, activation: str, options: Options
+    ) -> Any:
+        """The value of ``pool(act(bn(conv(self)) + residual))``, or with ``projection(residual)`` added."""
+        raise NotImplementedError
+
+    def call(self, module: nn.Module) -> Any:
+        """What ``module`` makes of it."""
+        raise NotImplementedError
+
+    def apply(self, function: Callable[[Tensor], Any]) -> Any:
+        """See :func:`apply`."""
+        raise NotImplementedError
+
+
+def call(module: nn.Module, x: Any) -> Any:
+    """``module(x)``, from a :class:`Value` to a :class:`Value` where ``module`` is made of tails and nobody looks.
+
+    A hook on the module, or a forward of its own, sees and returns what it would in eager.
+    """
+    if isinstance(x, Recorded):
+        return x.call(module)
+    if isinstance(x, Value) and why_not_bypassed(module) is None:
+        cls = type(module)
+        if cls is nn.Sequential:
+            for child in module._modules.values():
+                assert child is not None
+                x = call(child, x)
+            return x
+        if cls is nn.Identity:
+            return x
+        inside = getattr(cls, "run_inside", None)
+        if inside is not None:
+            y = inside(module, x)
+            if y is not NotImplemented:
+                return y
+    return enter(module(leave(x)))
+
+
+def apply(function: Callable[[Tensor], Any], x: Any) -> Any:
+    """``function`` of the tensor that eager would have in place of ``x``."""
+    return x.apply(function) if isinstance(x, Recorded) else enter(function(leave(x)))
+
+
+# ---- reading the modules -----------------------------------------------------------------------------------
 
 _BNTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def _bn_tensors(bn: Any) -> _BNTensors:
+def bn_tensors(bn: Any) -> _BNTensors:
+    """Gamma, beta, mean and variance."""
     if bn is None:
         return None, None, None, None
     return bn.weight, bn.bias, bn.running_mean, bn.running_var
 
 
-def _eps(bn: Any) -> float:
+def bn_eps(bn: Any) -> float:
+    """The eps of a batch norm; of none, anything."""
     return 1e-5 if bn is None else batch_norm_eps(bn)
 
 
-def _geometry(conv: nn.Conv2d) -> dict[str, Any]:
-    padding = numeric_padding(conv)[0]
-    return {"stride": conv.stride, "padding": padding, "dilation": conv.dilation, "groups": conv.groups}
+def _kept(conv: nn.Conv2d, options: Options) -> PackedWeights | None:
+    # The weights of a convolution that is being trained are others at each call.
+    return None if conv.training else options.packed_weights
 
 
-def activate(x: Tensor, activation: str) -> Tensor:
-    """Apply the activation called ``activation``: ``relu``, ``relu6`` or ``none``."""
-    if activation == "relu":
-        return F.relu(x)
-    if activation == "relu6":
-        return F.relu6(x)
-    if activation == "none":
-        return x
-    raise ValueError(f"activation: expected 'relu', 'relu6' or 'none', got {activation!r}")
+# ---- running the tail --------------------------------------------------------------------------------------
 
 
 def conv_bn_act(
-    conv: nn.Conv2d,
-    bn: Any,
-    x: Tensor,
-    residual: Tensor | None = None,
-    activation: str = "relu",
-    backend: str = "auto",
-    winograd: str = "auto",
-) -> Tensor:
+    conv: nn.Conv2d, bn: Any, x: Any, residual: Any = None, activation: str = "relu", options: Options = _DEFAULTS
+) -> Any:
     """``act(bn(conv(x)) + residual)`` from the modules ``conv`` and ``bn`` (or None); one launch where BN is fixed."""
+    if isinstance(x, Recorded):
+        return x.tail(conv, bn, residual, None, None, activation, options)
+    image, added = _tensor(enter(x)), _tensor(enter(residual))
     if uses_batch_statistics(bn):
-        return batch_statistics_tail(conv, bn, x, residual, activation, winograd)
-    weight, bias, mean, var = _bn_tensors(bn)
-    return functional.conv_bn_add_relu(
-        x, conv.weight, conv.bias, weight, bias, mean, var,
-        eps=_eps(bn), residual=residual, activation=activation, backend=backend, winograd=winograd,
-        cache_weights=not conv.training, **_geometry(conv),
-    )  # fmt: skip
+        y = batch_statistics_tail(conv, bn, image, added, activation, options.winograd)
+    else:
+        weight, bias, mean, var = bn_tensors(bn)
+        y = functional.conv_bn_add_relu(
+            image, conv.weight, conv.bias, weight, bias, mean, var,
+            eps=bn_eps(bn), residual=added, activation=activation, backend=options.backend,
+            winograd=options.winograd, packed_weights=_kept(conv, options), **geometry(conv),
+        )  # fmt: skip
+    return _value(y, x, conv)
+
+
+def _tensor(x: Any) -> Any:
+    # What is no image goes as it is to the operator, which says what it expected.
+    return x.tensor if isinstance(x, Value) else x
+
+
+def _value(y: Tensor, x: Any, conv: nn.Conv2d) -> Value:
+    """The result ``y`` for the input ``x``: eager's convolution is in channels_last where its input or weight is."""
+    image = x.tensor if isinstance(x, Value) else x
+    inherited = x.channels_last if isinstance(x, Value) else looks_channels_last(image.shape, image.stride())
+    return Value(y, inherited or looks_channels_last(conv.weight.shape, conv.weight.stride()))
 
 
 def conv_bn_act_max_pool(
-    conv: nn.Conv2d,
-    bn: Any,
-    pool: nn.MaxPool2d,
-    x: Tensor,
-    activation: str = "relu",
-    backend: str = "auto",
-    winograd: str = "auto",
-) -> Tensor:
+    conv: nn.Conv2d, bn: Any, pool: nn.MaxPool2d, x: Any, activation: str = "relu", options: Options = _DEFAULTS
+) -> Any:
     """``pool(act(bn(conv(x))))``, a network's stem; one pass on the CPU where BN is fixed."""
     if uses_batch_statistics(bn) or not is_plain_max_pool(pool):
-        return pool(conv_bn_act(conv, bn, x, None, activation, backend, winograd))
-    weight, bias, mean, var = _bn_tensors(bn)
-    return functional.conv_bn_add_relu_max_pool(
-        x, conv.weight, conv.bias, weight, bias, mean, var,
-        window=pool.kernel_size, pool_stride=pool.stride, pool_padding=pool.padding,
-        eps=_eps(bn), activation=activation, backend=backend, winograd=winograd,
-        cache_weights=not conv.training, **_geometry(conv),
+        return call(pool, conv_bn_act(conv, bn, x, None, activation, options))
+    if isinstance(x, Recorded):
+        return x.tail(conv, bn, None, None, pool, activation, options)
+    weight, bias, mean, var = bn_tensors(bn)
+    stride: Any = pool.stride
+    y = functional.conv_bn_add_relu_max_pool(
+        _tensor(enter(x)), conv.weight, conv.bias, weight, bias, mean, var,
+        window=pool.kernel_size, pool_stride=stride, pool_padding=pool.padding,
+        eps=bn_eps(bn), activation=activation, backend=options.backend, winograd=options.winograd,
+        packed_weights=_kept(conv, options), **geometry(conv),
     )  # fmt: skip
+    return _value(y, x, conv)
 
 
 def conv_bn_proj_act(
     conv: nn.Conv2d,
     bn: Any,
-    x: Tensor,
+    x: Any,
     proj_conv: nn.Conv2d,
     proj_bn: Any,
-    proj_x: Tensor,
+    proj_x: Any,
     activation: str = "relu",
-    backend: str = "auto",
-    winograd: str = "auto",
-) -> Tensor:
+    options: Options = _DEFAULTS,
+) -> Any:
     """``act(bn(conv(x)) + proj_bn(proj_conv(proj_x)))``, in one launch where both BNs are fixed."""
     main_batch, proj_batch = uses_batch_statistics(bn), uses_batch_statistics(proj_bn)
-    if main_batch and proj_batch:
-        branch = functional.conv_bn_branch(proj_x, **_training_arguments(proj_conv, proj_bn), winograd=winograd)
-        return batch_statistics_tail(conv, bn, x, branch, activation, winograd)
-    if main_batch or proj_batch:  # one of the two BNs is frozen: the projection by itself, then the tail
-        identity = conv_bn_act(proj_conv, proj_bn, proj_x, None, "none", backend, winograd)
-        return conv_bn_act(conv, bn, x, identity, activation, backend, winograd)
-    weight, bias, mean, var = _bn_tensors(bn)
-    p_weight, p_bias, p_mean, p_var = _bn_tensors(proj_bn)
-    return functional.conv_bn_proj_add_relu(
-        x, conv.weight, conv.bias, weight, bias, mean, var,
-        proj_x=proj_x, proj_weight=proj_conv.weight, proj_bias=proj_conv.bias,
+    if main_batch != proj_batch:  # one of the two BNs is frozen: the projection by itself, then the tail
+        identity = conv_bn_act(proj_conv, proj_bn, proj_x, None, "none", options)
+        return conv_bn_act(conv, bn, x, identity, activation, options)
+    if isinstance(x, Recorded):
+        return x.tail(conv, bn, proj_x, (proj_conv, proj_bn), None, activation, options)
+    image, proj_image = _tensor(enter(x)), _tensor(enter(proj_x))
+    if main_batch:
+        branch = functional.conv_bn_branch(
+            proj_image, **_training_arguments(proj_conv, proj_bn), winograd=options.winograd
+        )
+        return _value(batch_statistics_tail(conv, bn, image, branch, activation, options.winograd), x, conv)
+    weight, bias, mean, var = bn_tensors(bn)
+    p_weight, p_bias, p_mean, p_var = bn_tensors(proj_bn)
+    y = functional.conv_bn_proj_add_relu(
+        image, conv.weight, conv.bias, weight, bias, mean, var,
+        proj_x=proj_image, proj_weight=proj_conv.weight, proj_bias=proj_conv.bias,
         proj_bn_weight=p_weight, proj_bn_bias=p_bias, proj_running_mean=p_mean, proj_running_var=p_var,
-        proj_stride=_geometry(proj_conv)["stride"], eps=_eps(bn), proj_eps=_eps(proj_bn),
-        activation=activation, backend=backend, winograd=winograd,
-        cache_weights=not conv.training, **_geometry(conv),
+        proj_stride=geometry(proj_conv)["stride"], eps=bn_eps(bn), proj_eps=bn_eps(proj_bn),
+        activation=activation, backend=options.backend, winograd=options.winograd,
+        packed_weights=_kept(conv, options), **geometry(conv),
     )  # fmt: skip
+    return _value(y, x, conv)
 
 
 # ---- batch statistics: the one place where a training tail is computed -------------------------------------
@@ -122,7 +221,7 @@ def conv_bn_proj_act(
 def _training_arguments(conv: nn.Conv2d, bn: Any) -> dict[str, Any]:
     """A convolution and its batch norm as the training functions take them; counts the batch as ``bn`` would."""
     bn_arguments = functional.batch_norm_arguments(bn)._asdict()
-    return {"weight": conv.weight, "bias": conv.bias, **bn_arguments, **_geometry(conv)}
+    return {"weight": conv.weight, "bias": conv.bias, **bn_arguments, **geometry(conv)}
 
 
 def batch_statistics_tail(
@@ -138,11 +237,3 @@ def batch_statistics_tail(
     return functional.conv_bn_add_relu_train(
         x, **arguments, residual=residual, activation=activation, winograd=winograd
     )
-
-
-def drop_packed(*convs: nn.Conv2d) -> None:
-    """Forget folded or packed copies of these convolutions' weights."""
-    from .backends import packing
-
-    for conv in convs:
-        packing.drop(conv.weight)

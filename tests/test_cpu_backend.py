@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from fused_resnet import _extension, backends, functional
-from fused_resnet.backends import cpu, cpu_rule, packing
+from fused_resnet.backends import cpu, cpu_fused, cpu_rule
 from fused_resnet.layout import output_memory_format
+from fused_resnet.packed_weights import PackedWeights
 from fused_resnet.problem import Problem
 from fused_resnet.reference import Tail, reference
 from fused_resnet.testing import (
@@ -33,15 +33,13 @@ LAST, FIRST = torch.channels_last, torch.contiguous_format
 
 
 @pytest.fixture(params=["extension", "python"])
-def install(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def install(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With the compiled extension, and as a pure-Python install."""
     if request.param == "extension" and _extension.cpu() is None:
         pytest.skip(str(_extension.why_not_cpu()))
     if request.param == "python":
         monkeypatch.setattr(cpu._extension, "cpu", lambda: None)
-    packing.clear()
-    yield request.param
-    packing.clear()
+    return request.param
 
 
 def run(tail: Tail) -> Tensor:
@@ -57,14 +55,16 @@ def test_numerical_bar(case: Case, dtype: torch.dtype, install: str) -> None:
     if why_not is not None:
         pytest.skip(why_not)
     for cached in (False, True):
-        check_tail(run, problem, cache_weights=cached, winograd="f2", label=f"cached={cached}")
+        check_tail(
+            run, problem, packed_weights=PackedWeights() if cached else None, winograd="f2", label=f"cached={cached}"
+        )
 
 
 @pytest.mark.parametrize("tail", RESNET_TAILS, ids=[f"{t.network}.{t.stage}" for t in RESNET_TAILS])
 def test_numerical_bar_on_the_real_tails(tail: object) -> None:
     """Every ResNet-18/50 tail as a model runs it; F(4x4) has a bound of its own, in test_cpu_kernels."""
     problem: Problem = tail.problem  # type: ignore[attr-defined]
-    check_tail(run, problem, kinds=("random",), cache_weights=True, winograd="f2")
+    check_tail(run, problem, kinds=("random",), packed_weights=PackedWeights(), winograd="f2")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,9 @@ def test_numerical_bar_on_the_real_tails(tail: object) -> None:
 def test_numerical_bar_on_deep_sums_over_tiny_images(text: str) -> None:
     """Where eager's kernels sum in blocks: one accumulator for all the products would be 4 times worse."""
     for seed in range(3):
-        check_tail(run, Problem.parse(text), kinds=("random",), seed=seed, cache_weights=True, winograd="f2")
+        check_tail(
+            run, Problem.parse(text), kinds=("random",), seed=seed, packed_weights=PackedWeights(), winograd="f2"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -84,7 +86,7 @@ def test_a_wider_residual_widens_the_result(dtype: torch.dtype) -> None:
         if case.name in ("odd", "1x1", "groups"):
             problem = in_dtype(case.problem, dtype, residual=torch.float32)
             if BACKEND.can_run(problem) is None:
-                check_tail(run, problem, cache_weights=True)
+                check_tail(run, problem, packed_weights=PackedWeights())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,7 +111,9 @@ def test_layouts_in_and_out(
     conv = tail.conv._replace(weight=tail.conv.weight.contiguous(memory_format=weight_format))
     for cached in (False, True):
         for name, residual in residuals.items():
-            case = tail._replace(x=x, conv=conv, residual=residual, cache_weights=cached, winograd="f2")
+            case = tail._replace(
+                x=x, conv=conv, residual=residual, packed_weights=PackedWeights() if cached else None, winograd="f2"
+            )
             y, before = run(case), residual.clone()
             assert y.is_contiguous(memory_format=output_memory_format(x, conv.weight)), (name, y.stride())
             exact = reference(case.to(torch.float64))
@@ -128,7 +132,7 @@ def test_a_live_residual_is_never_written(dtype: torch.dtype, install: str) -> N
     ):
         tail = make_tail(in_dtype(Problem.parse(text), dtype), "random")
         for cached in (False, True):
-            tail = tail._replace(residual=tail.x, cache_weights=cached)
+            tail = tail._replace(residual=tail.x, packed_weights=PackedWeights() if cached else None)
             tensors = [tail.x, *(t for t in tail.conv if isinstance(t, Tensor))]
             before = [t.clone() for t in tensors]
             y = run(tail)
@@ -149,7 +153,7 @@ def test_nan_and_infinity_are_eagers(text: str, dtype: torch.dtype, activation: 
         x = tail.x.clone(memory_format=LAST)
         x[0, 1, 6, 7] = value
         for cached in (False, True):
-            case = tail._replace(x=x, cache_weights=cached)
+            case = tail._replace(x=x, packed_weights=PackedWeights() if cached else None)
             y, expected = run(case), reference(case)
             assert torch.equal(y.isnan(), expected.isnan())
             assert torch.equal(y.isinf(), expected.isinf())
@@ -158,7 +162,7 @@ def test_nan_and_infinity_are_eagers(text: str, dtype: torch.dtype, activation: 
 def test_python_threads_share_weights_and_get_right_answers() -> None:
     tails = [make_tail(Problem.parse(f"n=1,h={h},w=14,c=64,k=64,padding=1,residual=1"), seed=h) for h in range(10, 16)]
     conv = tails[0].conv
-    tails = [tail._replace(conv=conv, cache_weights=True, winograd="f2") for tail in tails]
+    tails = [tail._replace(conv=conv, packed_weights=PackedWeights(), winograd="f2") for tail in tails]
     expected = [run(tail) for tail in tails]
     packing.clear()
     wrong: list[int] = []
@@ -182,7 +186,7 @@ def test_python_threads_share_weights_and_get_right_answers() -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_set_num_threads_is_respected_and_changes_nothing(threads: int) -> None:
     before = torch.get_num_threads()
-    tail = make_tail(Problem.parse("n=2,h=28,w=28,c=64,k=64,padding=1,residual=1"), cache_weights=True)
+    tail = make_tail(Problem.parse("n=2,h=28,w=28,c=64,k=64,padding=1,residual=1"), packed_weights=PackedWeights())
     expected = run(tail)
     try:
         torch.set_num_threads(threads)
@@ -198,7 +202,9 @@ def test_the_functional_form_and_gradients_through_kept_weights() -> None:
     tail.conv.weight.requires_grad_()
     grads = []
     for backend in ("cpu", "eager"):
-        y = functional.conv_bn_add_relu(**call_arguments(tail), backend=backend, cache_weights=True, winograd="f2")
+        y = functional.conv_bn_add_relu(
+            **call_arguments(tail), backend=backend, packed_weights=PackedWeights(), winograd="f2"
+        )
         grads.append(torch.autograd.grad(y.square().sum(), [tail.x, tail.conv.weight]))
     for ours, eager in zip(*grads, strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-3)
@@ -277,20 +283,19 @@ def test_winograd_is_the_callers_choice(choice: str, m: int, monkeypatch: pytest
     problem = Problem.parse("n=1,h=28,w=28,c=64,k=64,padding=1")
     monkeypatch.setattr(cpu_rule, "has_tiles", lambda: False)  # on which direct convolution may be faster
     used: list[int] = []
-    operands = cpu.operands
-    monkeypatch.setattr(cpu, "operands", lambda conv, key, pack: used.append(key[1].m) or operands(conv, key, pack))
-    run(make_tail(problem, winograd=choice, cache_weights=True))
+    operands = cpu_fused._operands
+    monkeypatch.setattr(cpu_fused, "_operands", lambda conv, how, kept: used.append(how.m) or operands(conv, how, kept))
+    run(make_tail(problem, winograd=choice, packed_weights=PackedWeights()))
     monkeypatch.setenv("FUSED_RESNET_WINOGRAD", choice)
-    run(make_tail(problem, cache_weights=True))
+    run(make_tail(problem, packed_weights=PackedWeights()))
     assert used == [m, m]
     used.clear()
-    run(make_tail(problem, winograd=choice, cache_weights=False))
+    run(make_tail(problem, winograd=choice, packed_weights=None))
     assert not used, "weights that may not be kept are not transformed"
 
 
-def test_a_weight_that_its_samples_do_not_tell_from_the_one_before() -> None:
-    """Other strides of the same zeros: nothing that Python compares has changed, but the operator will not have it."""
-    tail = make_tail(Problem.parse("n=1,h=9,w=9,c=32,k=32,padding=1,residual=1"), cache_weights=True)
+def test_other_strides_of_the_same_memory_are_noticed() -> None:
+    tail = make_tail(Problem.parse("n=1,h=9,w=9,c=32,k=32,padding=1,residual=1"), packed_weights=PackedWeights())
     tail.conv.weight.zero_()
     for _ in range(3):
         run(tail)
@@ -303,11 +308,11 @@ def test_a_weight_that_its_samples_do_not_tell_from_the_one_before() -> None:
 
 def test_changes_of_batch_and_size_reuse_the_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_rule, "has_tiles", lambda: False)  # where the small ones would be direct
-    tail = make_tail(Problem.parse("n=1,h=28,w=28,c=64,k=64,padding=1"), cache_weights=True)
-    packing.clear()
+    tail = make_tail(Problem.parse("n=1,h=28,w=28,c=64,k=64,padding=1"), packed_weights=PackedWeights())
     for n, h in ((1, 28), (2, 20), (4, 17)):
         run(tail._replace(x=torch.randn(n, 64, h, h)))
-    assert packing.nbytes(tail.conv.weight) == 36 * 64 * 64 * 4
+    assert tail.packed_weights is not None
+    assert tail.packed_weights.nbytes == 36 * 64 * 64 * 4
 
 
 def test_projection_in_one_call_equals_two() -> None:
@@ -315,10 +320,12 @@ def test_projection_in_one_call_equals_two() -> None:
     for dtype in DTYPES:
         if BACKEND.can_run(dataclasses.replace(problem, dtype=dtype)) is not None:
             continue
-        tail = make_tail(dataclasses.replace(problem, dtype=dtype), cache_weights=True, winograd="f2")
+        tail = make_tail(dataclasses.replace(problem, dtype=dtype), packed_weights=PackedWeights(), winograd="f2")
         assert tail.proj is not None
         assert tail.proj_x is not None
-        shortcut = Tail(tail.proj_x, tail.proj, stride=tail.proj_stride, activation="none", cache_weights=True)
+        shortcut = Tail(
+            tail.proj_x, tail.proj, stride=tail.proj_stride, activation="none", packed_weights=PackedWeights()
+        )
         two = run(tail._replace(proj=None, proj_x=None, residual=run(shortcut)))
         assert torch.equal(run(tail), two)
 
@@ -339,4 +346,4 @@ def test_one_column_of_output_under_a_stride(text: str, dtype: torch.dtype) -> N
     if why_not is not None:
         pytest.skip(why_not)
     for cached in (False, True):
-        check_tail(run, problem, kinds=("integers",), cache_weights=cached)
+        check_tail(run, problem, kinds=("integers",), packed_weights=PackedWeights() if cached else None)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from fused_resnet import _extension, functional
-from fused_resnet.backends import cpu, cpu_rule
+from fused_resnet.backends import cpu_fused, cpu_rule
 from fused_resnet.ops import plans
+from fused_resnet.packed_weights import PackedWeights
 from fused_resnet.problem import Problem
 from fused_resnet.reference import reference
 from fused_resnet.testing import assert_within_bar, call_arguments, make_tail
@@ -29,21 +32,20 @@ def _stem(
 ) -> list[Tensor]:
     """The stem in one pass; and the direct kernel, then torch's max pool: the same sums in the same order."""
     tail = make_tail(Problem.parse(text), kind)
-    arguments = call_arguments(tail) | {"cache_weights": True, "backend": "cpu"}
+    arguments = call_arguments(tail) | {"packed_weights": PackedWeights(), "backend": "cpu"}
     arguments.pop("residual")
     if x is not None:
         arguments["x"] = x
     window, stride, padding = pool
     with torch.inference_mode():
-        for _ in range(3):  # the third call of a signature is the first that goes direct
-            pooled = functional.conv_bn_add_relu_max_pool(
-                **arguments, window=window, pool_stride=stride, pool_padding=padding
-            )
+        pooled = functional.conv_bn_add_relu_max_pool(
+            **arguments, window=window, pool_stride=stride, pool_padding=padding
+        )
         k, _, r, s = tail.conv.weight.shape
         y = torch.ops.fused_resnet_C.conv_fused(
             arguments["x"].contiguous(memory_format=torch.channels_last),
             torch.ops.fused_resnet_C.conv_pack(tail.conv.weight, 0, ""), (k, r, s), 0, "",
-            tail.stride, tail.padding, tail.dilation, *tail.conv[1:], None, cpu._ACTIVATION_CODES[tail.activation],
+            tail.stride, tail.padding, tail.dilation, *tail.conv[1:], None, cpu_fused.ACTIVATION_CODES[tail.activation],
         )  # fmt: skip
         two = torch.nn.functional.max_pool2d(functional.conv_bn_add_relu(**arguments), *pool)
         assert pooled.stride() == two.stride()
@@ -55,10 +57,16 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with each stem that is run in one pass."""
     if _extension.cpu() is None:
         pytest.skip(str(_extension.why_not_cpu()))
-    plans.clear()  # which name the functions, and were made under the choice of another test
+    plans.clear()  # made under the choice of another test
     seen: list[int] = []
-    one_pass = cpu._run_max_pool
-    monkeypatch.setattr(cpu, "_run_max_pool", lambda *args: seen.append(1) or one_pass(*args))
+    links = cpu_fused.FusedConvolution.links
+
+    def noted(self: cpu_fused.FusedConvolution, *args: Any) -> Any:
+        if self.pool is not None:
+            seen.append(1)
+        return links(self, *args)
+
+    monkeypatch.setattr(cpu_fused.FusedConvolution, "links", noted)
     return seen
 
 
@@ -114,7 +122,7 @@ def test_stem_on_matrix_tiles_is_within_the_bar(passes: list[int]) -> None:
 @pytest.mark.parametrize("pool", [((9, 9), 1, 4), (3, 1, 0)], ids=["too tall", "with gradients"])
 def test_stem_without_a_kernel_is_two_functions(pool: tuple[object, object, object], passes: list[int]) -> None:
     tail = make_tail(Problem.parse("n=1,h=20,w=20,c=3,k=8,padding=1"))
-    arguments = call_arguments(tail) | {"cache_weights": True}
+    arguments = call_arguments(tail) | {"packed_weights": PackedWeights()}
     arguments.pop("residual")
     arguments["x"] = tail.x.clone().requires_grad_(pool[0] == 3)
     with torch.set_grad_enabled(pool[0] == 3):

@@ -107,13 +107,11 @@ Tensor empty_output(int64_t n, int64_t k, int64_t p, int64_t q, Workspace* works
 
 }  // namespace
 
-OptionalTensor fused_convolution(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter,
-                                 int64_t m, const std::string& isa, const std::vector<int64_t>& stride,
-                                 const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                                 const BatchNormArguments& bn_arguments, const OptionalTensor& residual,
-                                 int64_t activation, WeightKind weights, const Samples* samples,
-                                 const Tensor* weight, Workspace* workspace) {
-  if (samples != nullptr) samples->prefetch();
+Tensor fused_convolution(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter, int64_t m,
+                         const std::string& isa, const std::vector<int64_t>& stride,
+                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                         const BatchNormArguments& bn_arguments, const OptionalTensor& residual,
+                         int64_t activation, WeightKind weights, Workspace* workspace) {
   ConvProblem problem = read_problem(x, packed, filter, stride, padding, dilation);
   const ConvShape& shape = problem.shape;
   const ConvKernel& kernel = conv_kernel(m, weights, isa, shape);
@@ -134,7 +132,6 @@ OptionalTensor fused_convolution(const Tensor& x, const Tensor& packed, const st
     pixel_strides(t, problem.residual_stride);
   }
   const ScaleShift bn(bn_arguments, shape.k);
-  if (samples != nullptr && !samples->hold(*weight)) return std::nullopt;
   problem.scale = bn.scale();
   problem.shift = bn.shift();
   problem.activation = activation_from(activation);
@@ -154,13 +151,11 @@ OptionalTensor fused_convolution(const Tensor& x, const Tensor& packed, const st
   return y;
 }
 
-OptionalTensor pooled_convolution(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter,
-                                  const std::string& isa, const std::vector<int64_t>& stride,
-                                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                                  const BatchNormArguments& bn_arguments, int64_t activation,
-                                  const std::vector<int64_t>& pool_sizes, WeightKind weights,
-                                  const Samples* samples, const Tensor* weight, Workspace* workspace) {
-  if (samples != nullptr) samples->prefetch();
+Tensor pooled_convolution(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter,
+                          const std::string& isa, const std::vector<int64_t>& stride,
+                          const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                          const BatchNormArguments& bn_arguments, int64_t activation,
+                          const std::vector<int64_t>& pool_sizes, WeightKind weights, Workspace* workspace) {
   ConvProblem problem = read_problem(x, packed, filter, stride, padding, dilation);
   const ConvShape& shape = problem.shape;
   const PooledKernel& kernel = pooled_kernel(weights, isa, shape);
@@ -184,7 +179,6 @@ OptionalTensor pooled_convolution(const Tensor& x, const Tensor& packed, const s
         pool.window_w);
   pool.p = room_h / pool.stride_h + 1, pool.q = room_w / pool.stride_w + 1;
   const ScaleShift bn(bn_arguments, shape.k);
-  if (samples != nullptr && !samples->hold(*weight)) return std::nullopt;
   problem.scale = bn.scale();
   problem.shift = bn.shift();
   problem.activation = activation_from(activation);
@@ -212,9 +206,9 @@ Tensor conv_fused(const Tensor& x, const Tensor& packed, const std::vector<int64
                   const OptionalTensor& bias, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
                   const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
                   const OptionalTensor& residual, int64_t activation, const std::string& weights) {
-  return *fused_convolution(x, packed, filter, m, isa, stride, padding, dilation,
-                            {bias, bn_weight, bn_bias, running_mean, running_var, eps}, residual, activation,
-                            weight_kind(weights));
+  return fused_convolution(x, packed, filter, m, isa, stride, padding, dilation,
+                           {bias, bn_weight, bn_bias, running_mean, running_var, eps}, residual, activation,
+                           weight_kind(weights));
 }
 
 Tensor conv_max_pool(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter,
@@ -224,9 +218,9 @@ Tensor conv_max_pool(const Tensor& x, const Tensor& packed, const std::vector<in
                      const OptionalTensor& bn_bias, const OptionalTensor& running_mean,
                      const OptionalTensor& running_var, double eps, int64_t activation,
                      const std::vector<int64_t>& pool, const std::string& weights) {
-  return *pooled_convolution(x, packed, filter, isa, stride, padding, dilation,
-                             {bias, bn_weight, bn_bias, running_mean, running_var, eps}, activation, pool,
-                             weight_kind(weights));
+  return pooled_convolution(x, packed, filter, isa, stride, padding, dilation,
+                            {bias, bn_weight, bn_bias, running_mean, running_var, eps}, activation, pool,
+                            weight_kind(weights));
 }
 
 }  // namespace

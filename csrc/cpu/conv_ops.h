@@ -5,28 +5,23 @@
 #include <vector>
 
 #include "kernel_choice.h"
-#include "samples.h"
 #include "tensors.h"
 #include "workspace.h"
 
 namespace fused_resnet::cpu {
 
-// As fused_resnet_C::conv_fused. With `samples`, those of `weight`, nothing is returned where they do not
-// hold: they are compared late, so that their loads overlap with what is to be done before the convolution.
-OptionalTensor fused_convolution(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter,
-                                 int64_t m, const std::string& isa, const std::vector<int64_t>& stride,
-                                 const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                                 const BatchNormArguments& bn, const OptionalTensor& residual,
-                                 int64_t activation, WeightKind weights, const Samples* samples = nullptr,
-                                 const Tensor* weight = nullptr, Workspace* workspace = nullptr);
+// As fused_resnet_C::conv_fused. The output lies in `workspace` where that is given.
+Tensor fused_convolution(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter, int64_t m,
+                         const std::string& isa, const std::vector<int64_t>& stride,
+                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                         const BatchNormArguments& bn, const OptionalTensor& residual, int64_t activation,
+                         WeightKind weights, Workspace* workspace = nullptr);
 
 // As fused_resnet_C::conv_max_pool; `pool` holds window, stride and padding, two numbers each.
-OptionalTensor pooled_convolution(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter,
-                                  const std::string& isa, const std::vector<int64_t>& stride,
-                                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                                  const BatchNormArguments& bn, int64_t activation,
-                                  const std::vector<int64_t>& pool, WeightKind weights,
-                                  const Samples* samples = nullptr, const Tensor* weight = nullptr,
-                                  Workspace* workspace = nullptr);
+Tensor pooled_convolution(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter,
+                          const std::string& isa, const std::vector<int64_t>& stride,
+                          const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                          const BatchNormArguments& bn, int64_t activation, const std::vector<int64_t>& pool,
+                          WeightKind weights, Workspace* workspace = nullptr);
 
 }  // namespace fused_resnet::cpu

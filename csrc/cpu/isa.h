@@ -2,6 +2,7 @@
 // isa_portable.cpp, and the best set that this CPU has is taken at run time.
 #pragma once
 
+#include "checksum.h"
 #include "conv.h"
 #include "epilogue.h"
 
@@ -13,6 +14,7 @@ struct Kernels {
   ConvKernel direct, winograd2, winograd4, fresh_winograd2, fresh_winograd4;
   PooledKernel pooled;
   EpilogueKernel epilogue;
+  ChecksumKernel checksum;
   // Matrix tiles: absent (nullptr) in "avx512" and "avx2".
   ConvKernel split_direct = {}, fresh_split_direct = {}, split_winograd2 = {}, split_winograd4 = {};
   PooledKernel split_pooled = {};

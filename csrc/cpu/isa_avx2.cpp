@@ -15,6 +15,7 @@
   #else
     #pragma GCC target("avx2,fma,f16c")
   #endif
+  #include "checksum_kernel.h"
   #include "direct_kernel.h"
   #include "epilogue_kernel.h"
   #include "pooled_kernel.h"
@@ -31,7 +32,8 @@ const Kernels kKernelsAvx2 = {"avx2",
                               FreshWinogradImpl<Avx2, Winograd<2>>::kernel(),
                               FreshWinogradImpl<Avx2, Winograd<4>>::kernel(),
                               PooledImpl<Avx2>::kernel(),
-                              EpilogueImpl<Avx2::kLanes>::kernel()};
+                              EpilogueImpl<Avx2::kLanes>::kernel(),
+                              ChecksumImpl<Avx2::kLanes>::run};
 }  // namespace fused_resnet::cpu
   #if defined(__clang__)
     #pragma clang attribute pop

@@ -16,6 +16,7 @@
   #else
     #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
   #endif
+  #include "checksum_kernel.h"
   #include "direct_kernel.h"
   #include "epilogue_kernel.h"
   #include "pooled_kernel.h"
@@ -32,7 +33,8 @@ const Kernels kKernelsAvx512 = {"avx512",
                                 FreshWinogradImpl<Avx512, Winograd<2>>::kernel(),
                                 FreshWinogradImpl<Avx512, Winograd<4>>::kernel(),
                                 PooledImpl<Avx512>::kernel(),
-                                EpilogueImpl<Avx512::kLanes>::kernel()};
+                                EpilogueImpl<Avx512::kLanes>::kernel(),
+                                ChecksumImpl<Avx512::kLanes>::run};
 }  // namespace fused_resnet::cpu
   #if defined(__clang__)
     #pragma clang attribute pop

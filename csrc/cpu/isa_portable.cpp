@@ -1,4 +1,5 @@
 // Four lanes: SSE2 or NEON, or whatever the compiler makes of its vector extension.
+#include "checksum_kernel.h"
 #include "direct_kernel.h"
 #include "epilogue_kernel.h"
 #include "isa.h"
@@ -20,6 +21,7 @@ const Kernels kKernelsPortable = {"portable",
                                   FreshWinogradImpl<Portable, Winograd<4>>::kernel(),
                                   PooledImpl<Portable>::kernel(),
                                   EpilogueImpl<Portable::kLanes>::kernel(),
+                                  ChecksumImpl<Portable::kLanes>::run,
                                   SplitImpl<PlainTiles, 4, false>::kernel(),
                                   SplitImpl<PlainTiles, 4, true>::kernel(),
                                   SplitWinogradImpl<PlainTiles, 4, Winograd<2>>::kernel(),

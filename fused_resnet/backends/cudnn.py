@@ -1,6 +1,6 @@
 """Backend ``cudnn``: ``aten::cudnn_convolution_add_relu`` with folded weights, the rival we keep.
 
-cuDNN takes no per-channel scale, so BN is folded into the weights under the rule of :mod:`.packing`. Its traps, each
+cuDNN takes no per-channel scale, so BN is folded into the weights in each call. Its traps, each
 guarded here: a ``z`` that shares memory with ``x`` goes wrong (pytorch#62926), the shape of ``z`` is not checked,
 and a ``z`` in another layout than the output is copied without a word. Its ReLU is part of the operator, so other
 activations are refused.
@@ -8,16 +8,14 @@ activations are refused.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from ..layout import output_memory_format
 from ..problem import Problem, dtype_name
 from ..reference import ConvBN, Tail
-from . import Backend, packing
-from .cpu import fold
+from . import Backend
+from .cpu_onednn import fold
 
 
 class CudnnBackend(Backend):
@@ -61,10 +59,7 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _folded(tail: Tail, conv: ConvBN, memory_format: torch.memory_format) -> tuple[Tensor, Tensor | None]:
-    make = partial(_fold_dense, conv, memory_format)
-    if not tail.cache_weights:
-        return make()
-    return packing.get(conv.weight, ("cudnn", conv.eps, memory_format), conv[1:6], make)
+    return _fold_dense(conv, memory_format)
 
 
 def _fold_dense(conv: ConvBN, memory_format: torch.memory_format) -> tuple[Tensor, Tensor | None]:

@@ -139,7 +139,7 @@ class TrainingBackend:
 def conv_problem(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Problem:
     """The convolution alone as a Problem; ValueError or TypeError names the argument that does not fit."""
     conv = ConvBN(weight, bias, None, None, None, None, 0.0)
-    return Problem.from_tail(Tail(x, conv, None, *geometry, "none", None, None, (1, 1), False, "auto"))
+    return Problem.from_tail(Tail(x, conv, None, *geometry, "none", None, None, (1, 1), None, "auto"))
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

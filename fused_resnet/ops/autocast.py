@@ -33,8 +33,7 @@ def _register(name: str, device_type: str, key: str) -> None:
     op = getattr(torch.ops.fused_resnet, name).default
     arguments = op._schema.arguments
     positions = [i for i, argument in enumerate(arguments) if argument.name in _CAST]
-    cache_position = next((i for i, argument in enumerate(arguments) if argument.name == "cache_weights"), None)
-    exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    kept_position = next((i for i, argument in enumerate(arguments) if argument.name == "packed_weights"), None)
 
     def autocast_kernel(*args: Any, **kwargs: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
@@ -42,15 +41,15 @@ def _register(name: str, device_type: str, key: str) -> None:
         weight = full[1]
         for position in positions:
             full[position] = _cast(full[position], device_type, dtype)
-        if cache_position is not None and full[1] is not weight:
+        if kept_position is not None and full[1] is not weight:
             # A cast weight is a new tensor on every call; a packed copy of it could never be found again.
-            full[cache_position] = False
-        with torch._C._ExcludeDispatchKeyGuard(exclude):
+            full[kept_position] = 0
+        with torch.autocast(device_type, enabled=False):
             return op(*full)
 
     LIBRARY.impl(name, autocast_kernel, key)
 
 
-for _name in ("conv_bn_add_relu", "conv_bn_proj_add_relu", "conv_bn_stats"):
+for _name in ("conv_bn_add_relu", "conv_bn_proj_add_relu", "conv_bn_add_relu_max_pool", "conv_bn_stats"):
     _register(_name, "cuda", "AutocastCUDA")
     _register(_name, "cpu", "AutocastCPU")

@@ -6,9 +6,8 @@ options, and the switches of torch that change the arithmetic.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,57 +21,22 @@ from ..tuning import choice
 Runner = Callable[[Tail], Tensor]
 
 
-class Plan:
-    """How calls of one signature run, and how many have."""
-
-    __slots__ = ("calls", "run")
-
-    def __init__(self, run: Runner) -> None:
-        self.run = run
-        self.calls = 0
-
-
-_plans: dict[Any, Plan] = {}
+_plans: dict[Any, Runner] = {}
 _PLANS_KEPT = 4096
-
-
-class Cache(Protocol):
-    def clear(self) -> None: ...
-
-
-#: Caches made from plans elsewhere; they go when the plans go.
-derived: list[Cache] = []
-
-
-#: How often the plans went, for what is made of plans and cannot be emptied from here.
-clears = 0
 
 
 def clear() -> None:
     """Forget which backend runs which call, for when the answer of ``can_run`` or of the tuner may have changed."""
-    global clears
-    clears += 1
     _plans.clear()
-    for cache in derived:
-        cache.clear()
-
-
-# os.environ.get encodes the name anew on every call, 1.3 microseconds; the mapping below it takes 0.04.
-_environment: Any = getattr(os.environ, "_data", os.environ)
-_BACKEND_VARIABLE: Any = getattr(os.environ, "encodekey", str)("FUSED_RESNET_BACKEND")
-
-
-def backend_variable() -> tuple[dict[Any, Any], Any, Any]:
-    """Where the environment's choice of a backend stands, under what name, and what it is now (None: not set)."""
-    return _environment, _BACKEND_VARIABLE, _environment.get(_BACKEND_VARIABLE)
 
 
 def switches(x: Tensor) -> tuple[Any, ...]:
     """The state of the process that a plan depends on."""
+    backend = backends.default_backend()
     if not x.is_cuda:
-        return (_environment.get(_BACKEND_VARIABLE),)
+        return (backend,)
     tf32 = x.dtype is torch.float32 and tf32_allowed()
-    return (_environment.get(_BACKEND_VARIABLE), tf32, torch._C._get_deterministic_algorithms())
+    return (backend, tf32, torch.are_deterministic_algorithms_enabled())
 
 
 def _of(t: Tensor | None) -> Any:
@@ -86,24 +50,17 @@ def signature(tail: Tail, backend: str) -> tuple[Any, ...]:
     return key if proj is None else (*key, proj.eps, _of(proj_x), *map(_of, proj[:6]))
 
 
-def known(tail: Tail, backend: str) -> Plan | None:
-    """The plan for calls like ``tail``, if there is one already."""
-    return _plans.get(signature(tail, backend))
-
-
 def find(tail: Tail, backend: str) -> Runner:
     """What runs calls like ``tail``: checked and chosen at the first call of a signature, looked up afterwards."""
     key = signature(tail, backend)
-    plan = _plans.get(key)
-    if plan is None:
+    run = _plans.get(key)
+    if run is None:
         run, keep = _decide(tail, backend)
-        if not keep:
-            return run
-        if len(_plans) >= _PLANS_KEPT:  # shapes without end (a hypothesis test, a detector): start afresh
-            clear()
-        plan = _plans[key] = Plan(run)
-    plan.calls += 1
-    return plan.run
+        if keep:
+            if len(_plans) >= _PLANS_KEPT:  # shapes without end (a hypothesis test, a detector): start afresh
+                clear()
+            _plans[key] = run
+    return run
 
 
 def _decide(tail: Tail, backend: str) -> tuple[Runner, bool]:

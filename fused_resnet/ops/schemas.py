@@ -18,7 +18,7 @@ _CONV_BN = (
     "Tensor? {p}running_mean, Tensor? {p}running_var, float {p}eps"
 )
 _GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, int groups"
-_OPTIONS = 'str activation="relu", str backend="auto", bool cache_weights=False, str winograd="auto"'
+_OPTIONS = 'str activation="relu", str backend="auto", SymInt packed_weights=0, str winograd="auto"'
 
 #: One BN with known statistics, and the same of the projection; see ``ops.training``.
 _STATISTICS = "Tensor{o} {p}mean, Tensor{o} {p}invstd"
@@ -29,6 +29,10 @@ SCHEMAS: dict[str, str] = {
     "conv_bn_proj_add_relu": (
         f"(Tensor x, {_CONV_BN.format(p='')}, {_GEOMETRY}, "
         f"Tensor proj_x, {_CONV_BN.format(p='proj_')}, SymInt[2] proj_stride, {_OPTIONS}) -> Tensor"
+    ),
+    "conv_bn_add_relu_max_pool": (
+        f"(Tensor x, {_CONV_BN.format(p='')}, {_GEOMETRY}, "
+        f"SymInt[2] window, SymInt[2] pool_stride, SymInt[2] pool_padding, {_OPTIONS}) -> Tensor"
     ),
     "conv_bn_stats": (
         f'(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, str backend="auto", str winograd="auto") '

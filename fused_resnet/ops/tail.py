@@ -10,9 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends.cpu_fused import run_with_max_pool
 from ..layout import empty_output, output_memory_format
+from ..packed_weights import by_number
 from ..reference import ConvBN, Tail
 from . import plans
 from .checks import refuse_forward_mode
@@ -25,12 +28,12 @@ def _tail_residual(
     x: Tensor, weight: Tensor, bias: Tensor | None, bn_weight: Tensor | None, bn_bias: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, eps: float, residual: Tensor | None,
     stride: Any, padding: Any, dilation: Any, groups: int,
-    activation: str = "relu", backend: str = "auto", cache_weights: bool = False, winograd: str = "auto",
+    activation: str = "relu", backend: str = "auto", packed_weights: int = 0, winograd: str = "auto",
 ) -> tuple[Tail, str]:  # fmt: skip
     conv = ConvBN(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
     tail = Tail(
         x, conv, residual, tuple(stride), tuple(padding), tuple(dilation), groups, activation,
-        None, None, (1, 1), cache_weights, winograd,
+        None, None, (1, 1), None, winograd,
     )  # fmt: skip
     return tail, backend
 
@@ -42,20 +45,29 @@ def _tail_projection(
     proj_x: Tensor, proj_weight: Tensor, proj_bias: Tensor | None,
     proj_bn_weight: Tensor | None, proj_bn_bias: Tensor | None,
     proj_running_mean: Tensor | None, proj_running_var: Tensor | None, proj_eps: float, proj_stride: Any,
-    activation: str = "relu", backend: str = "auto", cache_weights: bool = False, winograd: str = "auto",
+    activation: str = "relu", backend: str = "auto", packed_weights: int = 0, winograd: str = "auto",
 ) -> tuple[Tail, str]:  # fmt: skip
     conv = ConvBN(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
     proj = ConvBN(proj_weight, proj_bias, proj_bn_weight, proj_bn_bias, proj_running_mean, proj_running_var, proj_eps)
     tail = Tail(
         x, conv, None, tuple(stride), tuple(padding), tuple(dilation), groups, activation,
-        proj_x, proj, tuple(proj_stride), cache_weights, winograd,
+        proj_x, proj, tuple(proj_stride), None, winograd,
     )  # fmt: skip
     return tail, backend
 
 
+def _tail_max_pool(*args: Any, **kwargs: Any) -> tuple[Tail, str]:
+    """The tail before the max pool."""
+    before, after = args[:_POOL], args[_POOL + 3 :]
+    return _tail_residual(*before[:8], None, *before[8:], *after, **kwargs)  # type: ignore[call-arg]
+
+
+_POOL = 12  # the place of the max pool's window among the arguments; its stride and padding follow
+
 _TO_TAIL: dict[str, Callable[..., tuple[Tail, str]]] = {
     "conv_bn_add_relu": _tail_residual,
     "conv_bn_proj_add_relu": _tail_projection,
+    "conv_bn_add_relu_max_pool": _tail_max_pool,
 }
 
 
@@ -69,7 +81,7 @@ def to_tail(name: str, *args: Any, **kwargs: Any) -> tuple[Tail, str]:
 
 def run(tail: Tail, backend: str = "auto") -> Tensor:
     """Run the call by its plan."""
-    refuse_forward_mode()
+    refuse_forward_mode(tail.x, *tail.conv[:6], tail.residual, tail.proj_x, *(tail.proj or ())[:6])
     return plans.find(tail, backend)(tail)
 
 
@@ -208,17 +220,35 @@ def _register_autograd(name: str) -> None:
 
 def _register(name: str) -> None:
     to_tail = _TO_TAIL[name]
+    position = [argument.name for argument in getattr(torch.ops.fused_resnet, name).default._schema.arguments].index(
+        "packed_weights"
+    )
+
+    def called(args: Any, kwargs: Any) -> tuple[Tail, str]:
+        number = kwargs.get("packed_weights", args[position] if len(args) > position else 0)
+        tail, backend = to_tail(*args, **kwargs)
+        return tail._replace(packed_weights=by_number(number)), backend
 
     def kernel(*args: Any, **kwargs: Any) -> Tensor:
-        return run(*to_tail(*args, **kwargs))
+        return run(*called(args, kwargs))
+
+    def max_pool_kernel(*args: Any, **kwargs: Any) -> Tensor:
+        tail, backend = called(args, kwargs)
+        pool = tuple(tuple(pair) for pair in args[_POOL : _POOL + 3])
+        return run_with_max_pool(plans.find(tail, backend), tail, pool)  # type: ignore[arg-type]
 
     def fake(*args: Any, **kwargs: Any) -> Tensor:
         return _fake(to_tail(*args, **kwargs)[0])
 
-    LIBRARY.impl(name, kernel, "CPU")
-    LIBRARY.impl(name, kernel, "CUDA")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    _register_autograd(name)
+    def max_pool_fake(*args: Any, **kwargs: Any) -> Tensor:
+        return F.max_pool2d(fake(*args, **kwargs), *args[_POOL : _POOL + 3])
+
+    with_pool = name == "conv_bn_add_relu_max_pool"
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, max_pool_kernel if with_pool else kernel, key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", max_pool_fake if with_pool else fake, lib=LIBRARY)
+    if not with_pool:  # with gradients, functional calls the convolution and the pool one after the other
+        _register_autograd(name)
 
 
 for _name in _TO_TAIL:

@@ -12,18 +12,31 @@ from typing import TypeVar
 from torch import nn
 
 from .. import nn as fused_nn
-from .. import tails
 from . import report
 from .discovery import discover, replan
+from .freeze import FrozenModel, freeze
 from .plan import ATTRIBUTE, Fusion, attach, detach, is_fused
 from .report import Entry, Explanation
 
-__all__ = ["Entry", "Explanation", "explain", "fuse", "refresh", "unfuse"]
+__all__ = ["Entry", "Explanation", "FrozenModel", "explain", "freeze", "fuse", "refresh", "unfuse"]
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def _require_module(model: object, function: str) -> None:
+def check_options(backend: str, winograd: str) -> None:
+    """ValueError for an unknown backend or Winograd choice."""
+    from .. import backends
+
+    if backend != "auto":
+        backends.get(backend)
+    if winograd not in ("auto", "f2", "off"):
+        raise ValueError(f"winograd: expected 'auto', 'f2' or 'off', got {winograd!r}")
+
+
+def require_module(model: object, function: str) -> None:
+    """TypeError for anything that ``function`` does not take."""
+    if isinstance(model, FrozenModel) and function not in ("freeze", "explain"):
+        raise TypeError(f"{function}: model: expected a live model, got a frozen one; use its attribute .model")
     if isinstance(model, nn.Module):
         return
     got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
@@ -57,13 +70,8 @@ def fuse(model: M, inplace: bool = False, *, backend: str = "auto", winograd: st
         TypeError: ``model`` is not a module.
         ValueError: ``backend`` or ``winograd`` is unknown.
     """
-    _require_module(model, "fuse")
-    from .. import backends
-
-    if backend != "auto":
-        backends.get(backend)
-    if winograd not in ("auto", "f2", "off"):
-        raise ValueError(f"winograd: expected 'auto', 'f2' or 'off', got {winograd!r}")
+    require_module(model, "fuse")
+    check_options(backend, winograd)
     if not inplace:
         model = copy.deepcopy(model)
     for found in discover(model, check).planned:
@@ -83,8 +91,7 @@ def unfuse(model: M) -> M:
 
     Returns ``model``. A model that is not fused is returned as it is.
     """
-    _require_module(model, "unfuse")
-    refresh_packed(model)
+    require_module(model, "unfuse")
     for module in list(model.modules()):
         if is_fused(module):
             detach(module)
@@ -96,24 +103,20 @@ def explain(model: nn.Module) -> Explanation:
 
     Print the result, iterate over its entries, or take its ``to_dict()``. Nothing is changed.
     """
-    _require_module(model, "explain")
+    require_module(model, "explain")
+    if isinstance(model, FrozenModel):
+        return report.build_frozen(model)
     return report.build(model, discover(model))
 
 
 def refresh(model: M) -> M:
     """Take notice of changes that a fused model cannot see: returns ``model``.
 
-    Drops folded and packed copies of the weights (after in-place writes that leave no trace in a sample of 64
-    elements), and plans each fused block again from its code (after its structure or configuration was changed).
+    Plans each fused block again from its code, after its structure or configuration was changed: it may then run fused
+    where it ran unfused before. Weights need no notice.
     """
-    _require_module(model, "refresh")
-    refresh_packed(model)
+    require_module(model, "refresh")
     for module in model.modules():
         if is_fused(module):
             replan(module)
     return model
-
-
-def refresh_packed(model: nn.Module) -> None:
-    """Drop the folded and packed copies of all of the model's convolution weights."""
-    tails.drop_packed(*(m for m in model.modules() if isinstance(m, nn.Conv2d)))

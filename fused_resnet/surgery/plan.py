@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from .. import tails
+from ..packed_weights import PackedWeights
 from .program import Plan
 
 ATTRIBUTE = "_fused_resnet"
@@ -35,8 +36,15 @@ class Fusion:
     problem: str | None = None
     """Why there is no plan (a loaded module whose code has changed since it was saved)."""
 
+    packed_weights: PackedWeights = field(default_factory=PackedWeights, repr=False, compare=False)
+
+    @property
+    def options(self) -> tails.Options:
+        return tails.Options(self.backend, self.winograd, self.packed_weights)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Fusion:
-        return replace(self)  # a plan is never changed: copies share it
+        # A plan is never changed: copies share it. Packed weights are each module's own.
+        return replace(self, packed_weights=PackedWeights())
 
     def __getstate__(self) -> dict[str, Any]:
         # The program is code; it is made again from the module's own code when it is loaded.
@@ -53,14 +61,14 @@ class FusedForward:
             if isinstance(x, Tensor) and x.dim() == 4:
                 program, _ = fusion.plan.choose(self)  # type: ignore[arg-type]
                 if program is not None:
-                    return program.function(self, x, fusion.backend, fusion.winograd)
+                    return tails.leave(program.function(self, x, fusion.options))
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
-    def train(self, mode: bool = True) -> Any:
+    def run_inside(self, x: tails.Value) -> Any:
+        """What the forward makes of ``x`` for :func:`fused_resnet.tails.call`; NotImplemented where it runs unfused."""
         fusion: Fusion = self.__dict__[ATTRIBUTE]
-        if mode and fusion.plan is not None:
-            tails.drop_packed(*fusion.plan.convs(self))  # type: ignore[arg-type]
-        return super().train(mode)  # type: ignore[misc]
+        program = None if fusion.plan is None else fusion.plan.choose(self)[0]  # type: ignore[arg-type]
+        return NotImplemented if program is None else program.function(self, x, fusion.options)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # (copyreg.__newobj__, (this dynamic class, ...), state, ...): only the class is replaced by its name.

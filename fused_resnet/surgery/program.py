@@ -29,6 +29,8 @@ class Program:
     left: tuple[str, ...]
     """What the program still does by itself, by module path or function name."""
     guards: Guards = field(compare=False)
+    graph: fx.Graph = field(compare=False, repr=False)
+    """What ``function`` does."""
 
     def why_not(self, root: nn.Module) -> str | None:
         """None when the program may run for ``root`` now, else a clause that says why not."""
@@ -70,7 +72,7 @@ class Plan:
 
 def make_plan(module: nn.Module, opaque: dict[int, nn.Module], residual: bool = True) -> Plan | None:
     """Plan ``module``'s forward in both modes; None where it has no tail. Raises trace.Untraceable."""
-    programs = [_program(trace(module, opaque, training), residual) for training in (True, False)]
+    programs = [_program(trace(module, opaque, training), residual, opaque) for training in (True, False)]
     if not any(p.tails for p in programs):
         return None
     train, evaluation = programs
@@ -79,7 +81,7 @@ def make_plan(module: nn.Module, opaque: dict[int, nn.Module], residual: bool = 
     return Plan((evaluation,) if same else (train, evaluation))
 
 
-def _program(traced: Traced, residual: bool) -> Program:
+def _program(traced: Traced, residual: bool, opaque: dict[int, nn.Module]) -> Program:
     found = Matcher(traced).tails(residual)
     bypassed = {path: Bypassed(path, names_of(path), type(traced.modules[path]), True) for path in traced.inlined if path}
     for path in (p for tail in found for p in tail.bypassed):
@@ -87,10 +89,10 @@ def _program(traced: Traced, residual: bool) -> Program:
             bypassed[inner] = Bypassed(inner, names_of(inner), type(module), False)
             _add_fields(module, inner, traced.reads)
     guards = Guards(traced.reads, tuple(bypassed.values()), _aliases(traced), _classes(traced, bypassed))
-    graph = rewrite(traced, found)
+    graph = rewrite(traced, found, opaque)
     left = tuple(_name(n) for n in graph.nodes if _is_work(n))
     source = graph.python_code("self")
-    return Program(source.src, _compile(source.src, source.globals), tuple(found), left, guards)
+    return Program(source.src, _compile(source.src, source.globals), tuple(found), left, guards, graph)
 
 
 def _add_fields(module: nn.Module, path: str, reads: Reads) -> None:
@@ -124,12 +126,16 @@ def _is_work(node: fx.Node) -> bool:
     return node.op in ("call_module", "call_function", "call_method") and node.target not in (
         tails.conv_bn_act,
         tails.conv_bn_proj_act,
+        tails.enter,
+        tails.leave,
     )
 
 
 def _name(node: fx.Node) -> str:
     if node.target is tails.conv_bn_act_max_pool:  # the pool is part of the pass on the CPU only
         node = cast(fx.Node, node.args[2])
+    if node.target is tails.call:
+        node = cast(fx.Node, node.args[0])
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 

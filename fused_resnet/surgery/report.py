@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .discovery import Discovery, Found
+from .discovery import Discovery, Found, discover
+from .freeze import FrozenModel
 from .plan import ATTRIBUTE, Fusion, is_fused, original_class
 from .program import Plan
 
@@ -163,3 +164,10 @@ def build(model: nn.Module, discovery: Discovery) -> Explanation:
         )
     ordered = tuple(sorted(entries.values(), key=lambda e: order[e.name]))
     return Explanation(original_class(model).__name__, ordered, tuple(notes))
+
+
+def build_frozen(frozen: FrozenModel) -> Explanation:
+    """The explanation of a frozen model: that of its live model, and what has been prepared."""
+    live = build(frozen.model, discover(frozen.model))
+    notes = [f"frozen: {line}" for line in frozen.prepared_for()] or ["frozen, prepared at the first call"]
+    return Explanation(f"frozen {live.model}", live.entries, (*live.notes, *notes))

@@ -1,28 +1,71 @@
-"""Rewriting a traced graph so that each tail becomes one call."""
+"""Rewriting a traced graph so that each tail becomes one call.
+
+Between tails, and calls of modules that are made of tails, activations are :class:`fused_resnet.tails.Value`; whatever
+else reads one gets a plain tensor from :func:`fused_resnet.tails.leave`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from .. import tails
 from .match import Tail
 from .trace import Traced
 
+_VALUES = (tails.conv_bn_act, tails.conv_bn_proj_act, tails.conv_bn_act_max_pool, tails.call)
 
-def rewrite(traced: Traced, found: list[Tail]) -> fx.Graph:
-    """The graph with each tail replaced by one call; parameters ``backend`` and ``winograd`` are added to it."""
+
+def rewrite(traced: Traced, found: list[Tail], opaque: dict[int, nn.Module]) -> fx.Graph:
+    """The graph with each tail replaced by one call; it takes ``options`` as well.
+
+    ``opaque`` holds the modules, by id, that may be made of tails themselves.
+    """
     graph = traced.graph
     placeholder = next(node for node in graph.nodes if node.op == "placeholder")
     with graph.inserting_after(placeholder):
-        winograd = graph.placeholder("winograd")
-    with graph.inserting_after(placeholder):
-        backend = graph.placeholder("backend")
+        options = graph.placeholder("options")
+    replaced: dict[Any, fx.Node] = {}
+    _replace_calls(traced, opaque, replaced)
+    _replace_tails(graph, found, options, replaced)
+    for node in [placeholder, *(n for n in graph.nodes if is_value(n))]:
+        _leave(graph, node)
+    for node in list(graph.nodes):
+        if node is not options and not is_value(node):
+            _enter_once(graph, node)
+    return graph
+
+
+def is_value(node: Any) -> bool:
+    """Whether what ``node`` makes is a :class:`fused_resnet.tails.Value`."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in _VALUES
+
+
+def _replace_calls(traced: Traced, opaque: dict[int, nn.Module], replaced: dict[Any, fx.Node]) -> None:
+    graph, stand_ins = traced.graph, {id(module) for module in opaque.values()}
+
+    def may_be_tails(module: nn.Module | None) -> bool:
+        if type(module) is nn.Sequential:
+            return any(map(may_be_tails, module))
+        return id(module) in stand_ins
+
+    for node in list(graph.nodes):
+        one_image = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
+        if one_image and isinstance(node.args[0], fx.Node) and may_be_tails(traced.modules.get(str(node.target))):
+            with graph.inserting_before(node):
+                new = graph.call_function(tails.call, (graph.get_attr(str(node.target)), node.args[0]))
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+            replaced[node] = new
+
+
+def _replace_tails(graph: fx.Graph, found: list[Tail], options: fx.Node, replaced: dict[Any, fx.Node]) -> None:
     order = {node: i for i, node in enumerate(graph.nodes)}
     for tail in found:
         end = max(tail.nodes, key=lambda n: order[n])
+        source, residual = replaced.get(tail.source, tail.source), replaced.get(tail.residual, tail.residual)
         with graph.inserting_before(end):
 
             def get(path: str | None) -> fx.Node | None:
@@ -32,22 +75,50 @@ def rewrite(traced: Traced, found: list[Tail]) -> fx.Graph:
             args: tuple[Any, ...]
             if tail.pool is not None:
                 call = tails.conv_bn_act_max_pool
-                args = (get(tail.conv), get(tail.bn), get(tail.pool), tail.source)
+                args = (get(tail.conv), get(tail.bn), get(tail.pool), source)
             elif tail.projection is not None:
                 call = tails.conv_bn_proj_act
-                proj = (get(tail.projection[0]), get(tail.projection[1]), tail.residual)
-                args = (get(tail.conv), get(tail.bn), tail.source, *proj)
+                proj = (get(tail.projection[0]), get(tail.projection[1]), residual)
+                args = (get(tail.conv), get(tail.bn), source, *proj)
             else:
                 call = tails.conv_bn_act
-                args = (get(tail.conv), get(tail.bn), tail.source, tail.residual)
-            new = graph.call_function(call, (*args, tail.activation, backend, winograd))
+                args = (get(tail.conv), get(tail.bn), source, residual)
+            new = graph.call_function(call, (*args, tail.activation, options))
         end.replace_all_uses_with(new)
         order[new] = order[end]
-        for other in found:  # a later tail may read or add what this one makes
-            if other.source is end:
-                other.source = new
-            if other.residual is end:
-                other.residual = new
+        replaced[end] = new
         for node in sorted(tail.nodes, key=lambda n: order[n], reverse=True):
             graph.erase_node(node)
-    return graph
+
+
+def _leave(graph: fx.Graph, value: fx.Node) -> None:
+    """Give every reader of ``value`` that is no tail a plain tensor, all of them the same one."""
+    readers = [user for user in value.users if not is_value(user) and not _returns(user, value)]
+    if not readers:
+        return
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    with graph.inserting_before(min(readers, key=lambda n: order[n])):
+        left = graph.call_function(tails.leave, (value,))
+    for reader in readers:
+        reader.replace_input_with(value, left)
+
+
+def _returns(user: fx.Node, value: fx.Node) -> bool:
+    """Whether ``user`` is the output, and ``value`` all of it: the caller leaves, or goes on with it."""
+    return user.op == "output" and user.args[0] is value
+
+
+def _enter_once(graph: fx.Graph, node: fx.Node) -> None:
+    """Convert what several tails read once, where nothing else could write to it in between."""
+    readers = [user for user in node.users if is_value(user) and node not in _modules_of(user)]
+    if len(readers) < 2 or len(readers) < len(node.users):
+        return
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    with graph.inserting_before(min(readers, key=lambda n: order[n])):
+        entered = graph.call_function(tails.enter, (node,))
+    for reader in readers:
+        reader.replace_input_with(node, entered)
+
+
+def _modules_of(call: fx.Node) -> list[Any]:
+    return [argument for argument in call.args if isinstance(argument, fx.Node) and argument.op == "get_attr"]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..layout import looks_channels_last
+from ..packed_weights import PackedWeights
 from ..problem import Problem, dtype_name
 from ..reference import ConvBN, Tail
 from ..testing import Kind, make_tail
@@ -92,7 +93,7 @@ class Call:
     @classmethod
     def of(cls, problem: Problem, tail: Tail) -> Call:
         layouts = tuple((name, Layout.of(t)) for name, t in _named(tail).items() if t is not None)
-        return cls(problem, layouts, tail.cache_weights, torch.are_deterministic_algorithms_enabled())
+        return cls(problem, layouts, tail.packed_weights is not None, torch.are_deterministic_algorithms_enabled())
 
     @property
     def key(self) -> str:
@@ -140,7 +141,7 @@ class Call:
         assert x is not None
         return parameters._replace(
             x=x, conv=main, residual=large("residual"), proj_x=large("proj_x"), proj=conv_bn("proj_", parameters.proj),
-            cache_weights=self.cache_weights,
+            packed_weights=PackedWeights() if self.cache_weights else None,
         )  # fmt: skip
 
     def as_json(self) -> dict[str, Any]:

@@ -1,0 +1,287 @@
+"""A model whose weights are promised not to change: prepared once for each kind of input, then run with no questions.
+
+On the CPU the model's convolutions, with their weights packed, run in one call of the extension from tail to tail
+(:mod:`.recorder`); on a GPU the whole network is a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _extension
+from .. import nn as fused_nn
+from ..packed_weights import PackedWeights
+from ..parts import why_not_bypassed
+from .cuda_graph import CudaGraph
+from .plan import is_fused, original_class
+from .recorder import NotRecordable, Recorder, Recording
+
+_SHAPES_KEPT = 8
+
+
+class FrozenModel(nn.Module):
+    """What :func:`fused_resnet.freeze` returns; called like the model itself.
+
+    It runs a private copy, as the model was when it was frozen (or last refreshed): until :meth:`refresh`, changes of
+    the model do not show. Parameters, buffers and the state_dict are those of ``model``, the live model, which also
+    runs every call that asks for more than the answer: gradients, autocast, tracing, tensor subclasses.
+    """
+
+    model: nn.Module
+    """The live model."""
+
+    def __init__(self, model: nn.Module, backend: str = "auto", winograd: str = "auto") -> None:
+        super().__init__()
+        # Not registered: this module has no names of its own, its parameters and buffers are the live model's.
+        self.__dict__.update(model=model, _options={"backend": backend, "winograd": winograd}, _lock=threading.RLock())
+        self.training = False
+        self.refresh()
+
+    def refresh(self) -> FrozenModel:
+        """Read the live model anew; what was prepared is forgotten. Returns self."""
+        with self._lock:
+            self.__dict__["_copy"] = None
+            self.__dict__["_prepared"] = OrderedDict()
+        return self
+
+    # -- running --
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or self.why_live(args) is not None:
+            return self.model(*args, **kwargs)
+        with torch.no_grad():
+            return self._run(args)(*args)
+
+    def why_live(self, args: tuple[Any, ...]) -> str | None:
+        """None where a call with ``args`` runs frozen now, else why the live model runs it."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting():
+            return "it is being traced or compiled"
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        if not tensors or len(tensors) < len(args):
+            return "not all of its inputs are tensors"
+        if any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
+            return "an input is of a subclass of torch.Tensor"
+        kinds = {t.device.type for t in tensors}
+        if len(kinds) > 1 or not kinds <= {"cpu", "cuda"}:
+            return f"its inputs are on {' and '.join(sorted(kinds))}"
+        if any(torch.is_autocast_enabled(kind) for kind in kinds):
+            return "autocast is on"
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *self.model.parameters())):
+            return "gradients are wanted; call it under torch.inference_mode() or torch.no_grad()"
+        return None
+
+    def _run(self, args: tuple[Tensor, ...]) -> Callable[..., Any]:
+        key = tuple((t.shape, t.stride(), t.dtype, t.device) for t in args)
+        prepared: OrderedDict[Any, Callable[..., Any]] = self._prepared
+        run = prepared.get(key)
+        if run is None:
+            with self._lock:
+                run = prepared.get(key)
+                if run is None:
+                    run = self._prepare(args)
+                    prepared[key] = run
+                    if len(prepared) > _SHAPES_KEPT:
+                        prepared.popitem(last=False)
+        else:
+            with contextlib.suppress(KeyError):  # another thread has just put it out
+                prepared.move_to_end(key)
+        return run
+
+    @torch.inference_mode(False)  # what is made here also serves outside of it
+    @torch.no_grad()
+    def _prepare(self, args: tuple[Tensor, ...]) -> Callable[..., Any]:
+        args = tuple(t.clone() if t.is_inference() else t for t in args)
+        if self._copy is None:
+            self.__dict__["_copy"] = _private_copy(self.model, **self._options)
+        if args[0].is_cuda:
+            return CudaGraph(self._copy, args)
+        root: Any = self._copy.__dict__.get("forward")
+        if isinstance(root, _Piece):
+            return root.prepared(args) or self._copy
+        self._copy(*args)  # each piece is prepared for what reaches it
+        return self._copy
+
+    def prepared_for(self) -> Iterator[str]:
+        """What has been prepared, a sentence for each frozen part and kind of input."""
+        for key, run in list(self._prepared.items()):
+            if isinstance(run, CudaGraph):
+                yield f"{list(key[0][0])}: {run}"
+        if self._copy is not None:
+            for name, module in self._copy.named_modules():
+                piece = module.__dict__.get("forward")
+                if isinstance(piece, _Piece):
+                    for (shape, *_), recording in list(piece.recordings.items()):
+                        yield f"{name or 'the model'} for {list(shape)}: {recording}"
+
+    # -- the live model's own --
+
+    def train(self, mode: bool = True) -> FrozenModel:
+        """RuntimeError: what is frozen is not trained."""
+        if mode:
+            raise RuntimeError("train: a frozen model cannot be trained; train its live model (.model), then refresh()")
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load into the live model, and refresh."""
+        result = self.model.load_state_dict(state_dict, strict=strict, assign=assign)
+        self.refresh()
+        return result
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.model.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        return self.model.named_buffers(*args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenModel:  # to(), half(), cuda() and the like
+        self.model._apply(fn, recurse)
+        return self.refresh()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model":  # not there yet: unpickling
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenModel:
+        return FrozenModel(copy.deepcopy(self.model, memo), **self._options)
+
+    def __reduce__(self) -> Any:
+        return FrozenModel, (self.model, *self._options.values())
+
+    def extra_repr(self) -> str:
+        return f"{original_class(self.model).__name__}, {len(self._prepared)} kinds of input prepared"
+
+
+class _Piece:
+    """The forward of one module of the private copy: its recordings, and its own forward where there is none."""
+
+    def __init__(self, module: nn.Module, kept: PackedWeights) -> None:
+        self._module, self._kept = module, kept
+        self.recordings: dict[Any, Recording] = {}
+        self._refused: set[Any] = set()
+        self._lock = threading.RLock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        recording = None if kwargs else self.prepared(args)
+        if recording is None:
+            return type(self._module).forward(self._module, *args, **kwargs)
+        return recording(*args)
+
+    def prepared(self, args: tuple[Any, ...]) -> Recording | None:
+        if len(args) != 1 or type(args[0]) is not Tensor or args[0].dim() != 4 or args[0].numel() == 0:
+            return None
+        x = args[0]
+        key = (x.shape, x.stride(), x.dtype)
+        if key in self._refused:
+            return None
+        recording = self.recordings.get(key)
+        if recording is None:
+            with self._lock:
+                recording = self.recordings.get(key)
+                if recording is None:
+                    recording = self._record(key, x)
+        return recording
+
+    def _record(self, key: Any, x: Tensor) -> Recording | None:
+        try:
+            recording = Recorder(self._kept).record(self._module, x)
+        except NotRecordable:
+            self._refused.add(key)
+            return None
+        if len(self.recordings) >= _SHAPES_KEPT:
+            self.recordings.pop(next(iter(self.recordings)))
+        self.recordings[key] = recording
+        return recording
+
+
+def _private_copy(model: nn.Module, backend: str, winograd: str) -> nn.Module:
+    from . import fuse
+
+    copied = fuse(model, backend=backend, winograd=winograd)
+    copied.eval().requires_grad_(False)
+    device = next((p.device for p in copied.parameters()), torch.device("cpu"))
+    if device.type == "cuda":
+        return copied.to(memory_format=torch.channels_last)  # what the kernels read: a graph converts nothing
+    if _extension.cpu() is not None:
+        kept = PackedWeights(checked=False)
+        for module in _pieces(copied):
+            module.__dict__["forward"] = _Piece(module, kept)
+    return copied
+
+
+def _pieces(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules that are made of tails."""
+    seen: set[int] = set()
+
+    def walk(m: nn.Module) -> Iterator[nn.Module]:
+        if id(m) in seen:
+            return
+        seen.add(id(m))
+        if _is_piece(m):
+            yield m
+        else:
+            for child in m.children():
+                yield from walk(child)
+
+    yield from walk(module)
+
+
+def _is_piece(module: nn.Module) -> bool:
+    if why_not_bypassed(module) is not None:
+        return False
+    if type(module) is nn.Sequential:
+        return any(_is_piece(child) for child in module)
+    return is_fused(module) or isinstance(module, fused_nn._Fused)
+
+
+def freeze(
+    model: nn.Module, example: Tensor | tuple[Tensor, ...] | None = None, *, backend: str = "auto",
+    winograd: str = "auto",
+) -> FrozenModel:  # fmt: skip
+    """``model`` as fast as it gets, on the promise that it does not change: ``fast = fused_resnet.freeze(model)``.
+
+    Weights are packed once. On the CPU the network's convolutions run in one call of the extension, everything between
+    them in NHWC; on a GPU the network is a CUDA graph for each kind of input. A kind of input (shape, strides, dtype,
+    device) is prepared at its first call, eight of them are kept, and the same input gives the same bits in every call.
+    What cannot be frozen runs as it is in between; ``explain(fast)`` says what that is.
+
+    Args:
+        model: in evaluation mode; fused where it is not yet (a copy, ``model`` itself is left alone).
+        example: an input, or a tuple of inputs, to prepare for at once.
+        backend, winograd: as for :func:`fused_resnet.fuse`.
+
+    Returns:
+        a module to be called under ``torch.inference_mode()`` or ``torch.no_grad()``. Calls that want gradients, run
+        under autocast or are being traced go to the live model, ``fast.model``. ``fast.refresh()`` reads it anew.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: ``model`` is in training mode, ``backend`` or ``winograd`` is unknown.
+    """
+    from . import check_options, require_module
+
+    require_module(model, "freeze")
+    check_options(backend, winograd)
+    if isinstance(model, FrozenModel):
+        return model
+    if model.training:
+        raise ValueError("model: expected evaluation mode (model.eval()), got training mode")
+    frozen = FrozenModel(model, backend, winograd)
+    if example is not None:
+        args = example if isinstance(example, tuple) else (example,)
+        if not args or not all(isinstance(value, Tensor) for value in args):
+            raise ValueError(f"example: expected a tensor or a tuple of tensors, got {example!r}")
+        with torch.no_grad():
+            frozen(*args)
+    return frozen

@@ -1,0 +1,420 @@
+"""A network for inputs of one kind as a list of steps: runs of convolutions in one call each, and what lies between.
+
+Recording interprets the programs of fused modules on stand-ins (:class:`Symbol`) for activations: a tail becomes links
+of a ``conv_program``, anything else a call that is made again in each run. Nothing is computed on the way but what
+lies between the tails, on zeros, to learn its shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from .. import nn as fused_nn
+from .. import tails
+from ..backends.cpu_fused import FewChannels, FusedConvolution
+from ..backends.cpu_program import NOTHING, Link, Pool, input_number, pack, program
+from ..layout import looks_channels_last
+from ..ops import plans
+from ..packed_weights import Packed, PackedWeights
+from ..pairs import pair
+from ..parts import batch_norm_eps, geometry, uses_batch_statistics, why_not_bypassed
+from ..reference import ConvBN, Tail
+from .plan import ATTRIBUTE, Fusion, is_fused
+from .rewrite import is_value
+
+
+class NotRecordable(Exception):
+    """A module that is not made of tails."""
+
+
+class Slot(NamedTuple):
+    """The place of a value among those of a run, and one like it."""
+
+    number: int
+    example: Any
+
+
+class Symbol(tails.Recorded):
+    """An activation between tails: a slot's, or the output of a link."""
+
+    def __init__(self, recorder: Recorder, tensor: Tensor, channels_last: bool, slot: Slot | None = None) -> None:
+        self.recorder, self.tensor, self.channels_last, self.slot = recorder, tensor, channels_last, slot
+        self.segment: _Convolutions | None = None
+        self.link = NOTHING
+
+    def tail(
+        self, conv: nn.Conv2d, bn: Any, residual: Any, projection: Any, pool: Any, activation: str,
+        options: tails.Options,
+    ) -> Any:  # fmt: skip
+        return self.recorder.tail(self, conv, bn, residual, projection, pool, activation, options)
+
+    def call(self, module: nn.Module) -> Any:
+        return self.recorder.call(module, self)
+
+    def apply(self, function: Callable[[Tensor], Any]) -> Any:
+        return self.recorder.apply(function, self)
+
+
+# ---- steps -------------------------------------------------------------------------------------------------
+
+
+class _Convolutions:
+    """Links that run in one call."""
+
+    def __init__(self) -> None:
+        self.links: list[Link] = []
+        self.inputs: list[int] = []
+        self.outputs: list[tuple[int, int]] = []  # (link, slot)
+        self._program: Tensor | None = None
+        self._operands: list[Tensor] = []
+
+    def place(self, slot: int) -> int:
+        """What stands for the value in ``slot`` in a link."""
+        if slot not in self.inputs:
+            self.inputs.append(slot)
+        return input_number(self.inputs.index(slot))
+
+    def finish(self, kept: PackedWeights) -> None:
+        self.outputs.sort()
+        returned = {link for link, _ in self.outputs}
+        self.links = [link._replace(returned=number in returned) for number, link in enumerate(self.links)]
+        self._program = program(self.links)
+        for link in self.links:
+            self._operands += [_packed(link, kept), *(t for t in link.conv[1:6] if isinstance(t, Tensor))]
+
+    def run(self, values: list[Any]) -> None:
+        inputs = [values[slot].contiguous(memory_format=torch.channels_last) for slot in self.inputs]
+        made = torch.ops.fused_resnet_C.conv_program.default(inputs, self._operands, self._program, False)
+        for (_, slot), value in zip(self.outputs, made, strict=True):
+            values[slot] = value
+
+    def __str__(self) -> str:
+        return f"{len(self.links)} convolutions in one call"
+
+
+def _packed(link: Link, kept: PackedWeights) -> Tensor:
+    weight, algorithm = link.conv.weight, link.algorithm
+    packed: Tensor = kept.find(weight, algorithm, lambda: Packed(pack(weight, algorithm), torch.empty(0))).value
+    return packed
+
+
+class _Call:
+    """A function called with values of the run, and constants."""
+
+    def __init__(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any, output: int) -> None:
+        self.name, self.function, self.args, self.kwargs, self.output = name, function, args, kwargs, output
+
+    def run(self, values: list[Any]) -> None:
+        def value(argument: Any) -> Any:
+            return values[argument.number] if isinstance(argument, Slot) else argument
+
+        args, kwargs = _map(self.args, value), _map(self.kwargs, value)
+        values[self.output] = self.function(*args, **kwargs)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _map(value: Any, function: Callable[[Any], Any]) -> Any:
+    """``value`` with everything in its tuples, lists and dictionaries replaced by ``function`` of it."""
+    if isinstance(value, (Slot, tails.Recorded)):
+        return function(value)
+    if isinstance(value, tuple):
+        items = [_map(item, function) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        return [_map(item, function) for item in value]
+    if isinstance(value, dict):
+        return type(value)((key, _map(item, function)) for key, item in value.items())
+    if isinstance(value, slice):
+        return slice(*(_map(part, function) for part in (value.start, value.stop, value.step)))
+    return function(value)
+
+
+class Recording:
+    """What a recorded module does for inputs like those it was recorded with."""
+
+    def __init__(self, steps: Sequence[_Convolutions | _Call], slots: int, output: Any) -> None:
+        self.steps, self._slots, self._output = tuple(steps), slots, output
+
+    def __call__(self, x: Tensor) -> Any:
+        values: list[Any] = [None] * self._slots
+        values[0] = x
+        for step in self.steps:
+            step.run(values)
+        return _map(self._output, lambda v: values[v.number] if isinstance(v, Slot) else v)
+
+    def __str__(self) -> str:
+        return "; ".join(str(step) for step in self.steps if str(step))
+
+
+# ---- recording ---------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Records one module. ``kept`` holds its packed weights; nothing of them is compared later."""
+
+    def __init__(self, kept: PackedWeights) -> None:
+        self._kept = kept
+        self._steps: list[_Convolutions | _Call] = []
+        self._slots = 0
+        self._open: _Convolutions | None = None
+
+    def record(self, module: nn.Module, x: Tensor) -> Recording:
+        """The steps of ``module(x)``, whatever forward has been set on the module itself."""
+        example = torch.zeros_like(x, memory_format=torch.preserve_format)
+        output = self._inside(module, self._enter(self._slot(example)))
+        if output is NotImplemented:
+            raise NotRecordable
+        output = _map(output, lambda v: self._leave(v) if isinstance(v, Symbol) else v)
+        for step in self._steps:
+            if isinstance(step, _Convolutions):
+                step.finish(self._kept)
+        return Recording(self._steps, self._slots, output)
+
+    # -- values --
+
+    def _slot(self, example: Any) -> Slot:
+        self._slots += 1
+        return Slot(self._slots - 1, example)
+
+    def _enter(self, value: Any) -> Any:
+        if not isinstance(value, Slot) or not isinstance(value.example, Tensor) or value.example.dim() != 4:
+            return value
+        example = value.example
+        return Symbol(self, example, looks_channels_last(example.shape, example.stride()), value)
+
+    def _leave(self, symbol: Symbol) -> Slot:
+        """The slot of the tensor that eager would have in place of ``symbol``."""
+        if symbol.slot is None or not looks_channels_last_as(symbol):
+            dense = self._kept_slot(symbol)
+            wanted = torch.channels_last if symbol.channels_last else torch.contiguous_format
+            tensor = symbol.tensor.contiguous(memory_format=wanted)
+            symbol.tensor, symbol.slot = tensor, self._slot(tensor)
+            symbol.segment = None
+            self._steps.append(_Call("", Tensor.contiguous, (dense,), {"memory_format": wanted}, symbol.slot.number))
+        return symbol.slot
+
+    def _kept_slot(self, symbol: Symbol) -> Slot:
+        """A slot for ``symbol`` as it is, the output of a link included: whoever reads it comes in a later call."""
+        if symbol.slot is None:
+            assert symbol.segment is not None
+            symbol.slot = self._slot(symbol.tensor)
+            symbol.segment.outputs.append((symbol.link, symbol.slot.number))
+        if symbol.segment is self._open:
+            self._open = None
+        return symbol.slot
+
+    # -- tails --
+
+    def tail(
+        self, x: Symbol, conv: nn.Conv2d, bn: Any, residual: Any, projection: Any, pool: Any, activation: str,
+        options: tails.Options,
+    ) -> Any:  # fmt: skip
+        """See :meth:`fused_resnet.tails.Recorded.tail`."""
+        if uses_batch_statistics(bn):  # a batch norm without running statistics
+            return self._live_tail(x, conv, bn, residual, projection, activation, options)
+        call = Tail(x.tensor, _conv_bn(conv, bn), **geometry(conv), activation=activation, winograd=options.winograd)
+        if projection is not None:
+            proj_conv, proj_bn = projection
+            stride = geometry(proj_conv)["stride"]
+            call = call._replace(proj_x=residual.tensor, proj=_conv_bn(proj_conv, proj_bn), proj_stride=stride)
+        elif residual is not None:
+            call = call._replace(residual=residual.tensor)
+        run = plans.find(_dense(call), options.backend)
+        pool_sizes = None if pool is None else _pool_sizes(pool)
+        if pool_sizes is not None:
+            run = _with_pool(run, pool_sizes)
+        channels_last = x.channels_last or looks_channels_last(conv.weight.shape, conv.weight.stride())
+        if isinstance(run, FusedConvolution):
+            return self._links(run, call, x, residual, pool_sizes, channels_last)
+        inputs = [self._kept_slot(x)] + ([] if residual is None else [self._kept_slot(residual)])
+        slot = self._emit(str(conv), _runner(run, call, self._kept), tuple(inputs), {})
+        return Symbol(self, slot.example, channels_last, slot)
+
+    def _links(
+        self, run: FusedConvolution, call: Tail, x: Symbol, residual: Symbol | None, pool: Pool | None,
+        channels_last: bool,
+    ) -> Symbol:  # fmt: skip
+        # Slots first: they may end the run of convolutions that is open.
+        for symbol in (x, residual):
+            if symbol is not None and symbol.slot is None and symbol.segment is not self._open:
+                self._kept_slot(symbol)
+        if self._open is None:
+            self._open = _Convolutions()
+            self._steps.append(self._open)
+        segment = self._open
+
+        def place(symbol: Symbol | None) -> int:
+            if symbol is None:
+                return NOTHING
+            if symbol.segment is segment:
+                return symbol.link
+            assert symbol.slot is not None
+            return segment.place(symbol.slot.number)
+
+        segment.links += run.links(call, place(x), place(residual), len(segment.links))
+        y = Symbol(self, _output_like(call, pool), channels_last)
+        y.segment, y.link = segment, len(segment.links) - 1
+        return y
+
+    def _live_tail(
+        self, x: Symbol, conv: nn.Conv2d, bn: Any, residual: Any, projection: Any, activation: str,
+        options: tails.Options,
+    ) -> Any:  # fmt: skip
+        def run(image: Tensor, added: Tensor | None = None) -> Any:
+            if projection is None:
+                return tails.leave(tails.conv_bn_act(conv, bn, image, added, activation, options))
+            proj_conv, proj_bn = projection
+            return tails.leave(tails.conv_bn_proj_act(conv, bn, image, proj_conv, proj_bn, added, activation, options))
+
+        inputs = [self._leave(x)] + ([] if residual is None else [self._leave(residual)])
+        return self._enter(self._emit(str(conv), run, tuple(inputs), {}))
+
+    # -- everything else --
+
+    def _emit(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Slot:
+        """A call in each run; what it makes of the examples stands for its value."""
+        self._open = None
+        example_of = lambda v: v.example if isinstance(v, Slot) else v  # noqa: E731
+        example = function(*_map(args, example_of), **_map(kwargs, example_of))
+        slot = self._slot(example)
+        self._steps.append(_Call(name, function, args, kwargs, slot.number))
+        return slot
+
+    def call(self, module: nn.Module, x: Any) -> Any:
+        """See :func:`fused_resnet.tails.call`."""
+        if isinstance(x, Symbol) and why_not_bypassed(module) is None:
+            if type(module) is nn.Identity:
+                return x
+            y = self._inside(module, x)
+            if y is not NotImplemented:
+                return y
+        argument = self._leave(x) if isinstance(x, Symbol) else x
+        return self._enter(self._emit(_name(module), module, (argument,), {}))
+
+    def _inside(self, module: nn.Module, x: Symbol) -> Any:
+        """What the forward of ``module`` makes of ``x``; NotImplemented where it is not made of tails."""
+        if type(module) is nn.Sequential:
+            y: Any = x
+            for child in module:
+                y = self.call(child, y)
+            return y
+        if is_fused(module):
+            fusion: Fusion = module.__dict__[ATTRIBUTE]
+            found = None if fusion.plan is None else fusion.plan.choose(module)[0]
+            return NotImplemented if found is None else self._interpret(found.graph, module, x, fusion.options)
+        if isinstance(module, fused_nn._Fused):
+            return self._run_block(module, x)
+        return NotImplemented
+
+    def _run_block(self, module: Any, x: Symbol) -> Any:
+        head = getattr(module, "head", None)
+        if head is None and module.why_not_fused() is not None:
+            return NotImplemented
+        y = module._run(x)
+        return y if head is None else self._enter(self._emit("head", head, (self._leave(y),), {}))
+
+    def apply(self, function: Callable[[Tensor], Any], x: Symbol) -> Any:
+        """See :func:`fused_resnet.tails.apply`."""
+        return self._enter(self._emit(getattr(function, "__name__", "function"), function, (self._leave(x),), {}))
+
+    def _interpret(self, graph: fx.Graph, module: nn.Module, x: Symbol, options: tails.Options) -> Any:
+        values: dict[fx.Node, Any] = {}
+        inputs = iter((x, options))
+        for node in graph.nodes:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+            if node.op == "placeholder":
+                values[node] = next(inputs)
+            elif node.op == "get_attr":
+                values[node] = _attribute(module, str(node.target))
+            elif node.op == "output":
+                return args[0]
+            elif is_value(node):
+                values[node] = node.target(*_map(args, self._enter), **kwargs)
+            elif node.target is tails.enter:
+                values[node] = self._enter(args[0])
+            elif node.target is tails.leave:
+                values[node] = self._leave(args[0]) if isinstance(args[0], Symbol) else args[0]
+            else:
+                values[node] = self._emit(*_function(node, module), args, kwargs)
+        raise AssertionError("a graph without an output")
+
+
+def looks_channels_last_as(symbol: Symbol) -> bool:
+    """Whether the slot of ``symbol`` holds a tensor strided as eager's is."""
+    return looks_channels_last(symbol.tensor.shape, symbol.tensor.stride()) == symbol.channels_last
+
+
+def _conv_bn(conv: nn.Conv2d, bn: Any) -> ConvBN:
+    return ConvBN(conv.weight, conv.bias, *tails.bn_tensors(bn), 1e-5 if bn is None else batch_norm_eps(bn))
+
+
+def _dense(call: Tail) -> Tail:
+    """``call`` with its images in channels_last, as they are inside of a network."""
+
+    def dense(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.contiguous(memory_format=torch.channels_last)
+
+    x = dense(call.x)
+    assert x is not None
+    return call._replace(x=x, residual=dense(call.residual), proj_x=dense(call.proj_x))
+
+
+def _pool_sizes(pool: Any) -> Pool:
+    stride = pool.kernel_size if pool.stride is None else pool.stride
+    return pair("window", pool.kernel_size), pair("stride", stride), pair("padding", pool.padding)
+
+
+def _with_pool(run: Callable[[Tail], Tensor], pool: Pool) -> Callable[[Tail], Tensor]:
+    pooled = run.with_max_pool(pool) if isinstance(run, (FusedConvolution, FewChannels)) else None
+    return pooled or (lambda tail: F.max_pool2d(run(tail), *pool))
+
+
+def _runner(run: Callable[[Tail], Tensor], call: Tail, kept: PackedWeights) -> Callable[..., Tensor]:
+    """A function of x, and of the residual or the projection's input where ``call`` has one."""
+    call = call._replace(packed_weights=kept)
+
+    def function(x: Tensor, added: Tensor | None = None) -> Tensor:
+        if call.proj is None:
+            return run(_dense(call._replace(x=x, residual=added)))
+        return run(_dense(call._replace(x=x, proj_x=added)))
+
+    return function
+
+
+def _output_like(call: Tail, pool: Pool | None) -> Tensor:
+    """An empty tensor of the shape of the result."""
+    from ..problem import Problem
+
+    n, k, p, q = Problem.from_tail(_dense(call)).output_shape
+    if pool is not None:
+        window, stride, padding = pool
+        p, q = ((size + 2 * padding[i] - window[i]) // stride[i] + 1 for i, size in enumerate((p, q)))
+    return torch.zeros(n, k, p, q).contiguous(memory_format=torch.channels_last)
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    value: Any = module
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _function(node: fx.Node, module: nn.Module) -> tuple[str, Callable[..., Any]]:
+    """What a node calls, and its name."""
+    target: Any = node.target
+    if node.op == "call_module":
+        return str(target), module.get_submodule(str(target))
+    if node.op == "call_method":
+        return str(target), lambda value, *args, **kwargs: getattr(value, target)(*args, **kwargs)
+    return getattr(target, "__name__", str(target)), target
