@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fused_resnet import explain, fuse
 from fused_resnet.surgery import check, discovery
-from fused_resnet.surgery.plan import make_plan
+from fused_resnet.surgery.program import make_plan
 
 
 class Block(nn.Module):

@@ -13,7 +13,6 @@ from torch import nn
 
 from .. import nn as fused_nn
 from . import report
-from .discovery import digest, discover, replan
 from .frozen import FrozenModel, freeze
 from .plan import ATTRIBUTE, Fusion, attach, detach, is_fused
 from .report import Entry, Explanation
@@ -76,8 +75,7 @@ def fuse(model: M, inplace: bool = False, *, backend: str = "auto", winograd: st
         model = copy.deepcopy(model)
     for found in discover(model, check).planned:
         assert found.plan is not None
-        key = digest(found.module, found.plan)
-        attach(found.module, Fusion(found.plan, digest=key, partly=found.reason))
+        attach(found.module, Fusion(found.plan, partly=found.reason))
     for module in model.modules():
         if is_fused(module):
             fusion = module.__dict__[ATTRIBUTE]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ from .check import difference
 from .match import Matcher
 from .plan import ATTRIBUTE, Fusion, is_fused, original_class
 from .program import Plan, make_plan
+from .snapshot import Snapshot, Unknown
 from .trace import Untraceable, inside, is_batch_norm, is_container, trace
 
 
@@ -41,7 +41,9 @@ class Discovery:
 
 
 # Verdicts by what was compared: equal blocks (one stage of a ResNet) are compared once.
-_verdicts: dict[str, str | None] = {}
+_verdicts: dict[Any, str | None] = {}
+_MOST_VERDICTS = 256
+_REGISTRIES = frozenset(nn.Module().__dict__) - {"training"}
 
 
 def discover(model: nn.Module, check: bool = True) -> Discovery:
@@ -91,6 +93,9 @@ def _blocks(
     try:
         adds, tails = _additions(module, opaque)
     except Untraceable as error:
+        direct = [m for m in module.children() if id(m) not in opaque]
+        if any(below) and any(isinstance(m, nn.Conv2d) for m in direct) and any(map(is_batch_norm, direct)):
+            result.found.append(Found(name, module, None, str(error)))
         if any(below) or not _holds_tail_parts(module, opaque):
             return any(below)  # not a block, and nothing that a user would call one
         result.found.append(Found(name, module, None, str(error)))
@@ -156,24 +161,31 @@ def _plan(name: str, module: nn.Module, opaque: dict[int, nn.Module], refused: s
     return None if reason is None else Found(name, module, None, reason)
 
 
-def digest(module: nn.Module, plan: Plan) -> str:
-    """What the comparison of ``plan`` depends on, as a hash: the code, and the configuration of what it replaces."""
-    text: list[str] = []
-    for program in plan.programs:
-        text += [program.source, repr(program.tails), repr(program.reads), repr(program.bypassed)]
-    for path, m in module.named_modules():
-        cls: Any = original_class(m)
-        code = getattr(cls.forward, "__code__", None)
-        text.append(f"{path}: {cls.__module__}.{cls.__qualname__} {code and code.co_code.hex()}")
-        if isinstance(m, nn.Conv2d) or is_batch_norm(m):
-            text.append(repr(m))
-            text.append(repr([(n, tuple(t.shape)) for n, t in m.named_parameters()]))
-    return hashlib.sha256("\n".join(text).encode()).hexdigest()
+def _equal(module: nn.Module, plan: Plan, opaque: dict[int, nn.Module]) -> Any:
+    """Everything that the comparison of ``plan`` depends on, as a key; None where that cannot be said.
+
+    Classes, functions and code are in it as the objects that they are, never by name.
+    """
+    if any(id(m) in opaque for m in module.modules() if m is not module):
+        return None  # what stands for a submodule in the comparison depends on that submodule
+    parts: list[Any] = [(p.source, tuple(map(repr, p.tails)), p.guards.key) for p in plan.programs]
+    for path, m in module.named_modules(remove_duplicate=False):
+        own = {k: v for k, v in m.__dict__.items() if k not in _REGISTRIES and k != ATTRIBUTE}
+        tensors = [(n, t if t is None else (tuple(t.shape), t.requires_grad)) for n, t in (*m._parameters.items(), *m._buffers.items())]
+        try:
+            parts.append((path, original_class(m), Snapshot(own).key, tuple(tensors), bool(m._forward_hooks or m._forward_pre_hooks)))
+        except Unknown:
+            return None
+    return tuple(parts)
 
 
 def _verdict(module: nn.Module, plan: Plan, opaque: dict[int, nn.Module]) -> str | None:
-    key = digest(module, plan)
+    key = _equal(module, plan, opaque)
+    if key is None:
+        return difference(module, plan, opaque)
     if key not in _verdicts:
+        if len(_verdicts) >= _MOST_VERDICTS:
+            _verdicts.clear()
         _verdicts[key] = difference(module, plan, opaque)
     return _verdicts[key]
 
@@ -231,9 +243,7 @@ def replan(module: nn.Module) -> None:
         plan = make_plan(module, opaque)
         verdict = "it has no tail any more" if plan is None else None
         if plan is not None:
-            key = digest(module, plan)
-            verdict = None if key == fusion.digest else _verdict(module, plan, opaque)
-            fusion.digest = key
+            verdict = _verdict(module, plan, opaque)
     except Untraceable as error:
         plan, verdict = None, str(error)
     finally:

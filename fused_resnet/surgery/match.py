@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .. import parts
+from .pristine import DROPOUTS
 from .trace import Traced, is_batch_norm
 
 # The activations by name, as they are written in the wild. A new one is one more entry (and a branch in each
@@ -84,6 +85,7 @@ class Matcher:
     def __init__(self, traced: Traced) -> None:
         self.graph = traced.graph
         self.modules = traced.modules
+        self.unreadable = traced.unreadable
         self.claimed: set[fx.Node] = set()
         self._position = {node: i for i, node in enumerate(self.graph.nodes)}
 
@@ -92,6 +94,10 @@ class Matcher:
         return self._position[node]
 
     # -- what a node is --
+
+    def is_norm(self, module: nn.Module) -> bool:
+        """Whether ``module`` may be the batch norm of a tail."""
+        return is_batch_norm(module) and id(module) not in self.unreadable
 
     def module(self, node: Any) -> nn.Module | None:
         """The module that ``node`` calls on one argument, or None."""
@@ -103,7 +109,7 @@ class Matcher:
         """The name of the activation that ``node`` applies to its first argument, or None."""
         module = self.module(node)
         if module is not None:
-            return _ACT_MODULES.get(type(module))
+            return _activation_of(module)
         inplace_only = set(node.kwargs) <= {"inplace"}
         if node.op == "call_function" and inplace_only:
             return _ACT_FUNCTIONS.get(node.target)
@@ -122,11 +128,11 @@ class Matcher:
         return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b else None
 
     def transparent(self, node: fx.Node) -> bool:
-        """Whether ``node`` hands its input through: nn.Identity, or a module that is one in this (eval) mode."""
+        """Whether ``node`` hands its input through: torch's Identity, and its dropouts in eval mode."""
         module = self.module(node)
         if module is None:
             return False
-        return type(module) is nn.Identity or (not module.training and is_identity_in_eval(module))
+        return type(module) is nn.Identity or (not module.training and type(module) in DROPOUTS)
 
     # -- walking --
 
@@ -155,7 +161,7 @@ class Matcher:
         bypassed, nodes = [str(n.target) for n in passed], list(passed)
         bn, activation = None, "none"
         module = self.module(node)
-        if node is not None and module is not None and is_batch_norm(module) and self._free(node):
+        if node is not None and module is not None and self.is_norm(module) and self._free(node):
             own_activation = _own_activation(module)
             if own_activation is None:
                 return None
@@ -192,7 +198,7 @@ class Matcher:
             module = self.module(node)
             if node in self.claimed or module is None:
                 continue
-            if is_batch_norm(module):
+            if self.is_norm(module):
                 found += self._claim(self._plain_tail(node))
         for node in self.graph.nodes:
             if node not in self.claimed and isinstance(self.module(node), nn.Conv2d):
@@ -272,7 +278,7 @@ class Matcher:
         bypassed: list[str] = []
         nodes: list[fx.Node] = []
         bn = None
-        if is_batch_norm(module):
+        if self.is_norm(module):
             own = _own_activation(module)
             branch = self.branch(node.args[0])
             if own is None or branch is None or branch.bn is not None:
@@ -324,17 +330,11 @@ def _own_activation(bn: nn.Module) -> str | None:
     act = children.get("act")
     if act is None or type(act) is nn.Identity:
         return "none"
-    return _ACT_MODULES.get(type(act))
+    return _activation_of(act)
 
 
-def is_identity_in_eval(module: nn.Module) -> bool:
-    """Whether ``module``, in eval mode, returns the very tensor it is given (dropout, drop-path, stochastic depth)."""
-    if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
-        return False
-    values = torch.tensor([-1e3, -0.5, 0.5, 1e3]).reshape(1, 1, 2, 2)
-    probe = values.clone()  # an in-place activation returns its argument as well, but changed
-    try:
-        with torch.no_grad():
-            return type(module).forward(module, probe) is probe and torch.equal(probe, values)
-    except Exception:
-        return False
+def _activation_of(module: nn.Module) -> str | None:
+    if isinstance(module, nn.ReLU6) and (module.min_val, module.max_val) != (0, 6):
+        return None  # its limits are attributes, and may be others
+    return _ACT_MODULES.get(type(module))
+

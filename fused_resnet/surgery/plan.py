@@ -31,7 +31,6 @@ class Fusion:
     plan: Plan | None
     backend: str = "auto"
     winograd: str = "auto"
-    digest: str = ""
     partly: str | None = None
     """Why the addition is not part of the plan, where it is not."""
     problem: str | None = None
@@ -107,7 +106,9 @@ def fused_class(cls: Any) -> type:
     """The fused subclass of ``cls``; one for each class, so that equal blocks keep equal types."""
     forward = functools.wraps(cls.forward)(_forward_of(cls))
     namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (FusedForward, cls), {**namespace, "forward": forward})
+    fused: Any = type(cls.__name__, (FusedForward, cls), {**namespace, "forward": forward, "_fused_names": None})
+    fused._fused_names = frozenset(fused.__dict__)
+    return fused  # type: ignore[no-any-return]
 
 
 def _forward_of(cls: type) -> Callable[..., Any]:

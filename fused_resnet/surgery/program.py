@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 import linecache
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import fx, nn
-from torch.nn.modules import module as torch_module
 
-from .. import parts, tails
+from .. import tails
+from .guards import Bypassed, Guards, descend, names_of
 from .match import Matcher, Tail
+from .pristine import DROPOUTS
+from .reads import Reads
 from .rewrite import rewrite
 from .trace import Traced, trace
-
-
-@dataclass(frozen=True)
-class Bypassed:
-    """A submodule whose call the program replaces (or traced through), and what it was when the plan was made."""
-
-    path: str
-    names: tuple[str, ...]
-    cls: type
-    length: int | None
-    """Number of children, for a container that was traced through; None for a leaf."""
-
-    def why_not(self, module: nn.Module | None) -> str | None:
-        """None, or why the program may not stand for a call of ``module`` any more."""
-        if module is None:
-            return f"{self.path} is gone"
-        if type(module) is not self.cls and not (
-            parts.is_plain_batch_norm(module) and issubclass(self.cls, (nn.BatchNorm2d, nn.SyncBatchNorm))
-        ):
-            return f"{self.path} is a {type(module).__name__}, it was a {self.cls.__name__}"
-        if self.length is not None and len(module._modules) != self.length:
-            return f"{self.path} has {len(module._modules)} submodules, it had {self.length}"
-        if isinstance(module, nn.Conv2d):
-            why_not = parts.why_not_fusable(module)
-            if why_not is not None:
-                return f"{self.path} {why_not}"
-        why_not = parts.why_not_bypassed(module)
-        return None if why_not is None else f"{self.path} {why_not}"
 
 
 @dataclass(frozen=True)
@@ -53,33 +28,13 @@ class Program:
     tails: tuple[Tail, ...]
     left: tuple[str, ...]
     """What the program still does by itself, by module path or function name."""
-    bypassed: tuple[Bypassed, ...]
-    reads: tuple[tuple[tuple[str, ...], str, Any], ...]
+    guards: Guards = field(compare=False)
     graph: fx.Graph = field(compare=False, repr=False)
     """What ``function`` does."""
 
     def why_not(self, root: nn.Module) -> str | None:
         """None when the program may run for ``root`` now, else a clause that says why not."""
-        if torch_module._has_any_global_hook():
-            return "a global module hook is registered"
-        for bypassed in self.bypassed:
-            why_not = bypassed.why_not(descend(root, bypassed.names))
-            if why_not is not None:
-                return why_not
-        for names, attribute, value in self.reads:
-            now = getattr(descend(root, names), attribute, None)
-            if now is not value and now != value:
-                return f"{'.'.join((*names, attribute))} is {now!r}, the plan was made for {value!r}"
-        return None
-
-
-def descend(root: nn.Module, names: tuple[str, ...]) -> Any:
-    module: Any = root
-    for name in names:
-        if module is None:
-            return None
-        module = module._modules.get(name)
-    return module
+        return self.guards.why_not(root)
 
 
 @dataclass(frozen=True)
@@ -122,39 +77,49 @@ def make_plan(module: nn.Module, opaque: dict[int, nn.Module], residual: bool = 
         return None
     train, evaluation = programs
     # Where the mode was not asked for, one program serves both: BN modules say at each call what they use.
-    same = train.source == evaluation.source and train.reads == evaluation.reads
+    same = train.source == evaluation.source and train.guards.key == evaluation.guards.key
     return Plan((evaluation,) if same else (train, evaluation))
 
 
 def _program(traced: Traced, residual: bool, opaque: dict[int, nn.Module]) -> Program:
     found = Matcher(traced).tails(residual)
-    reads = dict(traced.reads)
-    bypassed: dict[str, Bypassed] = {}
-    inlined = [(path, len(traced.modules[path]._modules)) for path in traced.inlined if path]
-    for path, length in [*inlined, *((p, None) for tail in found for p in tail.bypassed)]:
-        module = traced.modules[path]
-        cls = type(module)
-        if length is not None:
-            cls = cls.__mro__[1]  # the class under the recording one
-        bypassed[path] = Bypassed(path, tuple(path.split(".")), cls, length)
-        if length is None and cls is not nn.Identity and not module.training and _dropped(module):
-            reads[path, "training"] = False
+    bypassed = {path: Bypassed(path, names_of(path), type(traced.modules[path]), True) for path in traced.inlined if path}
+    for path in (p for tail in found for p in tail.bypassed):
+        for inner, module in traced.modules[path].named_modules(prefix=path):
+            bypassed[inner] = Bypassed(inner, names_of(inner), type(module), False)
+            _add_fields(module, inner, traced.reads)
+    guards = Guards(traced.reads, tuple(bypassed.values()), _aliases(traced), _classes(traced, bypassed))
     graph = rewrite(traced, found, opaque)
     left = tuple(_name(n) for n in graph.nodes if _is_work(n))
     source = graph.python_code("self")
-    guards = tuple(
-        (tuple(p.split(".")) if p else (), attr, value) for (p, attr), value in sorted(reads.items(), key=str)
-    )
-    # `training` matters only where train and eval differ; see make_plan.
-    return Program(
-        source.src, _compile(source.src, source.globals), tuple(found), left, tuple(bypassed.values()), guards, graph
-    )
+    return Program(source.src, _compile(source.src, source.globals), tuple(found), left, guards, graph)
 
 
-def _dropped(module: nn.Module) -> bool:
-    from .match import is_identity_in_eval
+def _add_fields(module: nn.Module, path: str, reads: Reads) -> None:
+    """What a replaced module does by attributes that the program does not read again."""
+    if isinstance(module, nn.ReLU6):
+        reads.values[path, "min_val"], reads.values[path, "max_val"] = module.min_val, module.max_val
+    elif isinstance(module, DROPOUTS):
+        reads.values[path, "training"] = False
 
-    return is_identity_in_eval(module)
+
+def _aliases(traced: Traced) -> tuple[tuple[str, str], ...]:
+    """Pairs of paths that lead to one module: the program calls it by the first, whatever the forward called it."""
+    return tuple((paths[0], other) for paths in traced.aliases.values() for other in paths[1:])
+
+
+def _classes(traced: Traced, bypassed: dict[str, Bypassed]) -> tuple[type, ...]:
+    """The users' classes that count: of the modules that the program replaces, and of the functions that ran."""
+    reads = traced.reads
+    relevant = {c for b in bypassed.values() for c in b.cls.__mro__} | set(type(traced.modules[""]).__mro__)
+    relevant |= {cls for cls in reads.classes if any(f in reads.functions for f in map(_function, cls.__dict__.values()))}
+    relevant |= {v.was for v in reads.outside.values() if isinstance(v.was, type)} | reads.seen
+    return tuple(c for c in reads.classes if c in relevant)
+
+
+def _function(value: Any) -> Any:
+    value = getattr(value, "fget", None) or getattr(value, "__func__", value)
+    return value if isinstance(value, types.FunctionType) else None
 
 
 def _is_work(node: fx.Node) -> bool:

@@ -1,8 +1,8 @@
 """What a module's forward computes, as a graph: ``torch.fx`` on a structural copy, with everything a plan must know.
 
-Tracing bakes Python's decisions into the graph. So that a plan made from it stays right, the trace notes each
-plain attribute that the forward read (``self.downsample is None``, ``self.training``, ...), and refuses what
-cannot be baked: random draws, attributes assigned in the forward, modules made in the forward.
+Tracing bakes Python's decisions into the graph. So that a plan made from it stays right, the trace notes what the
+forward read (see ``reads``), and refuses what cannot be baked: random draws, attributes assigned in the forward,
+modules made in the forward.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import parts
+from .reads import Reads, Recorder, Refused
 
-_SIMPLE = (bool, int, float, str, type(None), torch.dtype)
-_MODULE_FIELDS = frozenset(nn.Module().__dict__) - {"training"}
 _HOOK_FIELDS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -47,8 +46,12 @@ class Traced:
     """The copy's modules by path; ``""`` is the module itself."""
     inlined: list[str]
     """Paths of the modules whose own forward was traced through."""
-    reads: dict[tuple[str, str], Any] = field(default_factory=dict)
-    """(path, attribute) -> the plain value on which the graph may depend."""
+    reads: Reads
+    """What the graph depends on."""
+    aliases: dict[int, list[str]] = field(default_factory=dict)
+    """id of a module -> its paths, where it has several."""
+    unreadable: set[int] = field(default_factory=set)
+    """Batch norms of a user's whose forward depends on what cannot be compared."""
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -109,31 +112,48 @@ def trace(module: nn.Module, opaque: dict[int, nn.Module], training: bool) -> Tr
     if "forward" in module.__dict__:
         raise Untraceable("has a forward of its own (set on the instance)")
     memo: dict[int, Any] = {id(t): t for _, t in tensors_of(module)}
+    memo.update({id(t): t for m in module.modules() for t in m.__dict__.values() if isinstance(t, Tensor)})
     memo.update(opaque)
     try:
         copied = copy.deepcopy(module, without_hooks(module, memo))
     except Exception as error:
         raise Untraceable(f"cannot be copied ({_first_line(error)})") from error
     stand_ins = {id(m): m for m in opaque.values()}
-    tracer = _Tracer(copied, stand_ins)
+    recorder = Recorder(copied)
+    tracer = _Tracer(copied, stand_ins, recorder)
     for m in list(inside(copied, stand_ins)):
         m.__dict__["training"] = training  # not by train(): a model's own train() may keep parts frozen
-        if m is copied or not is_leaf(m, stand_ins):
-            _record(m, tracer)
     before = _random_states()
+    problem: Exception | None = None
     try:
-        graph = tracer.trace(copied)
-    except Untraceable:
-        raise
+        with recorder.watch():
+            graph = tracer.trace(copied)
     except Exception as error:
-        raise Untraceable(_why_untraceable(error)) from error
+        problem = error
     finally:
         drew = _random_states_changed(before)
         _restore_random_states(before)
+    why_not = recorder.why_not()
+    if isinstance(problem, (Untraceable, Refused)):
+        raise Untraceable(str(problem)) from problem
     if drew:
         raise Untraceable("draws random numbers in its forward, which a plan made once would freeze")
-    names = {id(m): name for name, m in copied.named_modules()}
-    return Traced(graph, dict(copied.named_modules()), [names[id(m)] for m in tracer.inlined], tracer.reads)
+    if problem is not None:
+        raise Untraceable(_why_untraceable(problem)) from problem
+    if why_not is not None:
+        raise Untraceable(why_not)
+    aliases: dict[int, list[str]] = {}
+    for name, m in copied.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(m), []).append(name)
+    names = recorder.paths
+    return Traced(
+        graph,
+        dict(recorder.modules),
+        [names[id(m)] for m in tracer.inlined],
+        recorder.reads,
+        {key: paths for key, paths in aliases.items() if len(paths) > 1},
+        tracer.unreadable,
+    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -172,13 +192,17 @@ class _Tracer(fx.Tracer):
     # A buffer read in the forward becomes a read in the plan too, never a constant.
     proxy_buffer_attributes = True
 
-    def __init__(self, root: nn.Module, opaque: dict[int, nn.Module]) -> None:
+    def __init__(self, root: nn.Module, opaque: dict[int, nn.Module], recorder: Recorder) -> None:
         super().__init__()
         self.opaque = opaque
+        self.recorder = recorder
         self.inlined: list[nn.Module] = [root]
-        self.reads: dict[tuple[str, str], Any] = {}
-        self.names = {id(m): name for name, m in root.named_modules()}
+        self.names = recorder.paths
+        self.tensors = {id(t): name for name, t in tensors_of(root)}
+        self.unreadable: set[int] = set()
         self._stack: list[str] = [""]
+        self._leaves: dict[int, bool] = {}
+        self._running = False
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -187,19 +211,42 @@ class _Tracer(fx.Tracer):
         return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m, self.opaque)
+        if id(m) not in self._leaves:
+            self._leaves[id(m)] = is_leaf(m, self.opaque)
+        return self._leaves[id(m)]
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        return self.names[id(mod)]
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        name = self.tensors.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if self._running:
+            return forward(*args, **kwargs)
         if id(m) not in self.names:
             raise Untraceable(
                 f"calls a {type(m).__name__} that is not one of its registered submodules: made inside forward it "
                 "starts from new random weights at each call and is never trained, which is a bug; in a plain list "
                 "it is missing from parameters() and state_dict()"
             )
-        if is_leaf(m, self.opaque):
-            return super().call_module(m, forward, args, kwargs)
+        with self.recorder.paused():
+            leaf = self.is_leaf_module(m, self.names[id(m)])
+            probe = leaf and self._may_hand_through(m)
+            if leaf and id(m) not in self.opaque and is_batch_norm(m) and not parts.is_plain_batch_norm(m):
+                self._read_batch_norm(m)
+        if probe and self._hands_through(m, forward, args, kwargs):
+            return args[0]
+        if leaf:
+            with self.recorder.paused():
+                return super().call_module(m, forward, args, kwargs)
         if m not in self.inlined:
             self.inlined.append(m)
         self._stack.append(self.names[id(m)])
@@ -207,6 +254,69 @@ class _Tracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         finally:
             self._stack.pop()
+
+    def _may_hand_through(self, m: nn.Module) -> bool:
+        """Whether ``m``, a leaf of a user's class without tensors, may turn out to return its argument."""
+        return (
+            id(m) not in self.opaque
+            and not type(m).__module__.startswith("torch.")
+            and not is_container(m)
+            and next(m.parameters(), None) is None
+            and next(m.buffers(), None) is None
+        )
+
+    def _hands_through(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+        """Trace through ``m``: True where its code does nothing but return its argument (drop-path in eval mode).
+
+        What the code read to decide so is recorded. Else the trace is as if nothing had happened, and ``m`` is
+        called by the plan: it may store, count, print, draw or compute.
+        """
+        if len(args) != 1 or kwargs:
+            return False
+        recorder, mark, states = self.recorder, self.recorder.mark(), _random_states()
+        nodes, inlined = set(self.graph.nodes), list(self.inlined)
+        self.inlined.append(m)
+        try:
+            handed = forward(*args) is args[0]
+        except Exception:
+            handed = False
+        handed = recorder.why_not() is None and handed and not _random_states_changed(states)
+        made = [node for node in self.graph.nodes if node not in nodes]
+        if handed and not made:
+            return True
+        for node in reversed(made):
+            self.graph.erase_node(node)
+        _restore_random_states(states)
+        self.inlined = inlined
+        recorder.rollback(mark)
+        return False
+
+    def _read_batch_norm(self, m: nn.Module) -> None:
+        """Run a user's batch norm in each mode, on a copy, to record what its forward reads."""
+        recorder, mark = self.recorder, self.recorder.mark()
+        paths = dict(recorder.paths)
+        self._running = True
+        try:
+            twin = copy.deepcopy(m)
+            for (_, theirs), (_, ours) in zip(m.named_modules(), twin.named_modules(), strict=True):
+                recorder.paths[id(ours)] = recorder.paths[id(theirs)]
+            vector = next(iter((*m.parameters(), *m.buffers())))
+            for training, grad in ((False, False), (False, True), (True, True)):
+                for part in twin.modules():
+                    part.training = training
+                x = torch.ones(2, len(vector), 2, 2, dtype=vector.dtype, device=vector.device, requires_grad=grad)
+                with recorder.resumed():
+                    type(twin).forward(twin, x * 1)
+            recorder.forget_modes(mark, [recorder.paths[id(part)] for part in twin.modules()])
+            readable = recorder.why_not() is None
+        except Exception:
+            readable = False
+        finally:
+            self._running = False
+            recorder.paths = paths
+        if not readable:
+            recorder.rollback(mark)
+            self.unreadable.add(id(m))
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
         proxy = super().create_proxy(*args, **kwargs)
@@ -218,44 +328,3 @@ class _Tracer(fx.Tracer):
             items = [(key, value) for key, value in a.items()]
             return self.create_proxy("call_function", OrderedDict, (items,), {}).node
         return super().create_arg(a)
-
-
-def _record(module: nn.Module, tracer: _Tracer) -> None:
-    """Make ``module`` (of a copy) report the plain attributes that are read of it, and refuse assignments."""
-    cls = type(module)
-    path = tracer.names[id(module)]
-
-    def note(name: str, value: Any) -> None:
-        if name in _MODULE_FIELDS or name.startswith("__"):
-            return
-        if isinstance(value, _SIMPLE) or (isinstance(value, tuple) and all(isinstance(v, _SIMPLE) for v in value)):
-            tracer.reads[path, name] = value
-
-    class Recording(cls):  # type: ignore[valid-type, misc]
-        def __getattribute__(self, name: str) -> Any:
-            value = super().__getattribute__(name)
-            if not callable(value):
-                note(name, value)
-            return value
-
-        def __getattr__(self, name: str) -> Any:
-            value = super().__getattr__(name)
-            if value is None:
-                note(name, None)
-            return value
-
-        def __setattr__(self, name: str, value: Any) -> None:
-            if name.startswith("_tensor_constant"):
-                raise Untraceable("computes with a tensor that is neither its parameter nor its buffer")
-            made = f", a {type(value).__name__} made at each call," if isinstance(value, nn.Module) else ""
-            raise Untraceable(f"assigns self.{name}{made} in its forward")
-
-    Recording.__name__, Recording.__qualname__, Recording.__module__ = (
-        cls.__name__,
-        cls.__qualname__,
-        cls.__module__,
-    )
-    try:
-        module.__class__ = Recording
-    except TypeError as error:
-        raise Untraceable(f"cannot be traced ({_first_line(error)})") from error
