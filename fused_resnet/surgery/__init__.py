@@ -13,6 +13,7 @@ from torch import nn
 
 from .. import nn as fused_nn
 from . import report
+from .discovery import discover, replan
 from .frozen import FrozenModel, freeze
 from .plan import ATTRIBUTE, Fusion, attach, detach, is_fused
 from .report import Entry, Explanation
