@@ -171,9 +171,20 @@ def _equal(module: nn.Module, plan: Plan, opaque: dict[int, nn.Module]) -> Any:
     parts: list[Any] = [(p.source, tuple(map(repr, p.tails)), p.guards.key) for p in plan.programs]
     for path, m in module.named_modules(remove_duplicate=False):
         own = {k: v for k, v in m.__dict__.items() if k not in _REGISTRIES and k != ATTRIBUTE}
-        tensors = [(n, t if t is None else (tuple(t.shape), t.requires_grad)) for n, t in (*m._parameters.items(), *m._buffers.items())]
+        tensors = [
+            (n, t if t is None else (tuple(t.shape), t.requires_grad))
+            for n, t in (*m._parameters.items(), *m._buffers.items())
+        ]
         try:
-            parts.append((path, original_class(m), Snapshot(own).key, tuple(tensors), bool(m._forward_hooks or m._forward_pre_hooks)))
+            parts.append(
+                (
+                    path,
+                    original_class(m),
+                    Snapshot(own).key,
+                    tuple(tensors),
+                    bool(m._forward_hooks or m._forward_pre_hooks),
+                )
+            )
         except Unknown:
             return None
     return tuple(parts)

@@ -107,7 +107,9 @@ class Guards:
 
     @staticmethod
     def _with_parents(paths: list[str]) -> list[str]:
-        return [".".join(path.split(".")[: i + 1]) if path else "" for path in paths for i in range(path.count(".") + 1)]
+        return [
+            ".".join(path.split(".")[: i + 1]) if path else "" for path in paths for i in range(path.count(".") + 1)
+        ]
 
     @property
     def key(self) -> Any:
@@ -177,7 +179,9 @@ class Guards:
         for i, path, name, cls, none in self._asked:
             child = None if modules[i] is None else modules[i]._modules.get(name)
             if (child is None) is not none:
-                return f"{_join(path, name)} is {describe(child)}, the plan was made for {'None' if none else 'a module'}"
+                return (
+                    f"{_join(path, name)} is {describe(child)}, the plan was made for {'None' if none else 'a module'}"
+                )
             if cls is not None and type(child) is not cls and not _like(child, cls):
                 return f"{_join(path, name)} is a {type(child).__name__}, it was a {cls.__name__}"
         for i, path, name, there in self._tensors:

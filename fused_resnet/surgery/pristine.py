@@ -54,4 +54,3 @@ def why_not() -> str | None:
         if value is not own and not tracing:
             return f"{owner.__name__}.{name} is not torch's own"
     return None
-

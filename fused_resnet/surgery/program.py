@@ -83,7 +83,9 @@ def make_plan(module: nn.Module, opaque: dict[int, nn.Module], residual: bool = 
 
 def _program(traced: Traced, residual: bool, opaque: dict[int, nn.Module]) -> Program:
     found = Matcher(traced).tails(residual)
-    bypassed = {path: Bypassed(path, names_of(path), type(traced.modules[path]), True) for path in traced.inlined if path}
+    bypassed = {
+        path: Bypassed(path, names_of(path), type(traced.modules[path]), True) for path in traced.inlined if path
+    }
     for path in (p for tail in found for p in tail.bypassed):
         for inner, module in traced.modules[path].named_modules(prefix=path):
             bypassed[inner] = Bypassed(inner, names_of(inner), type(module), False)
@@ -112,7 +114,9 @@ def _classes(traced: Traced, bypassed: dict[str, Bypassed]) -> tuple[type, ...]:
     """The users' classes that count: of the modules that the program replaces, and of the functions that ran."""
     reads = traced.reads
     relevant = {c for b in bypassed.values() for c in b.cls.__mro__} | set(type(traced.modules[""]).__mro__)
-    relevant |= {cls for cls in reads.classes if any(f in reads.functions for f in map(_function, cls.__dict__.values()))}
+    relevant |= {
+        cls for cls in reads.classes if any(f in reads.functions for f in map(_function, cls.__dict__.values()))
+    }
     relevant |= {v.was for v in reads.outside.values() if isinstance(v.was, type)} | reads.seen
     return tuple(c for c in reads.classes if c in relevant)
 

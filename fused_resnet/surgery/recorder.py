@@ -7,6 +7,7 @@ lies between the tails, on zeros, to learn its shapes.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -125,12 +126,13 @@ def _map(value: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, (Slot, tails.Recorded)):
         return function(value)
     if isinstance(value, tuple):
-        items = [_map(item, function) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        parts = [_map(item, function) for item in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if isinstance(value, list):
         return [_map(item, function) for item in value]
     if isinstance(value, dict):
-        return type(value)((key, _map(item, function)) for key, item in value.items())
+        items = {key: _map(item, function) for key, item in value.items()}
+        return type(value)(items) if isinstance(value, OrderedDict) else items  # a graph's own are immutable
     if isinstance(value, slice):
         return slice(*(_map(part, function) for part in (value.start, value.stop, value.step)))
     return function(value)

@@ -78,7 +78,9 @@ class Snapshot:
         if isinstance(value, type):
             self.instances.append(value)
             return _Same(value)
-        if isinstance(value, types.BuiltinFunctionType) and not isinstance(value.__self__, (types.ModuleType, type(None), type)):
+        if isinstance(value, types.BuiltinFunctionType) and not isinstance(
+            value.__self__, (types.ModuleType, type(None), type)
+        ):
             raise Unknown(f"a method of a {type(value.__self__).__name__}")
         if isinstance(value, _BY_IDENTITY) or isinstance(value, enum.Enum):
             return _Same(value)
