@@ -333,7 +333,12 @@ def test_relu6_and_none() -> None:
         ({"isa": "mmx"}, "isa: expected an instruction set of this CPU, got mmx"),
         ({"filter": [8, 3]}, "filter: expected K, R and S, got 2 numbers"),
         ({"stride": [2, 2], "m": 2}, "m: expected 0 unless stride and dilation are 1, got 2"),
-        ({"filter": [8, 5, 3]}, "x: expected an image no smaller than the filter, got \\[1, 4, 2, 2\\]"),
+        (
+            {"filter": [8, 5, 3], "stride": [2, 2]},
+            "x: 2x2 is too small for a 5x3 filter with padding \\(1, 1\\) and dilation \\(1, 1\\)",
+        ),
+        ({"dilation": [0, 1]}, "dilation: expected positive numbers, got 0, 1"),
+        ({"padding": [1, -1]}, "padding: expected no negative numbers, got 1, -1"),
         ({"filter": [40, 3, 3]}, "packed: expected what conv_pack made for this filter"),
         ({"x": torch.zeros(1, 4, 2, 2)}, "x: expected channels innermost, got channel stride 4"),
         ({"residual": torch.zeros(1, 8, 2, 3)}, "residual: expected the shape of the output, got \\[1, 8, 2, 3\\]"),
