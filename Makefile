@@ -77,18 +77,19 @@ mutants: $(VENV)/.dev
 install: $(VENV)/.dev
 
 # torch and the build tools come first: the package is built against the torch that it will run with, so without
-# pip's build isolation. `pip` is left as the environment has it.
+# pip's build isolation. `pip` is left as the environment has it. --no-compile: most modules are never imported, and
+# Python compiles the others when they are.
 $(VENV)/.torch:
 	@python="$(PYTHON)"; test -n "$$python" || { \
 	  echo "fused_resnet: found no Python >= 3.10 with its venv module; install one or set PYTHON=..."; exit 1; }; \
 	echo "creating $(VENV) with $$python"; $$python -m venv $(VENV)
-	$(BIN)/python -m pip install -q $(PIP_ARGS) torch torchvision "setuptools>=77" wheel ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install -q --no-compile $(PIP_ARGS) torch torchvision "setuptools>=77" wheel ninja "pybind11>=2.13"
 	@touch $@
 
 # Editable, so that Python changes need nothing. A changed pyproject.toml installs again; a changed C++ source
 # rebuilds in place, and ninja compiles only what changed. $(1): pyproject.toml's extra, $(2): FUSED_RESNET_CUDA.
 install = FUSED_RESNET_CUDA=$(2) TORCH_CUDA_ARCH_LIST="$(ARCHS)" MAX_JOBS=$(JOBS) $(if $(filter pyproject.toml,$?),\
-  $(BIN)/python -m pip install -q $(PIP_ARGS) --no-build-isolation -e ".[$(1)]",\
+  $(BIN)/python -m pip install -q --no-compile $(PIP_ARGS) --no-build-isolation -e ".[$(1)]",\
   $(BIN)/python setup.py -q build_ext --inplace)
 
 # A stamp says what is there: `.dev` everything, `.demo-cuda` what the demo needs, `.demo-cpu` the same without the
