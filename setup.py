@@ -10,18 +10,21 @@ C++ compiler the package installs as pure Python, with one printed line. Environ
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from setuptools import setup
+import setuptools
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 import cuda_build  # noqa: E402
+
+SETUPTOOLS = 77  # the first that reads the licence in pyproject.toml
 
 
 class CudaBuild(NamedTuple):
@@ -37,6 +40,16 @@ def say(line: str) -> None:
 
 def have_compiler() -> bool:
     return shutil.which(os.environ.get("CXX", "c++")) is not None
+
+
+def check_tools(*modules: str) -> None:
+    """What build isolation would have installed, from pyproject.toml's build-system."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(
+            f"fused_resnet: the build needs {' and '.join(missing)}: pip install {' '.join(missing)}, "
+            "or install without --no-build-isolation"
+        )
 
 
 def cuda_build_plan() -> CudaBuild | None:
@@ -126,10 +139,16 @@ def setup_arguments() -> dict[str, Any]:
     if not have_compiler():
         say("no C++ compiler found, installing the pure-Python package (backends: eager, triton, cudnn)")
         return pure
+    check_tools("torch", "pybind11")
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):  # type: ignore[misc, valid-type]
         """The kernels are compiled by our own rules: torch's need a torch with CUDA, and guess the toolkit's root."""
+
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            if self.editable_mode:  # pip's own folder is thrown away, and the next build would compile everything again
+                self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
 
         def build_extensions(self) -> None:
             for ext in self.extensions:
@@ -155,4 +174,9 @@ def setup_arguments() -> dict[str, Any]:
     }
 
 
-setup(**setup_arguments())
+if int(setuptools.__version__.split(".")[0]) < SETUPTOOLS:
+    raise SystemExit(
+        f"fused_resnet: setuptools must be {SETUPTOOLS} or newer, got {setuptools.__version__}: "
+        "pip install -U setuptools"
+    )
+setuptools.setup(**setup_arguments())

@@ -156,3 +156,24 @@ def test_setup_says_what_it_will_build(tmp_path: Path) -> None:
     assert "FUSED_RESNET_CUDART: expected static or shared, got 'dynamic'" in done.stderr
     done = setup_py(FUSED_RESNET_CUDA="yes")
     assert "FUSED_RESNET_CUDA: expected auto, 0 or 1, got 'yes'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "sentence"),
+    [
+        ("65.5.0", "fused_resnet: setuptools must be 77 or newer, got 65.5.0: pip install -U setuptools"),
+        ("80.9.0", "fused_resnet: the build needs torch and pybind11: pip install torch pybind11, or install without "
+                   "--no-build-isolation"),
+    ],
+)  # fmt: skip
+def test_what_a_build_without_isolation_lacks(version: str, sentence: str, tmp_path: Path) -> None:
+    """One sentence, no traceback. -S: an environment with nothing but this stand-in for setuptools."""
+    (tmp_path / "setuptools" / "command").mkdir(parents=True)
+    (tmp_path / "setuptools" / "__init__.py").write_text(f"__version__ = {version!r}\nsetup = print")
+    (tmp_path / "setuptools" / "command" / "build_py.py").write_text("build_py = object")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "CXX": "sh"}
+    done = subprocess.run(
+        [sys.executable, "-S", "setup.py"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.strip() == sentence

@@ -111,7 +111,7 @@ def _compile(folder: Path, csrc: Path) -> Path:
 @lru_cache
 def module() -> Path:
     csrc = source_directory()
-    key = hashlib.sha256(torch.__version__.encode())
+    key = hashlib.sha256(f"{torch.__version__} {build_module(csrc).find_toolkit().version}".encode())
     stand_ins = [HERE / "cuda_operator" / "torch_device.h", HERE / "host_cuda" / "capture.cpp"]
     for path in sorted([*csrc.glob("*.*"), *csrc.glob("cuda/*"), *stand_ins, Path(__file__)]):
         key.update(path.read_bytes())

@@ -44,20 +44,19 @@ const Kernels* kernels_for(const char* isa) {
   if (std::strcmp(isa, "avx512") == 0) {
     const bool present = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    return present ? &kKernelsAvx512 : nullptr;
+    return present ? &kernels_avx512() : nullptr;
   }
   if (std::strcmp(isa, "amx") == 0) {
     if (kernels_for("avx512") == nullptr || !have_amx()) return nullptr;
-    static const Kernels amx = kernels_amx();
-    return &amx;
+    return &kernels_amx();
   }
   if (std::strcmp(isa, "avx2") == 0) {
     const bool present =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    return present ? &kKernelsAvx2 : nullptr;
+    return present ? &kernels_avx2() : nullptr;
   }
 #endif
-  return std::strcmp(isa, "portable") == 0 ? &kKernelsPortable : nullptr;
+  return std::strcmp(isa, "portable") == 0 ? &kernels_portable() : nullptr;
 }
 
 const Kernels& kernels() {
@@ -72,7 +71,7 @@ const Kernels& kernels() {
     for (const char* isa : {"amx", "avx512", "avx2"}) {
       if (const Kernels* found = kernels_for(isa)) return *found;
     }
-    return kKernelsPortable;
+    return kernels_portable();
   }();
   return best;
 }
