@@ -3,6 +3,7 @@
 #
 #   make demo      the main job on real images: train, fuse, verify, time, draw
 #   make test      all tests, in two processes (Triton's interpreter must be chosen before a process starts)
+#   make test-isa  the CPU tests again as on lesser processors: AVX-512 alone, AVX2, any other
 #   make lint      ruff, mypy, clang-format
 #   make bench     benchmarks (BENCH="--full -k cpu" for more or less) and their table
 #   make static    compile every CUDA and Triton kernel for every architecture and check the machine code
@@ -17,6 +18,8 @@ JOBS    ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); if [ $$n -gt 8 ]; then echo 
 PIP_ARGS ?=
 BENCH   ?=
 TESTS   ?= tests fused_resnet/testing
+# What depends on the instruction set beyond the kernels, which tests/test_cpu_kernels.py runs with each in any case.
+ISA_TESTS ?= tests/test_cpu_backend.py tests/test_cpu_stem.py tests/test_properties.py fused_resnet/testing
 RESULTS ?= benchmarks/results/latest.json
 
 BIN     := $(VENV)/bin
@@ -26,7 +29,7 @@ CXX_ALL := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 WORKERS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST  := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo test test-interpreter test-rest lint format bench static mutants install clean distclean
+.PHONY: demo test test-interpreter test-rest test-isa lint format bench static mutants install clean distclean
 
 demo: $(VENV)/.installed
 	$(BIN)/fused-resnet demo
@@ -42,6 +45,9 @@ test-interpreter: $(VENV)/.installed
 
 test-rest: $(VENV)/.installed
 	@env -u TRITON_INTERPRET $(WORKERS) $(PYTEST) -m "not interpreter" $(TESTS)
+
+test-isa: $(VENV)/.installed
+	@$(WORKERS) .ci/instruction_sets $(BIN)/python -q -n $(JOBS) --dist load $(ISA_TESTS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
