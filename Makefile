@@ -3,6 +3,7 @@
 #
 #   make demo      the main job on real images: train, fuse, verify, time, draw (CUDA module only where a GPU is)
 #   make test      all tests, in two processes (Triton's interpreter must be chosen before a process starts)
+#   make test-isa  the CPU tests again as on lesser processors: AVX-512 alone, AVX2, any other
 #   make lint      ruff, mypy, clang-format
 #   make bench     benchmarks (BENCH="--full -k cpu" for more or less) and their table
 #   make static    compile every CUDA and Triton kernel for every architecture and check the machine code
@@ -16,6 +17,8 @@ JOBS    ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); if [ $$n -gt 8 ]; then echo 
 PIP_ARGS ?=
 BENCH   ?=
 TESTS   ?= tests fused_resnet/testing
+# What depends on the instruction set beyond the kernels, which tests/test_cpu_kernels.py runs with each in any case.
+ISA_TESTS ?= tests/test_cpu_backend.py tests/test_cpu_stem.py tests/test_properties.py fused_resnet/testing
 RESULTS ?= benchmarks/results/latest.json
 
 # A GPU decides what is built here; `pip install` and wheels never look for one. Without a GPU one architecture is
@@ -32,7 +35,7 @@ CXX_ALL := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 WORKERS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST  := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo test test-interpreter test-rest lint format bench static mutants install clean distclean FORCE
+.PHONY: demo test test-interpreter test-rest test-isa lint format bench static mutants install clean distclean FORCE
 
 demo: $(VENV)/.demo-$(if $(GPU),cuda,cpu)
 	$(BIN)/fused-resnet demo
@@ -48,6 +51,9 @@ test-interpreter: $(VENV)/.dev
 
 test-rest: $(VENV)/.dev
 	@env -u TRITON_INTERPRET $(WORKERS) $(PYTEST) -m "not interpreter" $(TESTS)
+
+test-isa: $(VENV)/.dev
+	@$(WORKERS) .ci/instruction_sets $(BIN)/python -q -n $(JOBS) --dist load $(ISA_TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

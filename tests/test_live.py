@@ -149,5 +149,5 @@ def test_containers_may_change_between_calls() -> None:
 def test_an_input_that_is_no_image_is_refused_as_by_eager() -> None:
     _, fused = pair()
     for module in (fused, fused_resnet.FusedBasicBlock(32, 32), fused_resnet.models.resnet18()):
-        with pytest.raises((ValueError, RuntimeError), match="[Ee]xpected"):
+        with pytest.raises((ValueError, RuntimeError), match=r"[Ee]xpected"):
             module(torch.randn(3, 40))

@@ -4,7 +4,7 @@
 
 #if defined(FR_BLOCK)
   #include "checksum_kernel.h"
-#include "direct_kernel.h"
+  #include "direct_kernel.h"
   #include "epilogue_kernel.h"
   #include "pooled_kernel.h"
 

@@ -2,6 +2,9 @@
 // isa_avx512_*.cpp and isa_amx_*.cpp, and the best set that this CPU has is taken at run time.
 #pragma once
 
+#include <string>
+#include <vector>
+
 #include "checksum.h"
 #include "conv.h"
 #include "epilogue.h"
@@ -45,10 +48,13 @@ const Kernels& kernels_amx();  // those of AVX-512 and the ones on matrix tiles
 #endif
 const Kernels& kernels_portable();
 
-// The kernels of the named instruction set; nullptr where this CPU does not have it.
+// The kernels of the named instruction set; nullptr where this CPU does not have it, or where
+// FUSED_RESNET_CPU_ISA names a lesser one: that one is then the best.
 const Kernels* kernels_for(const char* isa);
-// Those of the best one, or of the one that FUSED_RESNET_CPU_ISA names.
+// Those of the best one.
 const Kernels& kernels();
+// The names of all that `kernels_for` knows here, the best first.
+std::vector<std::string> isas();
 
 inline const char* best_isa() {
   return kernels().isa;
