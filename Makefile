@@ -6,16 +6,19 @@
 #   make lint      ruff, mypy, clang-format
 #   make bench     benchmarks (BENCH="--full -k cpu" for more or less) and their table
 #   make static    compile every CUDA and Triton kernel for every architecture and check the machine code
+#   make matrix    the tests on every stack of the support table that can be had here (MATRIX="--short" for less)
 #   make mutants   plant each known bug in the CUDA kernels and see that a test catches it
 #   make clean     remove what was built (make distclean: the virtual environment as well)
 
 VENV    ?= .venv
 PYTHON  ?= $(shell for python in python3.11 python3.12 python3.13 python3.10 python3; do \
   $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$python; break; }; done)
+TORCH   ?= torch torchvision
 EXTRAS  ?= dev
 JOBS    ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); if [ $$n -gt 8 ]; then echo 8; else echo $$n; fi)
 PIP_ARGS ?=
 BENCH   ?=
+MATRIX  ?=
 TESTS   ?= tests fused_resnet/testing
 RESULTS ?= benchmarks/results/latest.json
 
@@ -26,7 +29,7 @@ CXX_ALL := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 WORKERS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST  := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo test test-interpreter test-rest lint format bench static mutants install clean distclean
+.PHONY: demo test test-interpreter test-rest lint format bench static matrix mutants install clean distclean
 
 demo: $(VENV)/.installed
 	$(BIN)/fused-resnet demo
@@ -64,6 +67,10 @@ static: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.static.training
 	$(BIN)/python -m benchmarks.static.triton
 
+# Environments, builds and logs lie in .matrix; MATRIX="--short --legs oldest" for less.
+matrix:
+	python3 tests/matrix.py $(MATRIX)
+
 mutants: $(VENV)/.installed
 	@$(if $(wildcard ../shared/ptxi),PTXI_HOME=$${PTXI_HOME:-$(abspath ../shared/ptxi)} )$(WORKERS) $(PYTEST) \
 	  --dist load -m mutant -q tests/host_cuda
@@ -76,7 +83,7 @@ $(VENV)/.torch:
 	@python="$(PYTHON)"; test -n "$$python" || { \
 	  echo "fused_resnet: found no Python >= 3.10 with its venv module; install one or set PYTHON=..."; exit 1; }; \
 	echo "creating $(VENV) with $$python"; $$python -m venv $(VENV)
-	$(BIN)/python -m pip install -q $(PIP_ARGS) torch torchvision "setuptools>=77" wheel ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install -q $(PIP_ARGS) $(TORCH) "setuptools>=77" wheel ninja "pybind11>=2.13"
 	@touch $@
 
 # Editable, so that Python changes need nothing. A changed pyproject.toml installs again; a changed C++ source
