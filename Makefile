@@ -7,15 +7,18 @@
 #   make lint      ruff, mypy, clang-format
 #   make bench     benchmarks (BENCH="--full -k cpu" for more or less) and their table
 #   make static    compile every CUDA and Triton kernel for every architecture and check the machine code
+#   make matrix    the tests on every stack of the support table that can be had here (MATRIX="--short" for less)
 #   make mutants   plant each known bug in the CUDA kernels and see that a test catches it
 #   make clean     remove what was built (make distclean: the virtual environment as well)
 
 VENV    ?= .venv
 PYTHON  ?= $(shell for python in python3.11 python3.12 python3.13 python3.10 python3; do \
   $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$python; break; }; done)
+TORCH   ?= torch torchvision
 JOBS    ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); if [ $$n -gt 8 ]; then echo 8; else echo $$n; fi)
 PIP_ARGS ?=
 BENCH   ?=
+MATRIX  ?=
 TESTS   ?= tests fused_resnet/testing
 # What depends on the instruction set beyond the kernels, which tests/test_cpu_kernels.py runs with each in any case.
 ISA_TESTS ?= tests/test_cpu_backend.py tests/test_cpu_stem.py tests/test_properties.py fused_resnet/testing
@@ -35,7 +38,7 @@ CXX_ALL := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 WORKERS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST  := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo test test-interpreter test-rest test-isa lint format bench static mutants install clean distclean FORCE
+.PHONY: demo test test-interpreter test-rest test-isa lint format bench static matrix mutants install clean distclean FORCE
 
 demo: $(VENV)/.demo-$(if $(GPU),cuda,cpu)
 	$(BIN)/fused-resnet demo
@@ -76,6 +79,10 @@ static: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.static.training
 	$(BIN)/python -m benchmarks.static.triton
 
+# Environments, builds and logs lie in .matrix; MATRIX="--short --legs oldest" for less.
+matrix:
+	python3 tests/matrix.py $(MATRIX)
+
 mutants: $(VENV)/.dev
 	@$(if $(wildcard ../shared/ptxi),PTXI_HOME=$${PTXI_HOME:-$(abspath ../shared/ptxi)} )$(WORKERS) $(PYTEST) \
 	  --dist load -m mutant -q tests/host_cuda
@@ -89,7 +96,7 @@ $(VENV)/.torch:
 	@python="$(PYTHON)"; test -n "$$python" || { \
 	  echo "fused_resnet: found no Python >= 3.10 with its venv module; install one or set PYTHON=..."; exit 1; }; \
 	echo "creating $(VENV) with $$python"; $$python -m venv $(VENV)
-	$(BIN)/python -m pip install -q --no-compile $(PIP_ARGS) torch torchvision "setuptools>=77" wheel ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install -q --no-compile $(PIP_ARGS) $(TORCH) "setuptools>=77" wheel ninja "pybind11>=2.13"
 	@touch $@
 
 # Editable, so that Python changes need nothing. A changed pyproject.toml installs again; a changed C++ source

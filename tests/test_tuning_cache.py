@@ -185,12 +185,6 @@ def test_each_environment_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pyt
     assert all(file.parent == tmp_path and "Abacus-3000" in file.name for file in files)
 
 
-def test_the_default_place_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    platformdirs = pytest.importorskip("platformdirs")
-    monkeypatch.delenv("FUSED_RESNET_CACHE_DIR", raising=False)
-    assert cache.directory() == Path(platformdirs.user_cache_dir("fused_resnet"))
-
-
 def test_the_environment_names_what_generates_code(monkeypatch: pytest.MonkeyPatch) -> None:
     found = environment.environment(torch.device("cpu"))
     assert found["torch"] == torch.__version__

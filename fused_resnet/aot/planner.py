@@ -19,9 +19,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import platformdirs
 import torch
 
+from .. import user_cache
 from ..problem import Problem, dtype_name
 from .launch_json import Launch, TensorSpec, by_value, default_bn_dtype, tensor_specs, workspace_spec
 
@@ -167,8 +167,8 @@ def source_directory() -> Path:
 
 
 def cache_directory() -> Path:
-    """Where compiled planners and kernels are kept (FUSED_RESNET_CACHE, else the user's cache folder)."""
-    path = Path(os.environ.get("FUSED_RESNET_CACHE") or platformdirs.user_cache_path("fused_resnet"))
+    """Where compiled planners and kernels are kept (FUSED_RESNET_CACHE, else with the tuning results)."""
+    path = Path(os.environ.get("FUSED_RESNET_CACHE") or user_cache.directory())
     path.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..layout import empty_output, output_memory_format
 from ..problem import Problem
 from ..reference import ConvBN, Tail
-from .arguments import BatchNorm, ProjectionTensors
+from .arguments import BatchNorm
 from .config import SHARED_LIMIT, TailConfig, candidates
 from .conv_bn_add_relu import conv_bn_add_relu_kernel
 from .conv_bn_add_relu_tma import conv_bn_add_relu_tma_kernel
@@ -139,16 +139,16 @@ class BoundTail:
         for v in bn[:5]:
             if v is not None:
                 pointers |= v.data_ptr()
-        proj = None
+        proj: tuple[Any, Any, BatchNorm | None] = (None, None, None)
         if tail.proj is not None and tail.proj_x is not None:
-            proj = ProjectionTensors(channels_last(tail.proj_x), channels_last(tail.proj.weight), batch_norm(tail.proj))
-            pointers |= proj.x.data_ptr() | proj.weight.data_ptr()
-            for v in proj.bn[:5]:
+            proj_x, proj_weight = channels_last(tail.proj_x), channels_last(tail.proj.weight)
+            proj_bn = batch_norm(tail.proj)
+            pointers |= proj_x.data_ptr() | proj_weight.data_ptr()
+            for v in proj_bn[:5]:
                 if v is not None:
                     pointers |= v.data_ptr()
+            proj = (self._described(2, proj_x), self._described(3, proj_weight), proj_bn)
         x, weight = self._described(0, x), self._described(1, weight)
-        if proj is not None:
-            proj = ProjectionTensors(self._described(2, proj.x), self._described(3, proj.weight), proj.bn)
         stream = self.get_stream(self.device.index or 0)
         scratch = None
         if self.plan.workspace_bytes:
@@ -156,7 +156,7 @@ class BoundTail:
             # partial sums in a fixed order leave garbage where the atomic ones expect zeros
             kind, zeros = ("ordered", self.plan.tiles) if self.config.ordered else ("atomic", words)
             scratch = workspace(kind, words, zeros, self.device, stream)
-        arguments = (x, weight, out, residual, bn, proj, scratch, *self.constants)
+        arguments = (x, weight, out, residual, bn, *proj, scratch, *self.constants)
         grid = self.plan.grid
         compiled = self.compiled
         if compiled is not None and not pointers & 15 and not _hooked():
