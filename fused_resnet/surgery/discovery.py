@@ -10,7 +10,7 @@ from torch import nn
 from .. import nn as fused_nn
 from .check import difference
 from .match import Matcher
-from .plan import ATTRIBUTE, Fusion, is_fused, original_class
+from .plan import ATTRIBUTE, Fusion, graphs_of, is_fused, original_class
 from .program import Plan, make_plan
 from .snapshot import Snapshot, Unknown
 from .trace import Untraceable, inside, is_batch_norm, is_container, trace
@@ -249,5 +249,6 @@ def replan(module: nn.Module) -> None:
     finally:
         module.__class__ = fused
         module.__dict__[ATTRIBUTE] = fusion
+    fusion.graphs = graphs_of(module)
     fusion.plan = plan if verdict is None else None
     fusion.problem = verdict

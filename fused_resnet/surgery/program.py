@@ -13,7 +13,7 @@ from torch import fx, nn
 from .. import tails
 from .guards import Bypassed, Guards, descend, names_of
 from .match import Matcher, Tail
-from .pristine import DROPOUTS
+from ..pristine import DROPOUTS
 from .reads import Reads
 from .rewrite import rewrite
 from .trace import Traced, trace
@@ -84,9 +84,10 @@ def make_plan(module: nn.Module, opaque: dict[int, nn.Module], residual: bool = 
 def _program(traced: Traced, residual: bool, opaque: dict[int, nn.Module]) -> Program:
     found = Matcher(traced).tails(residual)
     bypassed = {path: Bypassed(path, names_of(path), type(traced.modules[path]), True) for path in traced.inlined if path}
+    projections = {tail.projection[0] for tail in found if tail.projection}
     for path in (p for tail in found for p in tail.bypassed):
         for inner, module in traced.modules[path].named_modules(prefix=path):
-            bypassed[inner] = Bypassed(inner, names_of(inner), type(module), False)
+            bypassed[inner] = Bypassed(inner, names_of(inner), type(module), False, inner in projections)
             _add_fields(module, inner, traced.reads)
     guards = Guards(traced.reads, tuple(bypassed.values()), _aliases(traced), _classes(traced, bypassed))
     graph = rewrite(traced, found, opaque)
