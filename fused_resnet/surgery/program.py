@@ -70,9 +70,12 @@ class Plan:
         return found
 
 
-def make_plan(module: nn.Module, opaque: dict[int, nn.Module], residual: bool = True) -> Plan | None:
+def make_plan(
+    module: nn.Module, opaque: dict[int, nn.Module], residual: bool = True, traces: list[Traced] | None = None
+) -> Plan | None:
     """Plan ``module``'s forward in both modes; None where it has no tail. Raises trace.Untraceable."""
-    programs = [_program(trace(module, opaque, training), residual, opaque) for training in (True, False)]
+    traces = traces or [trace(module, opaque, training) for training in (True, False)]
+    programs = [_program(traced, residual, opaque) for traced in traces]
     if not any(p.tails for p in programs):
         return None
     train, evaluation = programs
