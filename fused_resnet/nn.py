@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import parts, tails
+from . import parts, pristine, tails
 from .packed_weights import PackedWeights
 from .reference import ACTIVATIONS
 
@@ -26,21 +26,20 @@ def _conv(inplanes: int, planes: int, kernel: int, stride: int = 1, groups: int 
     return nn.Conv2d(inplanes, planes, kernel, stride, padding=padding, dilation=dilation, groups=groups, bias=False)
 
 
-_UNDERSTOOD = frozenset((nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Sequential))
-
-
-def _why_not_understood(module: nn.Module) -> str | None:
-    """None, or why the tail's operator does not compute what ``module`` does."""
-    cls = type(module)
-    if cls is nn.Conv2d or parts.is_plain_conv(module):
-        return parts.why_not_fusable(module)  # type: ignore[arg-type]
-    if cls in _UNDERSTOOD or parts.is_plain_batch_norm(module) or parts.is_frozen_batch_norm(module):
-        return None
-    if isinstance(module, nn.Conv2d):
-        return f"is a {cls.__name__}, which does not compute what nn.Conv2d does"
-    if isinstance(module, (nn.ReLU, nn.Sequential)):
-        return f"is a {cls.__name__} with a forward of its own"
-    return f"is a {cls.__name__}, not a batch norm"
+def _why_not_understood(role: str, module: nn.Module) -> str | None:
+    """None, or why a tail's operator does not compute what ``module`` does in its role, a name like ``bn1``."""
+    name = type(module).__name__
+    if role.startswith("conv") or role == "downsample.0":
+        if parts.is_plain_conv(module):
+            return parts.why_not_fusable(module)  # type: ignore[arg-type]
+        return f"is a {name}, which does not compute what nn.Conv2d does"
+    if role.startswith("bn") or role == "downsample.1":
+        if parts.is_plain_batch_norm(module) or parts.is_frozen_batch_norm(module):
+            return None
+        return f"is a {name}, not a batch norm"
+    if role == "relu":
+        return None if parts.is_plain_relu(module) else f"is a {name}, not nn.ReLU"
+    return None if type(module) is nn.Sequential else f"is a {name} with a forward of its own"
 
 
 class _Fused(nn.Module):
@@ -85,11 +84,14 @@ class _Fused(nn.Module):
         and go after construction.
         """
         for name, module in self._bypassed():
-            if module is not None:
-                why_not = parts.why_not_bypassed(module) or _why_not_understood(module)
+            if module is None:
+                if name != "downsample.1":
+                    return f"{name} is None"
+            else:
+                why_not = parts.why_not_bypassed(module) or _why_not_understood(name, module)
                 if why_not is not None:
                     return f"{name} {why_not}"
-        return None
+        return pristine.why_not()
 
 
 class _FusedBlock(_Fused):
@@ -147,7 +149,7 @@ class _FusedBlock(_Fused):
     def _bypassed(self) -> Iterator[tuple[str, nn.Module | None]]:
         children = self._modules
         for name in self._names:
-            yield name, children[name]
+            yield name, children.get(name)
         projection = self._projection()
         if projection is not None:
             yield "downsample", self.downsample

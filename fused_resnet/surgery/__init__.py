@@ -7,15 +7,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import nn as fused_nn
 from . import report
 from .discovery import discover, replan
 from .frozen import FrozenModel, freeze
-from .plan import ATTRIBUTE, Fusion, attach, detach, is_fused
+from .plan import ATTRIBUTE, Fusion, attach, carry_modes, detach, is_fused
 from .report import Entry, Explanation
 
 __all__ = ["Entry", "Explanation", "FrozenModel", "explain", "freeze", "fuse", "refresh", "unfuse"]
@@ -69,11 +70,12 @@ def fuse(model: M, inplace: bool = False, *, backend: str = "auto", winograd: st
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: ``backend`` or ``winograd`` is unknown.
+        RuntimeError: ``model`` cannot be copied, because it holds tensors computed from others; fuse it in place.
     """
     require_module(model, "fuse")
     check_options(backend, winograd)
     if not inplace:
-        model = copy.deepcopy(model)
+        model = _copied(model)
     for found in discover(model, check).planned:
         assert found.plan is not None
         attach(found.module, Fusion(found.plan, partly=found.reason))
@@ -84,6 +86,28 @@ def fuse(model: M, inplace: bool = False, *, backend: str = "auto", winograd: st
         elif isinstance(module, fused_nn._Fused):
             module.backend, module.winograd = backend, winograd
     return model
+
+
+def _copied(model: M) -> M:
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:
+        computed = next(_computed_tensors(model), None)
+        if computed is None:
+            raise
+        raise RuntimeError(
+            f"fuse: model: cannot be copied, because {computed} is computed from other tensors (as after prune or "
+            "weight_norm); fuse it in place (inplace=True), or make it permanent first"
+        ) from error
+    carry_modes(model, copied)
+    return copied
+
+
+def _computed_tensors(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        for attribute, value in (*module.__dict__.items(), *module._buffers.items()):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                yield f"{name}.{attribute}" if name else attribute
 
 
 def unfuse(model: M) -> M:

@@ -10,10 +10,11 @@ from torch import nn
 from .. import nn as fused_nn
 from .check import difference
 from .match import Matcher
-from .plan import ATTRIBUTE, Fusion, is_fused, original_class
+from .plan import ATTRIBUTE, Fusion, graphs_of, is_fused, original_class
 from .program import Plan, make_plan
+from .reads import intercepted
 from .snapshot import Snapshot, Unknown
-from .trace import Untraceable, inside, is_batch_norm, is_container, trace
+from .trace import Traced, Untraceable, inside, is_batch_norm, is_container, trace
 
 
 @dataclass
@@ -48,6 +49,11 @@ _REGISTRIES = frozenset(nn.Module().__dict__) - {"training"}
 
 def discover(model: nn.Module, check: bool = True) -> Discovery:
     """Plan every block of ``model`` that can be planned; nothing is changed."""
+    with intercepted():
+        return _discover(model, check)
+
+
+def _discover(model: nn.Module, check: bool) -> Discovery:
     result = Discovery()
     opaque: dict[int, nn.Module] = {}
     names: dict[int, str] = {}
@@ -91,7 +97,7 @@ def _blocks(
         return any(below)
     name = names[id(module)]
     try:
-        adds, tails = _additions(module, opaque)
+        adds, tails, traces = _additions(module, opaque)
     except Untraceable as error:
         direct = [m for m in module.children() if id(m) not in opaque]
         if any(below) and any(isinstance(m, nn.Conv2d) for m in direct) and any(map(is_batch_norm, direct)):
@@ -104,7 +110,7 @@ def _blocks(
         return True
     if not adds or (any(below) and not tails):
         return any(below)
-    found = _plan(name, module, opaque, refused, check)
+    found = _plan(name, module, opaque, refused, check, traces)
     if found is None:
         if not tails:
             found = Found(name, module, None, _why_no_tail(module, opaque))
@@ -117,14 +123,15 @@ def _blocks(
     return True
 
 
-def _additions(module: nn.Module, opaque: dict[int, nn.Module]) -> tuple[bool, bool]:
-    """Whether the module's forward adds what comes from a convolution, and whether that makes a residual tail."""
+def _additions(module: nn.Module, opaque: dict[int, nn.Module]) -> tuple[bool, bool, list[Traced]]:
+    """Whether the module's forward adds what comes from a convolution, whether that makes a residual tail, its traces."""
     adds = tails = False
-    for training in (False, True):
-        matcher = Matcher(trace(module, opaque, training))
+    traces = [trace(module, opaque, training) for training in (True, False)]
+    for traced in traces:
+        matcher = Matcher(traced)
         adds = adds or any(matcher.added(n) is not None for n in matcher.graph.nodes)
         tails = tails or any(t.adds for t in matcher.tails())
-    return adds, tails
+    return adds, tails, traces
 
 
 def _why_no_tail(module: nn.Module, opaque: dict[int, nn.Module]) -> str:
@@ -140,12 +147,20 @@ def _why_no_tail(module: nn.Module, opaque: dict[int, nn.Module]) -> str:
     return "has no conv -> BN -> add in its forward"
 
 
-def _plan(name: str, module: nn.Module, opaque: dict[int, nn.Module], refused: set[int], check: bool) -> Found | None:
+def _plan(
+    name: str,
+    module: nn.Module,
+    opaque: dict[int, nn.Module],
+    refused: set[int],
+    check: bool,
+    traces: list[Traced] | None = None,
+) -> Found | None:
     """A checked plan for ``module``: with its additions fused, else without them; None where it has no tail."""
     reason = None
     for residual in (True, False):
         try:
-            plan = make_plan(module, opaque, residual)
+            plan = make_plan(module, opaque, residual, traces)
+            traces = None  # a plan is made of them
         except Untraceable as error:
             return Found(name, module, None, str(error))
         if plan is None:
@@ -169,25 +184,44 @@ def _equal(module: nn.Module, plan: Plan, opaque: dict[int, nn.Module]) -> Any:
     if any(id(m) in opaque for m in module.modules() if m is not module):
         return None  # what stands for a submodule in the comparison depends on that submodule
     parts: list[Any] = [(p.source, tuple(map(repr, p.tails)), p.guards.key) for p in plan.programs]
+    torchs = all(type(m).__module__.startswith("torch.nn.modules") for m in module.modules() if m is not module)
+    width = _Widths() if torchs else _number
     for path, m in module.named_modules(remove_duplicate=False):
         own = {k: v for k, v in m.__dict__.items() if k not in _REGISTRIES and k != ATTRIBUTE}
-        tensors = [
-            (n, t if t is None else (tuple(t.shape), t.requires_grad))
-            for n, t in (*m._parameters.items(), *m._buffers.items())
-        ]
+        if isinstance(m, nn.Conv2d) and m.groups == 1:
+            own.update(in_channels=width(m.in_channels), out_channels=width(m.out_channels))
+        elif isinstance(m, nn.BatchNorm2d):
+            own["num_features"] = width(m.num_features)
+        tensors = tuple((name, *_form(t, width)) for name, t in (*m._parameters.items(), *m._buffers.items()))
+        hooked = bool(m._forward_hooks or m._forward_pre_hooks)
         try:
-            parts.append(
-                (
-                    path,
-                    original_class(m),
-                    Snapshot(own).key,
-                    tuple(tensors),
-                    bool(m._forward_hooks or m._forward_pre_hooks),
-                )
-            )
+            parts.append((path, original_class(m), Snapshot(own).key, tensors, hooked))
         except Unknown:
             return None
     return tuple(parts)
+
+
+class _Widths:
+    """Numbers of channels by their first appearance, as far as only their being equal, or one, can matter.
+
+    Torch's own modules do with 512 channels what they do with 64; code that asks for the number has it in its guards.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, int] = {1: -1}
+
+    def __call__(self, number: int) -> int:
+        return self._known.setdefault(number, -1 - len(self._known))
+
+
+def _number(number: int) -> int:
+    return number
+
+
+def _form(tensor: Any, width: Any) -> tuple[Any, ...]:
+    if tensor is None:
+        return (None,)
+    return (*map(width, tensor.shape[:2]), *tensor.shape[2:], tensor.requires_grad)
 
 
 def _verdict(module: nn.Module, plan: Plan, opaque: dict[int, nn.Module]) -> str | None:
@@ -260,5 +294,6 @@ def replan(module: nn.Module) -> None:
     finally:
         module.__class__ = fused
         module.__dict__[ATTRIBUTE] = fusion
+    fusion.graphs = graphs_of(module)
     fusion.plan = plan if verdict is None else None
     fusion.problem = verdict

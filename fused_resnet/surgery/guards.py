@@ -7,6 +7,8 @@ rest is looked at when the graph is made.
 
 from __future__ import annotations
 
+import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +16,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from .. import parts
-from . import pristine
-from .reads import Reads
+from .. import parts, pristine
+from .reads import Reads, Value
 from .snapshot import MISSING, Snapshot, Unknown, describe, is_atom
 
 _OWN_CALL = frozenset(("forward", "_conv_forward", "_call_impl", "_wrapped_call_impl", "__call__"))
@@ -31,6 +32,8 @@ class Bypassed:
     cls: type
     inlined: bool
     """Whether its forward was traced through."""
+    projection: bool = False
+    """Whether it is a projection's convolution, the second one in a launch."""
 
     def why_not(self, module: nn.Module | None) -> str | None:
         """None, or why the program may not stand for a call of ``module`` any more."""
@@ -42,6 +45,8 @@ class Bypassed:
             return f"{self.path} is a {type(module).__name__}, it was a {self.cls.__name__}"
         if isinstance(module, nn.Conv2d):
             why_not = parts.why_not_fusable(module)
+            if why_not is None and self.projection and not parts.is_projection(module):
+                why_not = "is not a 1x1 convolution without padding and groups any more"
             if why_not is not None:
                 return f"{self.path} {why_not}"
         why_not = parts.why_not_bypassed(module)
@@ -87,7 +92,7 @@ class Guards:
         for b in bypassed:
             shadowed.setdefault(b.path, set()).update(_OWN_CALL)
         self._bypassed = tuple(
-            (index[b.path], b.cls, b, frozenset(shadowed.pop(b.path)), issubclass(b.cls, nn.Conv2d)) for b in bypassed
+            (index[b.path], b.cls, b, frozenset(shadowed.pop(b.path)), issubclass(b.cls, nn.Conv2d), b.projection) for b in bypassed
         )
         self._shadowed = tuple((index[path], path, frozenset(names)) for path, names in shadowed.items())
         self._root_names = frozenset(name for path, name in (*reads.unshadowed, *reads.values) if not path)
@@ -107,9 +112,7 @@ class Guards:
 
     @staticmethod
     def _with_parents(paths: list[str]) -> list[str]:
-        return [
-            ".".join(path.split(".")[: i + 1]) if path else "" for path in paths for i in range(path.count(".") + 1)
-        ]
+        return [".".join(path.split(".")[: i + 1]) if path else "" for path in paths for i in range(path.count(".") + 1)]
 
     @property
     def key(self) -> Any:
@@ -139,7 +142,7 @@ class Guards:
         for parent, name in self._tree:
             above = modules[parent]
             modules.append(None if above is None else above._modules.get(name))
-        for i, cls, bypassed, names, conv in self._bypassed:
+        for i, cls, bypassed, names, conv, projection in self._bypassed:
             m = modules[i]
             if (
                 type(m) is not cls
@@ -148,6 +151,7 @@ class Guards:
                 or m._backward_hooks
                 or m._backward_pre_hooks
                 or (conv and (m.padding_mode != "zeros" or type(m.padding) is str))
+                or (projection and not parts.is_projection(m))
                 or not names.isdisjoint(m.__dict__)
             ):
                 why_not = bypassed.why_not(m) or self._why_shadowed(m, names, f"{bypassed.path}.")
@@ -179,9 +183,7 @@ class Guards:
         for i, path, name, cls, none in self._asked:
             child = None if modules[i] is None else modules[i]._modules.get(name)
             if (child is None) is not none:
-                return (
-                    f"{_join(path, name)} is {describe(child)}, the plan was made for {'None' if none else 'a module'}"
-                )
+                return f"{_join(path, name)} is {describe(child)}, the plan was made for {'None' if none else 'a module'}"
             if cls is not None and type(child) is not cls and not _like(child, cls):
                 return f"{_join(path, name)} is a {type(child).__name__}, it was a {cls.__name__}"
         for i, path, name, there in self._tensors:
@@ -224,24 +226,62 @@ class Guards:
     # ---- under torch.compile --------------------------------------------------------------------------------------
 
     def _why_not_compiled(self, root: Any) -> str | None:
+        why_not = self._why_not_outside_now()
+        if why_not is not None:
+            return why_not
         if torch_module._has_any_global_hook():
             return "a global module hook is registered"
         for b in self.bypassed:
             why_not = b.why_not(descend(root, b.names))
             if why_not is not None:
                 return why_not
+        for i, path, names in self._shadowed:
+            own = descend(root, names_of(path)).__dict__
+            for name in names:
+                if name in own:
+                    return f"{_join(path, name)} has been set on the instance"
         for _, path, name, value in self._values:
-            now = getattr(descend(root, names_of(path)), name, MISSING)
-            if now is not value and now != value:
+            module = descend(root, names_of(path))
+            if value is MISSING:
+                if hasattr(module, name):
+                    return f"{_join(path, name)} is there, the plan was made without it"
+                continue
+            now = getattr(module, name, MISSING)
+            if type(now) is not type(value) or now != value:
                 return _differs(path, name, now, value)
+        for _, path, name, key in self._deep:
+            if not matches(getattr(descend(root, names_of(path)), name, MISSING), key):
+                return f"{_join(path, name)} is another than the plan was made for, or cannot be guarded in a graph"
         for _, path, names in self._children:
             if tuple(descend(root, names_of(path))._modules) != names:
-                return f"{path} has other submodules than the plan was made for"
+                return f"{path or 'the module'} has other submodules than the plan was made for"
         for _, path, name, cls, none in self._asked:
             child = getattr(descend(root, names_of(path)), name)
             if (child is None) is not none or (cls is not None and type(child) is not cls and not _like(child, cls)):
                 return f"{_join(path, name)} is another than the plan was made for"
+        for _, path, name, there in self._tensors:
+            if (getattr(descend(root, names_of(path)), name, None) is not None) is not there:
+                return f"{_join(path, name)} is {'None' if there else 'there'}, which it was not"
         return None
+
+    @pristine.constant
+    def _why_not_outside_now(self) -> str | None:
+        return pristine.why_not() or self._why_not_outside(self)
+
+
+def matches(now: Any, key: Any) -> bool:
+    """Whether a snapshot of ``now`` would have ``key``, for plain containers; in a form that the compiler can follow."""
+    cls = key[0] if isinstance(key, tuple) else None
+    if cls is None or type(now) is not cls:
+        return False
+    if cls in (list, tuple):
+        return len(now) == len(key) - 1 and all(matches(a, b) for a, b in zip(now, key[1:]))
+    if cls is dict:
+        items = list(now.items())
+        return len(items) == len(key) - 1 and all(
+            matches(k, a) and matches(v, b) for (k, v), (a, b) in zip(items, key[1:])
+        )
+    return cls in (bool, int, float, str, type(None)) and now == key[1]
 
 
 def _same(now: Any, key: Any) -> bool:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .. import parts
-from .pristine import DROPOUTS
+from ..pristine import DROPOUTS
 from .trace import Traced, is_batch_norm
 
 # The activations by name, as they are written in the wild. A new one is one more entry (and a branch in each

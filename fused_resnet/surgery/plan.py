@@ -9,12 +9,14 @@ that does not exist where it is loaded.
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .. import tails
 from ..packed_weights import PackedWeights
@@ -36,6 +38,8 @@ class Fusion:
     problem: str | None = None
     """Why there is no plan (a loaded module whose code has changed since it was saved)."""
 
+    graphs: list[tuple[str, dict[str, Any]]] = field(default_factory=list, repr=False, compare=False)
+    """The code of the graphs that the plan was made from, where the module is an ``fx.GraphModule``."""
     packed_weights: PackedWeights = field(default_factory=PackedWeights, repr=False, compare=False)
 
     @property
@@ -48,7 +52,7 @@ class Fusion:
 
     def __getstate__(self) -> dict[str, Any]:
         # The program is code; it is made again from the module's own code when it is loaded.
-        return {**self.__dict__, "plan": None}
+        return {**self.__dict__, "plan": None, "graphs": []}
 
 
 class FusedForward:
@@ -83,6 +87,82 @@ class FusedForward:
             replan(self)  # type: ignore[arg-type]
 
 
+class FusedGraphModule(FusedForward):
+    """The same for an ``fx.GraphModule``, which makes its class's forward anew from a graph.
+
+    Whatever an fx.GraphModule does with its own class (compiling, copying, reducing) it does as what it was.
+    """
+
+    def recompile(self) -> Any:
+        with _as_it_was(self) as module:
+            code = module.recompile()
+        fusion: Fusion = self.__dict__[ATTRIBUTE]
+        # A feature extractor exchanges its graphs for one another with each change of mode: both are in the plan.
+        if all((code.src, code.globals) != known for known in fusion.graphs):
+            from .discovery import replan
+
+            replan(self)  # type: ignore[arg-type]
+        return code
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        fusion: Fusion = self.__dict__[ATTRIBUTE]
+        with _as_it_was(self) as module:
+            copied = copy.deepcopy(module, memo)
+            carry_modes(module, copied)
+        return _fused_again(copied, copy.deepcopy(fusion, memo))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        fusion: Fusion = self.__dict__[ATTRIBUTE]
+        with _as_it_was(self) as module:
+            function, arguments = module.__reduce_ex__(protocol)
+        return _loaded_graph, (function, arguments, fusion)
+
+
+@contextmanager
+def _as_it_was(module: Any) -> Iterator[Any]:
+    """A fused module without its plan and in its own class, for as long as the context lasts."""
+    fused, fusion = type(module), module.__dict__.pop(ATTRIBUTE)
+    module.__class__ = original_class(module)
+    try:
+        yield module
+    finally:
+        module.__class__ = fused
+        module.__dict__[ATTRIBUTE] = fusion
+
+
+def _fused_again(module: Any, fusion: Fusion) -> Any:
+    from .discovery import replan
+
+    attach(module, fusion)
+    replan(module)
+    return module
+
+
+def _loaded_graph(function: Callable[..., Any], arguments: Any, fusion: Fusion) -> Any:
+    return _fused_again(function(*arguments), fusion)
+
+
+def graphs_of(module: nn.Module) -> list[tuple[str, dict[str, Any]]]:
+    """The code of every graph that an ``fx.GraphModule`` holds."""
+    if not isinstance(module, fx.GraphModule):
+        return []
+    graphs = [module.graph, *(g for g in module.__dict__.values() if isinstance(g, fx.Graph))]
+    codes = [graph.python_code("self") for graph in graphs]
+    return [(code.src, code.globals) for code in codes]
+
+
+def carry_modes(original: nn.Module, copied: nn.Module) -> None:
+    """Give each module of a copy the mode of the one it was copied from.
+
+    A feature extractor comes out of ``deepcopy`` in training mode, and changes its graph with its mode.
+    """
+    for theirs, ours in zip(original.modules(), copied.modules(), strict=False):
+        if ours.training is not theirs.training:
+            if isinstance(ours, fx.GraphModule):
+                ours.train(theirs.training)
+            ours.training = theirs.training
+
+
 def _new(cls: type) -> Any:
     return object.__new__(fused_class(cls))
 
@@ -106,7 +186,8 @@ def fused_class(cls: Any) -> type:
     """The fused subclass of ``cls``; one for each class, so that equal blocks keep equal types."""
     forward = functools.wraps(cls.forward)(_forward_of(cls))
     namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    fused: Any = type(cls.__name__, (FusedForward, cls), {**namespace, "forward": forward, "_fused_names": None})
+    mixin = FusedGraphModule if issubclass(cls, fx.GraphModule) else FusedForward
+    fused: Any = type(cls.__name__, (mixin, cls), {**namespace, "forward": forward, "_fused_names": None})
     fused._fused_names = frozenset(fused.__dict__)
     return fused  # type: ignore[no-any-return]
 
@@ -120,6 +201,7 @@ def _forward_of(cls: type) -> Callable[..., Any]:
 
 def attach(module: nn.Module, fusion: Fusion) -> None:
     """Make ``module`` a fused one."""
+    fusion.graphs = graphs_of(module)
     module.__dict__[ATTRIBUTE] = fusion
     if not is_fused(module):
         cls: Any = type(module)

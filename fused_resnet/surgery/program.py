@@ -13,7 +13,7 @@ from torch import fx, nn
 from .. import tails
 from .guards import Bypassed, Guards, descend, names_of
 from .match import Matcher, Tail
-from .pristine import DROPOUTS
+from ..pristine import DROPOUTS
 from .reads import Reads
 from .rewrite import rewrite
 from .trace import Traced, trace
@@ -70,9 +70,12 @@ class Plan:
         return found
 
 
-def make_plan(module: nn.Module, opaque: dict[int, nn.Module], residual: bool = True) -> Plan | None:
+def make_plan(
+    module: nn.Module, opaque: dict[int, nn.Module], residual: bool = True, traces: list[Traced] | None = None
+) -> Plan | None:
     """Plan ``module``'s forward in both modes; None where it has no tail. Raises trace.Untraceable."""
-    programs = [_program(trace(module, opaque, training), residual, opaque) for training in (True, False)]
+    traces = traces or [trace(module, opaque, training) for training in (True, False)]
+    programs = [_program(traced, residual, opaque) for traced in traces]
     if not any(p.tails for p in programs):
         return None
     train, evaluation = programs
@@ -83,12 +86,11 @@ def make_plan(module: nn.Module, opaque: dict[int, nn.Module], residual: bool = 
 
 def _program(traced: Traced, residual: bool, opaque: dict[int, nn.Module]) -> Program:
     found = Matcher(traced).tails(residual)
-    bypassed = {
-        path: Bypassed(path, names_of(path), type(traced.modules[path]), True) for path in traced.inlined if path
-    }
+    bypassed = {path: Bypassed(path, names_of(path), type(traced.modules[path]), True) for path in traced.inlined if path}
+    projections = {tail.projection[0] for tail in found if tail.projection}
     for path in (p for tail in found for p in tail.bypassed):
         for inner, module in traced.modules[path].named_modules(prefix=path):
-            bypassed[inner] = Bypassed(inner, names_of(inner), type(module), False)
+            bypassed[inner] = Bypassed(inner, names_of(inner), type(module), False, inner in projections)
             _add_fields(module, inner, traced.reads)
     guards = Guards(traced.reads, tuple(bypassed.values()), _aliases(traced), _classes(traced, bypassed))
     graph = rewrite(traced, found, opaque)
@@ -114,9 +116,7 @@ def _classes(traced: Traced, bypassed: dict[str, Bypassed]) -> tuple[type, ...]:
     """The users' classes that count: of the modules that the program replaces, and of the functions that ran."""
     reads = traced.reads
     relevant = {c for b in bypassed.values() for c in b.cls.__mro__} | set(type(traced.modules[""]).__mro__)
-    relevant |= {
-        cls for cls in reads.classes if any(f in reads.functions for f in map(_function, cls.__dict__.values()))
-    }
+    relevant |= {cls for cls in reads.classes if any(f in reads.functions for f in map(_function, cls.__dict__.values()))}
     relevant |= {v.was for v in reads.outside.values() if isinstance(v.was, type)} | reads.seen
     return tuple(c for c in reads.classes if c in relevant)
 

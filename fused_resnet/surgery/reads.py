@@ -89,6 +89,62 @@ class Reads:
     """Whether the code asked for the class of anything."""
 
 
+# ---- attributes of modules ---------------------------------------------------------------------------------
+
+_on_this_thread = threading.local()
+_intercepting = threading.RLock()
+_depth = 0
+
+
+def _getattribute(module: Any, name: str) -> Any:
+    recorder = getattr(_on_this_thread, "recorder", None)
+    if recorder is not None and name not in _INTERNAL:
+        path = recorder.recording(module)
+        if path is not None:
+            return recorder.read(module, path, name)
+    return _object_getattribute(module, name)
+
+
+@contextmanager
+def intercepted() -> Iterator[None]:
+    """Have ``nn.Module`` tell the thread's recorder what is read of a module and assigned to it.
+
+    Entered once around many traces, because it makes Python look through all of the classes under ``nn.Module``.
+    """
+    global _depth
+    base: Any = nn.Module
+    with _intercepting:
+        _depth += 1
+        if _depth == 1:
+            setattribute, delattribute = base.__setattr__, base.__delattr__
+
+            def assign(module: Any, name: str, value: Any) -> None:
+                recorder = getattr(_on_this_thread, "recorder", None)
+                if recorder is not None and recorder.recording(module) is not None:
+                    recorder.refuse_assignment(module, name, value)
+                setattribute(module, name, value)
+
+            def delete(module: Any, name: str) -> None:
+                recorder = getattr(_on_this_thread, "recorder", None)
+                if recorder is not None and recorder.recording(module) is not None:
+                    raise Refused(f"deletes self.{name} in its forward")
+                delattribute(module, name)
+
+            _originals[:] = [setattribute, delattribute]
+            base.__getattribute__, base.__setattr__, base.__delattr__ = _getattribute, assign, delete
+    try:
+        yield
+    finally:
+        with _intercepting:
+            _depth -= 1
+            if _depth == 0:
+                del base.__getattribute__
+                base.__setattr__, base.__delattr__ = _originals
+
+
+_originals: list[Any] = []
+
+
 class Recorder:
     """Takes notice of what runs and what is read, while :meth:`watch` is entered; :meth:`finish` says the result."""
 
@@ -131,58 +187,47 @@ class Recorder:
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Record on this thread until the context is left."""
-        me = threading.get_ident()
-        setattribute, delattribute = nn.Module.__setattr__, nn.Module.__delattr__
-
-        def getattribute(module: Any, name: str) -> Any:
-            if not self._on or name in _INTERNAL or threading.get_ident() != me:
-                return _object_getattribute(module, name)
-            path = self.paths.get(id(module))
-            if path is None or kind_of(sys._getframe(1).f_code) == "machinery":
-                return _object_getattribute(module, name)
-            try:
-                value = _object_getattribute(module, name)  # may run a property of the model's
-            except AttributeError:
-                with self.paused():
-                    self._note_registered(_object_getattribute(module, "__dict__"), path, name)
-                raise
-            with self.paused():
-                self._note(module, path, name, value, sys._getframe(1).f_code)
-            return value
-
-        def assign(module: Any, name: str, value: Any) -> None:
-            if self._on and threading.get_ident() == me and id(module) in self.paths:
-                self._refuse_assignment(module, name, value)
-            setattribute(module, name, value)
-
-        def delete(module: Any, name: str) -> None:
-            if self._on and threading.get_ident() == me and id(module) in self.paths:
-                raise Refused(f"deletes self.{name} in its forward")
-            delattribute(module, name)
-
         profile, trace, collecting = sys.getprofile(), sys.gettrace(), gc.isenabled()
-        base: Any = nn.Module
-        base.__getattribute__, base.__setattr__, base.__delattr__ = getattribute, assign, delete
-        gc.disable()  # what finalizers run is no part of the forward
-        try:
-            sys.settrace(self._call)
-            sys.setprofile(self._profile)
-            self._on = True
-            yield
-        finally:
-            self._on = False
-            if profile is None or callable(profile):
-                sys.setprofile(profile)
-            else:  # cProfile's has no function of Python's to be set again
-                sys.setprofile(None)
-                profile.enable()
-            sys.settrace(trace)
-            if collecting:
-                gc.enable()
-            del base.__getattribute__
-            base.__setattr__, base.__delattr__ = setattribute, delattribute
+        with intercepted():
+            gc.disable()  # what finalizers run is no part of the forward
+            _on_this_thread.recorder = self
+            try:
+                sys.settrace(self._call)
+                sys.setprofile(self._profile)
+                self._on = True
+                yield
+            finally:
+                self._on = False
+                _on_this_thread.recorder = None
+                if profile is None or callable(profile):
+                    sys.setprofile(profile)
+                else:  # cProfile's has no function of Python's to be set again
+                    sys.setprofile(None)
+                    profile.enable()
+                sys.settrace(trace)
+                if collecting:
+                    gc.enable()
 
-    def _refuse_assignment(self, module: nn.Module, name: str, value: Any) -> None:
+    def read(self, module: Any, path: str, name: str) -> Any:
+        """The attribute ``name`` of the module at ``path``, recorded."""
+        caller = sys._getframe(2).f_code
+        if kind_of(caller) == "machinery":
+            return _object_getattribute(module, name)
+        try:
+            value = _object_getattribute(module, name)  # may run a property of the model's
+        except AttributeError:
+            with self.paused():
+                self._note_registered(_object_getattribute(module, "__dict__"), path, name)
+            raise
+        with self.paused():
+            self._note(module, path, name, value, caller)
+        return value
+
+    def recording(self, module: Any) -> str | None:
+        """The path of ``module`` where what is done to it is recorded now."""
+        return self.paths.get(id(module)) if self._on else None
+
+    def refuse_assignment(self, module: nn.Module, name: str, value: Any) -> None:
         if name.startswith("_tensor_constant"):
             raise Refused("computes with a tensor that is neither its parameter nor its buffer")
         made = f", a {type(value).__name__} made at each call," if isinstance(value, nn.Module) else ""

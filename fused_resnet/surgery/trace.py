@@ -118,6 +118,8 @@ def trace(module: nn.Module, opaque: dict[int, nn.Module], training: bool) -> Tr
         copied = copy.deepcopy(module, without_hooks(module, memo))
     except Exception as error:
         raise Untraceable(f"cannot be copied ({_first_line(error)})") from error
+    if isinstance(copied, fx.GraphModule):
+        _set_mode_of_graph(copied, training)
     stand_ins = {id(m): m for m in opaque.values()}
     recorder = Recorder(copied)
     tracer = _Tracer(copied, stand_ins, recorder)
@@ -146,6 +148,8 @@ def trace(module: nn.Module, opaque: dict[int, nn.Module], training: bool) -> Tr
     for name, m in copied.named_modules(remove_duplicate=False):
         aliases.setdefault(id(m), []).append(name)
     names = recorder.paths
+    if isinstance(copied, fx.GraphModule):
+        recorder.reads.values["", "training"] = training  # which graph it has may depend on that
     return Traced(
         graph,
         dict(recorder.modules),
@@ -154,6 +158,14 @@ def trace(module: nn.Module, opaque: dict[int, nn.Module], training: bool) -> Tr
         {key: paths for key, paths in aliases.items() if len(paths) > 1},
         tracer.unreadable,
     )
+
+
+def _set_mode_of_graph(module: fx.GraphModule, training: bool) -> None:
+    """Have a graph module exchange its graph, if it has one for each mode; its submodules' modes stay."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.train(training)
+    for m, mode in modes:
+        m.training = mode
 
 
 def _first_line(error: BaseException) -> str:

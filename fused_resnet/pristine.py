@@ -45,6 +45,24 @@ _OWN = tuple(f if is_torchs_own(f) else None for f in map(getattr, _OWNERS, _NAM
 
 def why_not() -> str | None:
     """None while torch's functions are its own, else a clause that names the one that is not."""
+    return _why_not_while_compiling() if torch.compiler.is_compiling() else _why_not()
+
+
+def constant(function: Any) -> Any:
+    """Have torch.compile call ``function`` when it makes a graph, and take the result as it is.
+
+    As ``torch.compiler.assume_constant_result``, without its import of the whole compiler.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant
+def _why_not_while_compiling() -> str | None:
+    return _why_not()
+
+
+def _why_not() -> str | None:
     now = tuple(map(getattr, _OWNERS, _NAMES))
     if now == _OWN:
         return None
