@@ -30,7 +30,7 @@ from .bytecode import Reference, imports, opcodes, references, stored_names
 from .code_kinds import kind_of, why_not_c_call, why_not_python_call
 from .snapshot import MISSING, Snapshot, Unknown, is_atom
 
-_INTERNAL = frozenset(nn.Module().__dict__) - {"training", "_modules", "_parameters", "_buffers"}
+_INTERNAL = {"_compiled_call_impl", *nn.Module().__dict__} - {"training", "_modules", "_parameters", "_buffers"}
 _MODULE_CLASSES = frozenset(nn.Module.__mro__)
 _object_getattribute = object.__getattribute__
 _EXAMINERS = frozenset(("isinstance", "issubclass", "type", "callable"))
@@ -186,7 +186,7 @@ class Recorder:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Record on this thread until the context is left."""
+        """Record on this thread until the context is left, whenever :meth:`resumed`."""
         profile, trace, collecting = sys.getprofile(), sys.gettrace(), gc.isenabled()
         with intercepted():
             gc.disable()  # what finalizers run is no part of the forward
@@ -194,7 +194,6 @@ class Recorder:
             try:
                 sys.settrace(self._call)
                 sys.setprofile(self._profile)
-                self._on = True
                 yield
             finally:
                 self._on = False
@@ -277,7 +276,8 @@ class Recorder:
         elif name.startswith("__"):
             if name == "__dict__" and kind_of(caller) == "user":
                 self.problems["reads self.__dict__"] = None
-            self.reads.examined = self.reads.examined or name == "__class__"
+            if name == "__class__" and kind_of(caller) == "user":
+                self.reads.examined = True
         elif name in own:
             self._note_instance(path, name, own[name])
         else:

@@ -8,6 +8,7 @@ modules made in the forward.
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -220,7 +221,12 @@ class _Tracer(fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
         # One input; other parameters keep their defaults, and a call that gives them runs unfused.
-        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
+        @functools.wraps(root_fn)
+        def forward(*args: Any) -> Any:
+            with self.recorder.resumed():
+                return root_fn(*args)
+
+        return forward, [self.root, self.create_proxy("placeholder", "x", (), {})]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if id(m) not in self._leaves:
