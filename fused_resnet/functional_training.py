@@ -20,10 +20,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batch_statistics import BatchNormBranch
+from .convolution import trainable_conv2d
 from .layout import output_memory_format
 from .ops import conv_stats as _conv_stats  # noqa: F401  (registers the operators)
 from .pairs import Pair, pair
@@ -107,7 +107,7 @@ def conv_bn_branch(
     # An NCHW output is converted for the passes that follow; its statistics are then taken of that copy, since the
     # convolution would have to convert it once more.
     if not training or x.numel() == 0 or output_memory_format(x, weight) is not torch.channels_last:
-        return BatchNormBranch(F.conv2d(x, weight, bias, *geometry), *branch)
+        return BatchNormBranch(trainable_conv2d(x, weight, bias, *geometry), *branch)
     y, mean, var = torch.ops.fused_resnet.conv_bn_stats(x, weight, bias, *geometry, backend, winograd)
     # The derivative of the statistics is part of the tail's own backward.
     return BatchNormBranch(y, *branch, (mean.detach(), var.detach()))

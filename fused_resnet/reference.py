@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .convolution import conv2d
+
 if TYPE_CHECKING:
     from .packed_weights import PackedWeights
 
@@ -105,7 +107,7 @@ def conv_bn(
     groups: int,
 ) -> Tensor:
     """``BN(conv2d(x))`` in evaluation mode, by eager PyTorch."""
-    y = F.conv2d(x, conv.weight, conv.bias, stride, padding, dilation, groups)
+    y = conv2d(x, conv.weight, conv.bias, stride, padding, dilation, groups)
     if conv.running_mean is None:
         return y
     return F.batch_norm(

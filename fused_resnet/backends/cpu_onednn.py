@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _extension
+from ..convolution import conv2d, pad_width
 from ..layout import output_memory_format
 from ..packed_weights import Packed, PackedWeights
 from ..reference import ConvBN, Tail, scale_shift
@@ -26,7 +26,7 @@ def run_pass(tail: Tail) -> Tensor:
     memory_format = output_memory_format(tail.x, tail.conv.weight)
     conv = tail.conv
     x = tail.x.contiguous(memory_format=memory_format)
-    y = F.conv2d(x, conv.weight, None, tail.stride, tail.padding, tail.dilation, tail.groups)
+    y = conv2d(x, conv.weight, None, tail.stride, tail.padding, tail.dilation, tail.groups)
     y = y.contiguous(memory_format=memory_format)
     torch.ops.fused_resnet_C.scale_shift_add_act_.default(
         y, *conv[1:], _residual(tail, memory_format), ACTIVATION_CODES[tail.activation]
@@ -66,6 +66,7 @@ def _folded_conv(
     Always in channels_last, and grouped convolutions with oneDNN's in-place sum on a copy of the residual: its other
     combinations round bfloat16 before they add (seen in oneDNN 3.12 with plain NCHW, and with groups of 16 channels).
     """
+    x, padding = pad_width(x, conv.weight.shape[3], padding, dilation)
     x = x.contiguous(memory_format=torch.channels_last)
     weight, bias = _folded_weight(conv, (stride, padding, dilation, groups), x, tail.packed_weights)
     arguments = (weight, bias, padding, stride, dilation, groups)

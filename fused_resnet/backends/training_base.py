@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..convolution import convolution, convolution_backward
 from ..problem import Problem
 from ..reference import ConvBN, Tail
 
@@ -73,9 +74,7 @@ class TrainingBackend:
 
         ``y`` has at least one element.
         """
-        y = torch.ops.aten.convolution(
-            x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, False, [0, 0], geometry.groups
-        )
+        y = convolution(x, weight, bias, *geometry)
         return y, *self.stats(y.contiguous(memory_format=torch.channels_last))
 
     def conv_backward(
@@ -88,11 +87,7 @@ class TrainingBackend:
         output_mask: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, weight and bias, in their dtypes; None where ``output_mask`` does not ask for one."""
-        gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
-            grad_y, x, weight, [weight.shape[0]] if has_bias else None,
-            geometry.stride, geometry.padding, geometry.dilation, False, [0, 0], geometry.groups, list(output_mask),
-        )  # fmt: skip
-        return gradients
+        return convolution_backward(grad_y, x, weight, has_bias, *geometry, output_mask)
 
     def stats(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of every channel."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.cpu_fused import run_with_max_pool
+from ..convolution import convolution, convolution_backward
 from ..layout import empty_output, output_memory_format
 from ..packed_weights import by_number
 from ..reference import ConvBN, Tail
@@ -156,17 +157,15 @@ def _conv_bn_gradients(
         dz_wide = dz.to(wide)
         dconv = (dz_wide * scale[:, None, None]).to(x.dtype)
         if need_gamma and conv.bn_weight is not None:
-            y = torch.ops.aten.convolution(x, conv.weight, conv.bias, stride, padding, dilation, False, [0, 0], groups)
+            y = convolution(x, conv.weight, conv.bias, stride, padding, dilation, groups)
             xhat = (y.to(wide) - conv.running_mean.to(wide)[:, None, None]) * invstd[:, None, None]
             grads[3] = (dz_wide * xhat).sum(per_channel).to(conv.bn_weight.dtype)
         if need_beta and conv.bn_bias is not None:
             grads[4] = dz_wide.sum(per_channel).to(conv.bn_bias.dtype)
     need_bias = need_bias and conv.bias is not None
     if need_x or need_weight or need_bias:
-        bias_sizes = None if conv.bias is None else list(conv.bias.shape)
-        dconv = dconv.to(x.dtype)
-        grads[0], grads[1], grads[2] = torch.ops.aten.convolution_backward(
-            dconv, x, conv.weight, bias_sizes, stride, padding, dilation, False, [0, 0], groups,
+        grads[0], grads[1], grads[2] = convolution_backward(
+            dconv.to(x.dtype), x, conv.weight, conv.bias is not None, stride, padding, dilation, groups,
             [need_x, need_weight, need_bias],
         )  # fmt: skip
     return grads
