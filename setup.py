@@ -1,27 +1,31 @@
 """Build of the extensions; all metadata is in pyproject.toml.
 
 ``_C`` (CPU kernels) needs a C++ compiler, ``_C_cuda`` (CUDA kernels) nvcc as well. Never asks for a GPU. Without a
-C++ compiler the package installs as pure Python, with one printed line. Environment variables:
+C++ compiler the package installs as pure Python, and where _C_cuda does not compile without it, each with one printed
+line. Environment variables:
 
-    FUSED_RESNET_CUDA=auto|0|1        auto (default): build _C_cuda where nvcc is found; 1: or fail
+    FUSED_RESNET_CUDA=auto|0|1        auto (default): build _C_cuda where nvcc is found and compiles it; 1: or fail
     FUSED_RESNET_CUDART=static|shared the CUDA runtime in _C_cuda (default: static)
     CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX   as usual
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from setuptools import setup
+import setuptools
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 import cuda_build  # noqa: E402
+
+SETUPTOOLS = 77  # the first that reads the licence in pyproject.toml
 
 
 class CudaBuild(NamedTuple):
@@ -37,6 +41,16 @@ def say(line: str) -> None:
 
 def have_compiler() -> bool:
     return shutil.which(os.environ.get("CXX", "c++")) is not None
+
+
+def check_tools(*modules: str) -> None:
+    """What build isolation would have installed, from pyproject.toml's build-system."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(
+            f"fused_resnet: the build needs {' and '.join(missing)}: pip install {' '.join(missing)}, "
+            "or install without --no-build-isolation"
+        )
 
 
 def cuda_build_plan() -> CudaBuild | None:
@@ -104,6 +118,7 @@ def cuda_extension(build: CudaBuild) -> Any:
         extra_link_args=[*runtime, "-Wl,--no-as-needed", "-ltorch"],
     )
     built.cuda = build
+    built.optional = os.environ.get("FUSED_RESNET_CUDA") != "1"
     return built
 
 
@@ -126,18 +141,36 @@ def setup_arguments() -> dict[str, Any]:
     if not have_compiler():
         say("no C++ compiler found, installing the pure-Python package (backends: eager, triton, cudnn)")
         return pure
+    check_tools("torch", "pybind11")
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):  # type: ignore[misc, valid-type]
         """The kernels are compiled by our own rules: torch's need a torch with CUDA, and guess the toolkit's root."""
 
-        def build_extensions(self) -> None:
-            for ext in self.extensions:
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            if self.editable_mode:  # pip's own folder is thrown away, and the next build would compile everything again
+                self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
+
+        def build_extension(self, ext: Any) -> None:
+            try:
                 if hasattr(ext, "cuda"):
                     out_dir = Path(self.build_temp) / "cuda_kernels"
                     ext.extra_objects = cuda_build.compile_objects(ext.cuda.toolkit, ext.cuda.archs, out_dir)
                     ext.depends = [*ext.extra_objects, *sources("csrc/*.h", "csrc/cuda/*.h")]
-            super().build_extensions()
+                super().build_extension(ext)
+            except Exception as error:  # of ninja, torch or setuptools: one module must not take the other with it
+                if not ext.optional:
+                    raise
+                Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+                self.failed = True
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                say(f"going on without _C_cuda, which does not compile ({reason}); FUSED_RESNET_CUDA=1 insists on it")
+
+        def copy_extensions_to_source(self) -> None:
+            if getattr(self, "failed", False):  # what an earlier build left there belongs to other sources
+                (ROOT / self.get_ext_filename("fused_resnet._C_cuda")).unlink(missing_ok=True)
+            super().copy_extensions_to_source()
 
     files = sources("csrc/bindings.cpp", "csrc/cpu/*.cpp")
     extensions = []
@@ -155,4 +188,9 @@ def setup_arguments() -> dict[str, Any]:
     }
 
 
-setup(**setup_arguments())
+if int(setuptools.__version__.split(".")[0]) < SETUPTOOLS:
+    raise SystemExit(
+        f"fused_resnet: setuptools must be {SETUPTOOLS} or newer, got {setuptools.__version__}: "
+        "pip install -U setuptools"
+    )
+setuptools.setup(**setup_arguments())

@@ -226,7 +226,7 @@ def model_contenders(model: nn.Module, x: Tensor, threads: int) -> list[Contende
             Contender(OPENVINO, lambda: _openvino(model, x, threads), numpy_inputs, optional=True),
             Contender(NCNN, lambda: _ncnn(model, x, threads), numpy_inputs, optional=True),
         ]
-    sides.append(contenders.fused(model))
+    sides += [contenders.fused(model), contenders.frozen(model)]
     if x.device.type == "cpu":
         sides.append(contenders.fused(model, "fused, no Winograd", winograd="off"))
     else:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_resnet import backends
 from fused_resnet.contenders import FUSED, channels_last_inputs
 from fused_resnet.problem import Problem
 from fused_resnet.testing import RESNET_TAILS, RealTail, in_dtype, make_tail
@@ -96,6 +97,9 @@ def test_cpu_loop(record: Record, tail: RealTail, batch: int, kept: bool, num_th
 @pytest.mark.benchmark(group="tails, CPU, bfloat16")
 @pytest.mark.parametrize("tail", RESNET_TAILS, ids=IDS)
 def test_cpu_bfloat16_tail(record: Record, tail: RealTail, num_threads: int) -> None:
+    why_not = backends.get("cpu").can_run(in_dtype(tail.problem, torch.bfloat16))
+    if why_not is not None:
+        pytest.skip(why_not)
     run(record, tail, 8, torch.device("cpu"), torch.bfloat16, num_threads, compiled=False)
 
 

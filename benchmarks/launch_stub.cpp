@@ -8,7 +8,7 @@
 
 namespace fused_resnet {
 
-int query_device(DeviceProperties& device, char*, int) {
+int query_device(int, DeviceProperties& device, char*, int) {
   device.sm_count = 132;
   device.capability = 90;
   device.shared_bytes_per_block = 227 * 1024;
@@ -17,6 +17,10 @@ int query_device(DeviceProperties& device, char*, int) {
 }
 
 int use_device(int) {
+  return 0;
+}
+
+int current_device() {
   return 0;
 }
 
@@ -29,10 +33,11 @@ int check_addresses(const Plan&, const void* const*, char*, int) {
   return 0;
 }
 
-torch::stable::Tensor workspace_for(const Plan& plan, int32_t, void*) {
-  static const auto kept =
-      torch::stable::empty({plan.workspace_bytes / 4}, torch::headeronly::ScalarType::Float);
-  return kept;
+Workspace::Workspace(int64_t bytes, int64_t counter_bytes, int32_t, void*) {
+  static char counters[kCounterAlignment];
+  if (bytes == 0) return;
+  partials_ = torch::stable::empty({(bytes - counter_bytes) / 4}, torch::headeronly::ScalarType::Float);
+  counters_ = counters;
 }
 
 }  // namespace fused_resnet

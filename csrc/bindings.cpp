@@ -1,6 +1,7 @@
 // The module fused_resnet._C and the list of CPU implementation operators. Each operator is implemented and
 // registered in the file named beside it.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -56,7 +57,9 @@ PYBIND11_MODULE(_C, m) {
         pybind11::dict info;
         info["compiler"] = __VERSION__;
         info["cpu_isa"] = std::string(fused_resnet::cpu::best_isa());
+        info["cpu_isas"] = fused_resnet::cpu::isas();
         return info;
       },
-      "The compiler that built the extension and the instruction set that its CPU kernels use here.");
+      "The compiler that built the extension, the instruction set that its CPU kernels use here, and all "
+      "those that they can be asked for: the ones of this CPU from that one down.");
 }

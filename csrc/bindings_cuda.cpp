@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <cstddef>
-#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -106,10 +105,10 @@ Plan plan(const py::dict& device, const py::kwargs& arguments) {
 }
 
 py::dict device_properties(int index) {
-  if (use_device(index)) throw std::runtime_error("cuda: there is no device " + std::to_string(index));
   DeviceProperties device;
   char error[kErrorBytes];
-  if (query_device(device, error, kErrorBytes)) throw std::runtime_error(error);
+  if (index < 0) throw py::value_error("index: expected the index of a device, got " + std::to_string(index));
+  if (query_device(index, device, error, kErrorBytes)) throw std::runtime_error(error);
   py::dict result;
   result["sm_count"] = device.sm_count;
   result["capability"] = device.capability;
@@ -129,11 +128,12 @@ void launch(const Plan& plan, const py::dict& addresses, uintptr_t stream, int d
   }
   char error[kErrorBytes];
   if (check_addresses(plan, pointers, error, kErrorBytes)) throw py::value_error(error);
+  const int before = current_device();
   if (use_device(device)) throw std::runtime_error("cuda: there is no device " + std::to_string(device));
-  if (launch_plan(plan, bind_addresses(plan, pointers), reinterpret_cast<void*>(stream), error,
-                  kErrorBytes)) {
-    throw std::runtime_error(error);
-  }
+  const int failed =
+      launch_plan(plan, bind_addresses(plan, pointers), reinterpret_cast<void*>(stream), error, kErrorBytes);
+  if (before >= 0 && before != device) use_device(before);
+  if (failed) throw std::runtime_error(error);
 }
 
 // One plan on one device, for many launches: the shortest way from Python to the kernel.
@@ -142,7 +142,7 @@ class Launcher {
   Launcher(const Plan& plan, int device) : plan_(plan), device_(device) {}
 
   // The addresses in the order of TensorSlot up to y, 0 where there is no tensor; the workspace is ours.
-  // False, and no launch, where an address is not as aligned as planned.
+  // False, and no launch, where a tensor is there that was not planned, or one is missing or less aligned.
   bool launch(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t bn_weight, uintptr_t bn_bias,
               uintptr_t running_mean, uintptr_t running_var, uintptr_t proj_x, uintptr_t proj_weight,
               uintptr_t proj_bias, uintptr_t proj_bn_weight, uintptr_t proj_bn_bias,
@@ -167,22 +167,18 @@ class Launcher {
     const void* addresses[kTensorCount] = {};
     for (int slot = 0; slot < kTensorWorkspace; ++slot) {
       const int alignment = plan_.alignment[slot];
+      if ((alignment == 0) != (given[slot] == 0)) return false;
       if (alignment == 0) continue;
       if (given[slot] % alignment) return false;
       addresses[slot] = reinterpret_cast<const void*>(given[slot]);
     }
     if (use_device(device_)) throw std::runtime_error("cuda: there is no device " + std::to_string(device_));
-    std::optional<torch::stable::Tensor> workspace;  // until the launch is on the stream
-    if (plan_.workspace_bytes) {
-      workspace =
-          workspace_for(plan_.workspace_bytes, plan_.counter_bytes, device_, reinterpret_cast<void*>(stream));
-      addresses[kTensorWorkspace] = workspace->data_ptr();
-    }
+    void* const on = reinterpret_cast<void*>(stream);
+    const Workspace workspace(plan_.workspace_bytes, plan_.counter_bytes, device_, on);
+    ConvParams params = bind_addresses(plan_, addresses);
+    workspace.bind(params);
     char error[kErrorBytes];
-    if (launch_plan(plan_, bind_addresses(plan_, addresses), reinterpret_cast<void*>(stream), error,
-                    kErrorBytes)) {
-      throw std::runtime_error(error);
-    }
+    if (launch_plan(plan_, params, on, error, kErrorBytes)) throw std::runtime_error(error);
     return true;
   }
 
@@ -278,21 +274,21 @@ PYBIND11_MODULE(_C_cuda, m) {
           "Bytes that each tensor's address must be a multiple of.");
   py::class_<Launcher>(m, "Launcher", "One plan on one device, for many launches.")
       .def(py::init<const Plan&, int>(), py::arg("plan"), py::arg("device"))
-      .def("launch", &Launcher::launch,
-           "Launch on addresses in the order of the tensors' slots up to y (0: none) and a stream; False, "
-           "and no launch, "
-           "where one is not as aligned as planned.");
+      .def(
+          "launch", &Launcher::launch,
+          "Launch on addresses in the order of the tensors' slots up to y (0: none) and torch's current "
+          "stream "
+          "of the device, which must be the current one; False, and no launch, where one was not planned, is "
+          "missing or less aligned.");
   m.def("plan", &plan, py::arg("device"),
         "plan(device, **request) -> Plan, by the fields of PlanRequest (csrc/cuda/plan.h); ValueError with "
         "the reason.");
   m.def("launch", &launch, py::arg("plan"), py::arg("addresses"), py::arg("stream") = 0,
         py::arg("device") = 0,
-        "Launch on {tensor name: address} and a stream of a device, which becomes the current one of the "
-        "module's CUDA "
-        "runtime; no synchronisation.");
+        "Launch on {tensor name: address} and a stream of a device; no synchronisation.");
   m.def("catalogue", &catalogue, "Every kernel that was built.");
   m.def("device_properties", &device_properties, py::arg("index") = 0,
-        "What plan() needs to know of a device, which becomes the current one of the module's CUDA runtime.");
+        "What plan() needs to know of a device.");
   m.def("build_info", &build_info, "Architectures, CUDA runtime and compiler of this build.");
   m.attr("DTYPES") = py::dict(py::arg("float16") = int(kFloat16), py::arg("bfloat16") = int(kBFloat16),
                               py::arg("float32") = int(kFloat32));

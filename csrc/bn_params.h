@@ -34,7 +34,7 @@ struct BnParams {
   float* result[3];      // stats: mean, var; backward reduce: sum dz, sum dz * xhat, the projection's
   void* workspace;  // reductions: one uint32_t counter per column (zero before and after each launch), then
                     // the partial results
-  int64_t partials_offset;  // bytes from workspace to them
+  int64_t partials_offset;  // bytes from workspace to them, in the same allocation or another
   int64_t elements, rows;
   int64_t rows_per_part;  // reductions: a block takes so many rows of one column
   int64_t stride;         // elementwise: packets from one of a thread's to its next

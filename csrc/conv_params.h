@@ -54,7 +54,7 @@ struct ConvParams {
   void* workspace;  // split-K: one uint32_t counter per tile (zero before and after each launch), then the
                     // partial sums; statistics: one counter per column of tiles and group of its tiles, then
                     // the partial results
-  int64_t partials_offset;  // bytes from workspace to them
+  int64_t partials_offset;  // bytes from workspace to them, in the same allocation or another
   float* mean;              // statistics of y, [k]; null: none wanted
   float* var;
   int32_t pixels;  // N * P * Q

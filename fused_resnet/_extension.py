@@ -11,7 +11,11 @@ from types import ModuleType
 
 import torch
 
-_REMEDY = "install a C++ compiler and run `pip install --no-build-isolation .` in the source tree"
+_REMEDIES = {
+    "_C": "install a C++ compiler and run `pip install --no-build-isolation .` in the source tree",
+    "_C_cuda": "install nvcc and run `FUSED_RESNET_CUDA=1 pip install --no-build-isolation .` in the source tree, "
+    "which fails with the compiler's words where it cannot be built",
+}
 _modules: dict[str, ModuleType | str] = {}
 
 
@@ -21,12 +25,12 @@ def _load(name: str) -> ModuleType | str:
         try:
             _modules[name] = importlib.import_module(f"fused_resnet.{name}")
         except ModuleNotFoundError:
-            _modules[name] = f"the extension fused_resnet.{name} is not built: {_REMEDY}"
+            _modules[name] = f"the extension fused_resnet.{name} is not built: {_REMEDIES[name]}"
         except ImportError as error:
             first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
             _modules[name] = (
                 f"the extension fused_resnet.{name} does not load with torch {torch.__version__} ({first_line}): "
-                f"{_REMEDY}"
+                f"{_REMEDIES[name]}"
             )
     return _modules[name]
 

@@ -1,4 +1,4 @@
-"""The sides of a comparison of one model: eager in both layouts, torch.compile, and fused.
+"""The sides of a comparison of one model: eager in both layouts, torch.compile, fused, and frozen.
 
 Every side owns a copy of the model; ``benchmarks/baselines.py`` adds the runtimes of others.
 """
@@ -12,12 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .surgery import fuse
+from .surgery import freeze, fuse
 from .timing import Comparison, Contender, first_tensor
 
-__all__ = ["EAGER", "FUSED", "channels_last_inputs", "compiled", "eager", "eager_channels_last", "fused", "summary"]
+__all__ = [
+    "EAGER",
+    "FROZEN",
+    "FUSED",
+    "channels_last_inputs",
+    "compiled",
+    "eager",
+    "eager_channels_last",
+    "frozen",
+    "fused",
+    "summary",
+]
 
 EAGER, EAGER_CHANNELS_LAST, COMPILED, FUSED = "eager", "eager channels_last", "torch.compile", "fused"
+FROZEN = "frozen"
 
 #: What a speed-up is measured over: the better of the two layouts.
 EAGER_LAYOUTS = (EAGER, EAGER_CHANNELS_LAST)
@@ -53,6 +65,11 @@ def compiled(model: nn.Module, name: str = COMPILED, **options: Any) -> Contende
 def fused(model: nn.Module, name: str = FUSED, backend: str = "auto", winograd: str = "auto") -> Contender:
     """``fuse(model)`` on channels_last input; ``model`` may be fused already, with the options wanted."""
     return Contender(name, lambda: fuse(model, backend=backend, winograd=winograd).eval(), channels_last_inputs)
+
+
+def frozen(model: nn.Module, name: str = FROZEN, backend: str = "auto", winograd: str = "auto") -> Contender:
+    """``freeze(model)`` on channels_last input."""
+    return Contender(name, lambda: freeze(model, backend=backend, winograd=winograd), channels_last_inputs)
 
 
 def _channels_last(model: nn.Module) -> nn.Module:

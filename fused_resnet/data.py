@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +52,7 @@ class FileImages:
         return len(self.files)
 
     def _decode(self, index: int) -> Tensor:
+        import numpy as np
         from PIL import Image, ImageOps
 
         path = self.files[index]
@@ -131,6 +131,7 @@ def load_data(spec: str, root: str | Path = "data", size: int | None = None, wor
 
 def _digits() -> Data:
     try:
+        import numpy as np
         from sklearn.datasets import load_digits
     except ImportError:
         raise DataError("data: digits needs scikit-learn; install fused_resnet[demo]") from None
@@ -221,6 +222,8 @@ def _cifar_batch(root: Path, name: str) -> dict[bytes, Any]:
 
 
 def _cifar_split(root: Path, names: Sequence[str], classes: int) -> Split:
+    import numpy as np
+
     images, labels = [], []
     for name in names:
         batch = _cifar_batch(root, name)
@@ -313,6 +316,8 @@ def _different_classes(a: Path, names: Sequence[str], b: Path, others: Sequence[
 
 def _generator(*numbers: int) -> torch.Generator:
     """A generator that is a function of ``numbers``."""
+    import numpy as np
+
     seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed) & (2**63 - 1))
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +54,7 @@ class Preprocessing:
 
     def load(self, path: Path) -> Tensor:
         """Raises OSError (with PIL's sentence) when the file is no readable image."""
+        import numpy as np
         from PIL import Image, ImageOps
 
         with Image.open(path) as file:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import tails
 from .nn import _Fused
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _SHORTCUT = re.compile(r"shortcut|projection|proj|downsample|(^|_)0_(conv|bn)$", re.IGNORECASE)
 
@@ -87,6 +89,8 @@ def _same_pad_value(x: Any, conv: nn.Conv2d) -> Any:
 
 def _layers(weights: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """``{"conv2d/kernel:0": array}`` by layer: ``{"conv2d": {"kernel": array}}``, layers in their natural order."""
+    import numpy as np
+
     layers: dict[str, dict[str, np.ndarray]] = {}
     for key, value in weights.items():
         layer, _, variable = key.rpartition("/")
@@ -101,6 +105,10 @@ def _layers(weights: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     return {name: layers[name] for name in sorted(layers, key=natural)}
 
 
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.copy(order="C"))
+
+
 def _conv(arrays: Mapping[str, np.ndarray], name: str, stride: int) -> nn.Conv2d:
     kernel = arrays["kernel"]
     if kernel.ndim != 4:
@@ -111,9 +119,9 @@ def _conv(arrays: Mapping[str, np.ndarray], name: str, stride: int) -> nn.Conv2d
     padding = (r // 2, s // 2) if stride == 1 else (0, 0)  # with a stride: same_pad
     conv = nn.Conv2d(c, k, (r, s), stride, padding, bias="bias" in arrays)
     with torch.no_grad():
-        conv.weight.copy_(torch.from_numpy(np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))))
+        conv.weight.copy_(_tensor(kernel.transpose(3, 2, 0, 1)))
         if conv.bias is not None:
-            conv.bias.copy_(torch.from_numpy(np.ascontiguousarray(arrays["bias"])))
+            conv.bias.copy_(_tensor(arrays["bias"]))
     return conv
 
 
@@ -127,7 +135,7 @@ def _bn(arrays: Mapping[str, np.ndarray], name: str, epsilon: float, momentum: f
         for ours, theirs in (("weight", "gamma"), ("bias", "beta"),
                              ("running_mean", "moving_mean"), ("running_var", "moving_variance")):  # fmt: skip
             if theirs in arrays:
-                getattr(bn, ours).copy_(torch.from_numpy(np.ascontiguousarray(arrays[theirs])))
+                getattr(bn, ours).copy_(_tensor(arrays[theirs]))
     return bn
 
 

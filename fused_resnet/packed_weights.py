@@ -20,6 +20,7 @@ from torch import Tensor
 
 _owners: weakref.WeakValueDictionary[int, PackedWeights] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
+_MOST = 256  # copies of one owner
 
 
 class Packed(NamedTuple):
@@ -73,6 +74,7 @@ class PackedWeights:
         """Forget a copy that is no longer true."""
         with self._lock:
             self._copies.pop((key, weight.data_ptr()), None)
+            self._used.pop((key, weight.data_ptr()), None)
 
     def clear(self) -> None:
         """Forget all copies."""
@@ -85,10 +87,12 @@ class PackedWeights:
         return sum(_nbytes(packed.value) for packed in list(self._copies.values()))
 
     def _forget_unused(self) -> None:
-        # Weights that moved leave copies behind. Two rounds of calls in which everything kept could have been asked
-        # for have passed: what was not asked for is gone.
-        oldest = self._clock - 2 * len(self._copies) - 16
-        for place in [place for place, used in self._used.items() if used < oldest]:
+        # Weights that moved leave copies behind. What has not been asked for while everything kept could have been is
+        # such a copy, or of a size of image that has not come for long.
+        oldest = self._clock - len(self._copies) - 16
+        by_age = sorted(self._used.items(), key=lambda item: item[1])
+        surplus = max(0, len(by_age) - _MOST)
+        for place in [place for i, (place, used) in enumerate(by_age) if i < surplus or used < oldest]:
             self._used.pop(place, None)
             self._copies.pop(place, None)
 

@@ -72,4 +72,3 @@ def _why_not() -> str | None:
         if value is not own and not tracing:
             return f"{owner.__name__}.{name} is not torch's own"
     return None
-

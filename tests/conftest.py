@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -27,6 +28,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
+def _why_no_interpreter() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None  # the tests that need it say so
+    from interpreter_probe import why_not
+
+    return why_not()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what cannot run in this process, with the reason.
 
@@ -35,10 +44,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     no_ptxi = not os.environ.get("PTXI_HOME")
     no_gpu = not torch.cuda.is_available()
+    no_interpreter = _why_no_interpreter() if INTERPRETING else None
     for item in items:
         interpreter = item.get_closest_marker("interpreter") is not None
         if interpreter and not INTERPRETING:
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1 before the process starts"))
+        elif interpreter and no_interpreter:
+            item.add_marker(pytest.mark.skip(reason=no_interpreter))
         elif INTERPRETING and not interpreter:
             item.add_marker(pytest.mark.skip(reason="runs in the process without TRITON_INTERPRET=1"))
         if no_ptxi and item.get_closest_marker("ptx"):

@@ -1,8 +1,10 @@
-// The CPU convolution kernels without Torch, for AddressSanitizer and UndefinedBehaviorSanitizer.
+// The CPU kernels without Torch, for AddressSanitizer and UndefinedBehaviorSanitizer, and for processors that
+// are only emulated.
 //
 // Small register blocks keep the compilation short; lanes, tails, padding, blocks and tiles go through the
-// same code as the real ones. Every array is allocated to its exact size, so that one float too far is found,
-// and every result is compared with a plain loop on small integers, exactly for direct and F(2x2).
+// same code as the real ones (FR_LANES and FR_ROWS: others). Every array is
+// allocated to its exact size, so that one float too far is found, and every result is compared with a plain
+// loop on small integers, exactly for direct and F(2x2).
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +13,7 @@
 #include <vector>
 
 #include "cpu/direct_kernel.h"
+#include "cpu/epilogue_kernel.h"
 #include "cpu/pooled_kernel.h"
 #include "cpu/split_kernel.h"
 #include "cpu/split_rows.h"
@@ -18,6 +21,12 @@
 #include "cpu/winograd_fresh.h"
 #include "cpu/winograd_kernel.h"
 #include "cpu/winograd_split.h"
+
+#ifndef FR_LANES
+  #define FR_LANES 8
+  #define FR_ROWS 2
+  #define FR_GRADIENT_ROWS 2
+#endif
 
 using namespace fused_resnet::cpu;
 
@@ -181,7 +190,74 @@ void run_pooled(const char* name, const PooledKernel& kernel, ConvShape s, Pool 
   }
 }
 
-template <class Block>
+// Small integers are exact in every type, infinity and NaN included; rounding is tested from Python.
+template <class T>
+void run_epilogue(Scalar scalar, uint16_t (*bits_of)(float), int lanes, EpilogueKernel kernel) {
+  for (const bool channels_last : {true, false}) {
+    for (const int64_t channels : {1, 3, 4, 9, 16, 21}) {
+      const int64_t rows = channels_last ? 6 : 2 * channels, length = channels_last ? channels : 5;
+      Floats scale(channels), shift(channels), y(rows * length), residual(y.size);
+      for (Floats* a : {&scale, &shift, &y, &residual}) fill(*a);
+      y.data[y.size / 2] = INFINITY, y.data[y.size - 1] = NAN;
+      std::unique_ptr<T[]> in(new T[y.size]), other(new T[y.size]);
+      for (int64_t i = 0; i < y.size; ++i) {
+        if constexpr (sizeof(T) == sizeof(float)) {
+          in[i] = y.data[i], other[i] = residual.data[i];
+        } else {
+          in[i].bits = bits_of(y.data[i]), other[i].bits = bits_of(residual.data[i]);
+        }
+      }
+      kernel.run({in.get(), other.get(), scale.data, shift.data, scalar, Activation::kRelu, channels_last,
+                  channels, length},
+                 0, rows);
+      for (int64_t i = 0; i < y.size; ++i) {
+        const int64_t channel = channels_last ? i % length : i / length % channels;
+        float want = y.data[i] * scale.data[channel] + shift.data[channel] + residual.data[i];
+        if (want < 0) want = 0;
+        bool right;
+        if constexpr (sizeof(T) == sizeof(float)) {
+          right = in[i] == want || (std::isnan(in[i]) && std::isnan(want));
+        } else {
+          right =
+              in[i].bits == bits_of(want) || (std::isnan(want) && (in[i].bits & 0x7fff) > bits_of(INFINITY));
+        }
+        if (!right) {
+          std::printf("epilogue, %d lanes, type %d: [%ld] expected %g\n", lanes, static_cast<int>(scalar),
+                      long(i), want);
+          ++failures;
+          return;
+        }
+      }
+    }
+  }
+}
+
+uint16_t bfloat16_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return static_cast<uint16_t>(bits >> 16);  // of values that are exact
+}
+
+// As in the standard: sign, exponent + 15, fraction, of values that are exact and not subnormal.
+uint16_t half_bits(float value) {
+  if (std::isnan(value)) return 0x7e00;
+  const int sign = std::signbit(value) ? 0x8000 : 0;
+  if (value == 0) return static_cast<uint16_t>(sign);
+  if (std::isinf(value)) return static_cast<uint16_t>(sign | 0x7c00);
+  int exponent;
+  const float fraction = std::frexp(std::fabs(value), &exponent);  // in [0.5, 1)
+  return static_cast<uint16_t>(sign | (exponent + 14) << 10 | (static_cast<int>(fraction * 2048) & 0x3ff));
+}
+
+template <int kLanes>
+void run_epilogues() {
+  const EpilogueKernel kernel = EpilogueImpl<kLanes>::kernel();
+  run_epilogue<float>(Scalar::kFloat, nullptr, kLanes, kernel);
+  run_epilogue<BFloat16>(Scalar::kBFloat16, &bfloat16_bits, kLanes, kernel);
+  run_epilogue<Half>(Scalar::kHalf, &half_bits, kLanes, kernel);
+}
+
+template <class Block, class GradientBlock>
 void run_all(const char* name) {
   const ConvKernel direct = DirectImpl<Block>::kernel();
   const ConvKernel f2 = WinogradImpl<Block, Winograd<2>>::kernel(),
@@ -192,8 +268,8 @@ void run_all(const char* name) {
                    fresh_split = SplitImpl<PlainTiles, Block::kLanes, true>::kernel();
   const ConvKernel split2 = SplitWinogradImpl<PlainTiles, Block::kLanes, Winograd<2>>::kernel(),
                    split4 = SplitWinogradImpl<PlainTiles, Block::kLanes, Winograd<4>>::kernel();
-  const WeightGradientKernel gradient2 = WeightGradientImpl<Block, Winograd<2>>::kernel(),
-                             gradient4 = WeightGradientImpl<Block, Winograd<4>>::kernel();
+  const WeightGradientKernel gradient2 = WeightGradientImpl<GradientBlock, Winograd<2>>::kernel(),
+                             gradient4 = WeightGradientImpl<GradientBlock, Winograd<4>>::kernel();
   const int64_t shapes[][7] = {// n, h, w, c, k, pad_h, pad_w
                                {1, 1, 1, 1, 1, 1, 1},    {2, 5, 6, 3, 5, 1, 1},   {1, 7, 7, 17, 33, 1, 1},
                                {3, 9, 4, 20, 12, 0, 0},  {1, 3, 8, 15, 31, 2, 2}, {1, 6, 5, 8, 16, 3, 0},
@@ -242,8 +318,9 @@ void run_all(const char* name) {
 }
 
 // The stem on matrix tiles. Small integers lose nothing in their first part.
+template <int kLanes>
 void run_split_stems() {
-  const PooledKernel kernel = PooledRows<SplitRows<PlainTiles, 8>>::kernel();
+  const PooledKernel kernel = PooledRows<SplitRows<PlainTiles, kLanes>>::kernel();
   const ConvShape stems[] = {
       {2, 21, 19, 3, 20, 7, 7, 0, 0, 2, 2, 3, 3, 1, 1},  {1, 9, 80, 3, 70, 5, 7, 0, 0, 1, 1, 2, 2, 1, 1},
       {1, 12, 9, 4, 33, 3, 3, 0, 0, 3, 1, 2, 0, 1, 1},   {1, 9, 9, 1, 16, 6, 6, 0, 0, 1, 2, 2, 2, 1, 1},
@@ -259,8 +336,9 @@ void run_split_stems() {
 }  // namespace
 
 int main() {
-  run_all<RegisterBlock<8, 2, 2>>("8 lanes");
-  run_split_stems();
+  run_all<RegisterBlock<FR_LANES, FR_ROWS, 2>, RegisterBlock<FR_LANES, FR_GRADIENT_ROWS, 2>>("kernels");
+  run_split_stems<FR_LANES>();
+  run_epilogues<FR_LANES>();
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

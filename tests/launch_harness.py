@@ -7,6 +7,7 @@ is a multiple of the promised alignment and of nothing more.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import struct
 import sys
@@ -121,11 +122,21 @@ def _tensormap(argument: dict[str, Any], address: int) -> bytes:
     )  # fmt: skip
 
 
+def _triton_without_the_fence() -> bool:
+    """Before 3.7 Triton emits no fence.proxy.async between cp.async and the wgmma that reads what it copied."""
+    try:
+        return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2]) < (3, 7)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def interpreter() -> Any:
     """The PTX interpreter (tests that call this carry the `ptx` marker, which needs PTXI_HOME)."""
     home = os.environ["PTXI_HOME"]
     if home not in sys.path:
         sys.path.insert(0, home)
+    if _triton_without_the_fence():
+        os.environ["PTXI_ALLOW_MISSING_PROXY_FENCE"] = "1"
     import ptxi
 
     return ptxi

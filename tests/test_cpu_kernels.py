@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from instruction_sets import ALL, TILES, need
 from torch import Tensor
 
 from fused_resnet import _extension
@@ -23,8 +24,6 @@ if _extension.cpu() is None:
 
 OPS = torch.ops.fused_resnet_C
 CODES = {"none": 0, "relu": 1, "relu6": 2}
-ISAS = ("amx", "avx512", "avx2", "portable")
-TILES = ("amx", "portable")  # instruction sets with matrix tiles, the last one's in plain C++
 F2 = [Algorithm(2), Algorithm(2, "fresh"), Algorithm(2, "split")]
 F4 = [Algorithm(4), Algorithm(4, "fresh"), Algorithm(4, "split")]
 SPLIT = [SPLIT_DIRECT, FRESH_SPLIT_DIRECT]
@@ -42,13 +41,9 @@ def name_of(value: object) -> str | None:
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=name_of)
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=ALL)
 def isa(request: pytest.FixtureRequest) -> str:
-    try:
-        OPS.conv_pack(torch.zeros(1, 1, 3, 3), 2, request.param)
-    except RuntimeError:
-        pytest.skip(f"this processor has no {request.param}")
-    return request.param
+    return need(request.param)
 
 
 def run(tail: Tail, algorithm: Algorithm, isa: str = "") -> Tensor:
@@ -137,8 +132,7 @@ def test_large_weights_lie_in_pages_of_their_own() -> None:
 @pytest.mark.parametrize("isa", TILES)
 def test_split_products_have_all_their_bits(algorithm: Algorithm, isa: str) -> None:
     """One product per output, of factors with 12 bits each: exact only with all six products of parts."""
-    if isa == "amx" and not has_tiles():
-        pytest.skip("this processor has no matrix tiles")
+    need(isa)
     g = torch.Generator().manual_seed(0)
     x, weight = (torch.randint(2**11, 2**12, shape, generator=g).float() for shape in ((1, 1, 6, 7), (40, 1, 1, 1)))
     tail = Tail(x.contiguous(memory_format=torch.channels_last), ConvBN(weight), activation="none")
@@ -302,17 +296,27 @@ def test_onednn_finds_the_matrix_tiles_as_it_left_them() -> None:
         assert torch.equal(run(tail, SPLIT_DIRECT), ours)
 
 
-@pytest.mark.parametrize("isa", ["portable", "mmx"])
-def test_the_environment_names_the_instruction_set(isa: str) -> None:
-    code = "from fused_resnet import _extension; print(_extension.cpu().build_info()['cpu_isa'])"
-    ran = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"FUSED_RESNET_CPU_ISA": isa}, capture_output=True, text=True,
-        check=False,
+def with_environment(isa: str, code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", f"import torch; from fused_resnet import _extension; {code}"],
+        env=os.environ | {"FUSED_RESNET_CPU_ISA": isa}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    if isa == "portable":
-        assert ran.stdout.strip() == isa, ran.stderr
-    else:
-        assert "FUSED_RESNET_CPU_ISA: expected amx, avx512, avx2 or portable, as this CPU has it, got mmx" in ran.stderr
+
+
+def test_the_environment_names_the_best_instruction_set(isa: str) -> None:
+    """All better ones are hidden then, as on a processor without them; the lesser ones are there."""
+    ran = with_environment(isa, "info = _extension.cpu().build_info(); print(info['cpu_isa'], *info['cpu_isas'])")
+    there = [lesser for lesser in ALL[ALL.index(isa) :] if lesser in _extension.cpu().build_info()["cpu_isas"]]
+    assert ran.stdout.split() == [isa, *there], ran.stderr
+    if isa != ALL[0]:
+        better = ALL[ALL.index(isa) - 1]
+        pack = f"_extension.cpu(); torch.ops.fused_resnet_C.conv_pack(torch.zeros(1, 1, 3, 3), 0, '{better}')"
+        assert f"isa: expected an instruction set of this CPU, got {better}" in with_environment(isa, pack).stderr
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    ran = with_environment("mmx", "_extension.cpu().build_info()")
+    assert "FUSED_RESNET_CPU_ISA: expected amx, avx512, avx2 or portable, as this CPU has it, got mmx" in ran.stderr
 
 
 def test_relu6_and_none() -> None:
@@ -333,7 +337,12 @@ def test_relu6_and_none() -> None:
         ({"isa": "mmx"}, "isa: expected an instruction set of this CPU, got mmx"),
         ({"filter": [8, 3]}, "filter: expected K, R and S, got 2 numbers"),
         ({"stride": [2, 2], "m": 2}, "m: expected 0 unless stride and dilation are 1, got 2"),
-        ({"filter": [8, 5, 3]}, "x: expected an image no smaller than the filter, got \\[1, 4, 2, 2\\]"),
+        (
+            {"filter": [8, 5, 3], "stride": [2, 2]},
+            "x: 2x2 is too small for a 5x3 filter with padding \\(1, 1\\) and dilation \\(1, 1\\)",
+        ),
+        ({"dilation": [0, 1]}, "dilation: expected positive numbers, got 0, 1"),
+        ({"padding": [1, -1]}, "padding: expected no negative numbers, got 1, -1"),
         ({"filter": [40, 3, 3]}, "packed: expected what conv_pack made for this filter"),
         ({"x": torch.zeros(1, 4, 2, 2)}, "x: expected channels innermost, got channel stride 4"),
         ({"residual": torch.zeros(1, 8, 2, 3)}, "residual: expected the shape of the output, got \\[1, 8, 2, 3\\]"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -126,12 +128,13 @@ def test_every_cubin_comes_from_the_embedded_ptx() -> None:
     assert cuda_build.gencode(["90a"]) == "-gencode=arch=compute_90a,code=[compute_90a,sm_90a]"
 
 
-def setup_py(**environment: str) -> subprocess.CompletedProcess[str]:
+def setup_py(*command: str, root: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     ours = ("CUDA_", "FUSED_RESNET_", "TORCH_CUDA_")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return subprocess.run(
-        [sys.executable, "setup.py", "--name"], cwd=ROOT, env=clean | environment, capture_output=True, text=True
-    )
+        [sys.executable, "setup.py", *(command or ("--name",))], cwd=root, env=clean | environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
 
 
 def test_setup_says_what_it_will_build(tmp_path: Path) -> None:
@@ -156,3 +159,94 @@ def test_setup_says_what_it_will_build(tmp_path: Path) -> None:
     assert "FUSED_RESNET_CUDART: expected static or shared, got 'dynamic'" in done.stderr
     done = setup_py(FUSED_RESNET_CUDA="yes")
     assert "FUSED_RESNET_CUDA: expected auto, 0 or 1, got 'yes'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "sentence"),
+    [
+        ("65.5.0", "fused_resnet: setuptools must be 77 or newer, got 65.5.0: pip install -U setuptools"),
+        ("80.9.0", "fused_resnet: the build needs torch and pybind11: pip install torch pybind11, or install without "
+                   "--no-build-isolation"),
+    ],
+)  # fmt: skip
+def test_what_a_build_without_isolation_lacks(version: str, sentence: str, tmp_path: Path) -> None:
+    """One sentence, no traceback. -S: an environment with nothing but this stand-in for setuptools."""
+    (tmp_path / "setuptools" / "command").mkdir(parents=True)
+    (tmp_path / "setuptools" / "__init__.py").write_text(f"__version__ = {version!r}\nsetup = print")
+    (tmp_path / "setuptools" / "command" / "build_py.py").write_text("build_py = object")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "CXX": "sh"}
+    done = subprocess.run(
+        [sys.executable, "-S", "setup.py"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.strip() == sentence
+
+
+#: Answers as nvcc does, and makes an object file of nothing; `FAIL` in the source is an error.
+COMPILING_NVCC = f"""{FAKE_NVCC}
+while [ $# -gt 0 ]; do case "$1" in -c) source=$2; shift;; -o) target=$2; shift;; esac; shift; done
+if [ -n "$target" ]; then
+  if grep -q FAIL "$source"; then echo "$source: error: FAIL" >&2; exit 1; fi
+  echo | c++ -fPIC -x c++ -c - -o "$target"
+fi
+"""
+MODULE = """#include <Python.h>
+PyMODINIT_FUNC __attribute__((visibility("default"))) PyInit_{name}() {{
+  static PyModuleDef definition = {{PyModuleDef_HEAD_INIT, "{name}"}};
+  return PyModule_Create(&definition);
+}}
+"""
+
+
+def small_tree(folder: Path) -> Path:
+    """setup.py with the smallest sources that it builds modules from."""
+    for name in ("csrc/cuda", "fused_resnet"):
+        (folder / name).mkdir(parents=True)
+    for name in ("setup.py", "csrc/cuda_build.py"):
+        shutil.copy(ROOT / name, folder / name)
+    settings = '[project]\nname = "fused_resnet"\nversion = "0"\n[tool.setuptools]\npackages = ["fused_resnet"]\n'
+    (folder / "pyproject.toml").write_text(settings)
+    (folder / "fused_resnet/__init__.py").touch()
+    (folder / "csrc/bindings.cpp").write_text(MODULE.format(name="_C"))
+    (folder / "csrc/bindings_cuda.cpp").write_text(MODULE.format(name="_C_cuda"))
+    (folder / "csrc/cuda/c_api.cpp").touch()
+    (folder / "csrc/cuda/kernel.cu").touch()
+    return folder
+
+
+@pytest.mark.slow
+def test_a_cuda_module_that_does_not_compile_leaves_the_other_alone(tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    nvcc = fake_toolkit(tmp_path / "toolkit")
+    nvcc.write_text(COMPILING_NVCC.format(top=tmp_path / "toolkit", version="13.0"))
+    (tmp_path / "toolkit/lib64/libcudart_static.a").write_text("!<arch>\n")  # an archive of nothing
+    tree = small_tree(tmp_path / "tree")
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    modules = [tree / "fused_resnet" / (name + suffix) for name in ("_C", "_C_cuda")]
+
+    def build(**environment: str) -> subprocess.CompletedProcess[str]:
+        return setup_py(
+            "build_ext", "--inplace", root=tree, CUDA_HOME=str(tmp_path / "toolkit"), CXX="c++", MAX_JOBS="1",
+            TORCH_CUDA_ARCH_LIST="8.0", **environment,
+        )  # fmt: skip
+
+    done = build()
+    assert done.returncode == 0, done.stderr
+    assert "going on without" not in done.stdout
+    assert all(module.exists() for module in modules)
+
+    for broken in ("csrc/cuda/kernel.cu", "csrc/bindings_cuda.cpp"):
+        sound = (tree / broken).read_text()
+        (tree / broken).write_text("#error FAIL\n")
+        done = build(FUSED_RESNET_CUDA="auto")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("fused_resnet: going on without _C_cuda, which does not compile") == 1
+        assert [module.exists() for module in modules] == [True, False], "an older _C_cuda is not taken for a new one"
+        if broken.endswith(".cu"):
+            (tree / broken).write_text(sound)
+
+    done = build(FUSED_RESNET_CUDA="1")
+    assert done.returncode != 0
+    assert "going on without" not in done.stdout

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import toolchain
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -228,6 +229,7 @@ def test_other_transforms_raise_rather_than_being_wrong(transform: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(toolchain.why_not("g++") is not None, reason="Inductor needs g++")
 def test_torch_compile_fullgraph_with_dynamic_batch() -> None:
     arguments = _arguments(residual=None)
 

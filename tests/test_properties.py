@@ -68,4 +68,5 @@ def test_the_bar_holds(backend: str, problem: Problem, winograd: str) -> None:
         lambda tail: call(**call_arguments(tail), backend=backend, winograd=winograd),
         problem,
         kinds=("integers", "random") if rounds_once else ("random",),
+        any_order=chosen.name == "cpu",  # weights that may not be kept: oneDNN adds up, in an order of its own
     )

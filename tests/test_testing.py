@@ -10,9 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet import functional
+from fused_resnet import functional, testing
 from fused_resnet.reference import Tail, conv_bn, reference
-from fused_resnet.testing import PROBLEMS, Case, Kind, assert_gradients, check_tail, in_dtype, make_tail, round_to_tf32
+from fused_resnet.testing import (
+    PROBLEMS,
+    Case,
+    Kind,
+    assert_bitexact,
+    assert_gradients,
+    check_tail,
+    in_dtype,
+    in_one_accumulator,
+    make_tail,
+    round_to_tf32,
+)
 
 BY_NAME = {case.name: case.problem for case in PROBLEMS}
 
@@ -83,6 +94,44 @@ def test_each_mistake_is_caught(mistake: Callable[[Tail], Tensor], kind: Kind) -
 def test_the_exact_answer_rounded_once_passes(case: Case) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         check_tail(lambda tail: reference(tail.to(torch.float64)).to(tail.x.dtype), in_dtype(case.problem, dtype))
+
+
+@pytest.mark.parametrize("case", PROBLEMS, ids=[case.name for case in PROBLEMS])
+def test_one_accumulator_computes_the_tail(case: Case) -> None:
+    tail = make_tail(case.problem, "integers")
+    assert_bitexact(in_one_accumulator(tail), reference(tail.to(torch.float64)), case.name)
+
+
+def test_one_accumulator_is_allowed_for_wherever_eager_is_nearly_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor for which the library has better kernels. Only where the order of the sums is a library's."""
+    monkeypatch.setattr(testing, "_eager", lambda tail, tf32: reference(tail.to(torch.float64)).to(tail.x.dtype))
+    deep = BY_NAME["7x7_pixels"]
+    check_tail(in_one_accumulator, deep, any_order=True)
+    with pytest.raises(AssertionError, match="c=96,k=128"):
+        check_tail(in_one_accumulator, deep)
+
+
+def _weights_of_tf32(tail: Tail) -> Tensor:
+    return in_one_accumulator(tail._replace(conv=tail.conv._replace(weight=round_to_tf32(tail.conv.weight))))
+
+
+def _sixteen_bits_of_each_factor(tail: Tail) -> Tensor:
+    """What two bfloat16 parts of each factor give: the third would hold the last eight bits."""
+
+    def two_parts(t: Tensor) -> Tensor:
+        first = t.bfloat16().float()
+        return first + (t - first).bfloat16().float()
+
+    return in_one_accumulator(
+        tail._replace(x=two_parts(tail.x), conv=tail.conv._replace(weight=two_parts(tail.conv.weight)))
+    )
+
+
+@pytest.mark.parametrize("mistake", [_weights_of_tf32, _sixteen_bits_of_each_factor, _half_precision_sum])
+@pytest.mark.parametrize("name", ["odd", "7x7_pixels"])
+def test_lost_bits_are_caught_in_any_order(mistake: Callable[[Tail], Tensor], name: str) -> None:
+    with pytest.raises(AssertionError, match="outputs fail"):
+        check_tail(mistake, BY_NAME[name], kinds=("random",), any_order=True)
 
 
 def _mask_forgotten(**arguments: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from toolchain import why_not
 from torch import Tensor, nn
 
 from fused_resnet.functional import bn_add_relu
@@ -48,6 +49,7 @@ def test_torch_compile_fullgraph_training_step() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(why_not("g++") is not None, reason="Inductor needs g++")
 def test_torch_compile_with_inductor() -> None:
     x = image()
     eager, step = Step(False), Step(True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from instruction_sets import VECTORS, need
 from torch import Tensor, nn
 
 import fused_resnet
@@ -38,13 +39,9 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=("avx512", "avx2", "portable"))
+@pytest.fixture(params=VECTORS)
 def isa(request: pytest.FixtureRequest) -> str:
-    try:
-        OPS.conv_pack(torch.zeros(1, 1, 3, 3), 2, request.param)
-    except RuntimeError:
-        pytest.skip(f"this processor has no {request.param}")
-    return request.param
+    return need(request.param)
 
 
 @pytest.fixture

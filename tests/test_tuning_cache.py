@@ -8,11 +8,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tuning_fakes import ENVIRONMENT, store_in
 
+from fused_resnet import _extension
 from fused_resnet.tuning import cache, environment
 from fused_resnet.tuning.cache import Store
 
@@ -183,12 +185,6 @@ def test_each_environment_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pyt
     assert all(file.parent == tmp_path and "Abacus-3000" in file.name for file in files)
 
 
-def test_the_default_place_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    platformdirs = pytest.importorskip("platformdirs")
-    monkeypatch.delenv("FUSED_RESNET_CACHE_DIR", raising=False)
-    assert cache.directory() == Path(platformdirs.user_cache_dir("fused_resnet"))
-
-
 def test_the_environment_names_what_generates_code(monkeypatch: pytest.MonkeyPatch) -> None:
     found = environment.environment(torch.device("cpu"))
     assert found["torch"] == torch.__version__
@@ -204,6 +200,17 @@ def test_the_environment_names_what_generates_code(monkeypatch: pytest.MonkeyPat
     assert gpu["device"] == "NVIDIA H100 80GB HBM3"
     assert gpu["driver"] == "580.65.06"
     assert {"capability", "sms", "cuda", "cudnn"} <= set(gpu)
+
+
+def test_another_instruction_set_is_another_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was right and fast on matrix tiles says nothing of the portable kernels."""
+    found = []
+    for isa in ("amx", "portable"):
+        extension = SimpleNamespace(build_info=lambda isa=isa: {"cpu_isa": isa})
+        monkeypatch.setattr(_extension, "cpu", lambda extension=extension: extension)
+        found.append(environment.environment(torch.device("cpu")))
+    assert [there["kernels"] for there in found] == ["amx", "portable"]
+    assert cache.file_of(found[0]) != cache.file_of(found[1])
 
 
 def test_changed_kernels_are_another_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

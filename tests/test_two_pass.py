@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from operators import SYNCHRONISING, Operators, on_fake_device
 
 from fused_resnet import backends
 from fused_resnet.problem import Problem
@@ -64,6 +74,24 @@ def test_without_a_gpu_it_says_what_it_needs() -> None:
     why_not = backends.get("two_pass").can_run(Problem.parse("h=4,w=4,c=3,k=4,padding=1"))
     assert why_not is not None
     assert why_not.startswith("two_pass: its second pass needs Triton (")
+
+
+@pytest.mark.parametrize("text", ["residual=1", "residual=0", "proj=8x16x16x2", "residual=1,channels_last=0"])
+def test_nothing_waits_for_the_device(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Around the pass, which is one launch, on tensors of a device that has no values: it can be captured."""
+    bn_pass = pytest.importorskip("fused_resnet.kernels.bn_pass")
+    passes: list[object] = []
+    monkeypatch.setattr(bn_pass, "bn_add_act", lambda *arguments: passes.append(arguments))
+    monkeypatch.setattr(torch.cuda, "device_of", lambda t: contextlib.nullcontext())
+    problem = Problem.parse(f"n=2,h=8,w=8,c=16,k=16,padding=1,dtype=float16,{text}")
+    with FakeTensorMode() as mode:
+        tail = on_fake_device(make_tail(problem), mode, "cuda")
+        with Operators() as operators:
+            y = backends.get("two_pass").run(dataclasses.replace(problem, device_type="cuda"), tail)
+    assert len(passes) == 1
+    assert y.device.type == "cuda"
+    assert operators.devices == {"cuda"}
+    assert not SYNCHRONISING.intersection(operators.names)
 
 
 @pytest.mark.aot

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <memory>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -78,9 +80,18 @@ ConvProblem read_problem(const Tensor& x, const Tensor& packed, const std::vecto
   shape.pad_h = padding[0], shape.pad_w = padding[1];
   shape.dilation_h = dilation[0], shape.dilation_w = dilation[1];
   check(shape.stride_h > 0 && shape.stride_w > 0, "stride", "positive numbers", stride[0], ", ", stride[1]);
+  check(shape.dilation_h > 0 && shape.dilation_w > 0, "dilation", "positive numbers", dilation[0], ", ",
+        dilation[1]);
+  check(shape.pad_h >= 0 && shape.pad_w >= 0, "padding", "no negative numbers", padding[0], ", ", padding[1]);
   const int64_t room_h = shape.h + 2 * shape.pad_h - shape.dilation_h * (shape.r - 1) - 1;
   const int64_t room_w = shape.w + 2 * shape.pad_w - shape.dilation_w * (shape.s - 1) - 1;
-  check(room_h >= 0 && room_w >= 0, "x", "an image no smaller than the filter", shape_of(x));
+  if (room_h < 0 || room_w < 0) {  // as Problem.checked() in Python
+    std::ostringstream message;
+    message << "x: " << shape.h << "x" << shape.w << " is too small for a " << shape.r << "x" << shape.s
+            << " filter with padding (" << shape.pad_h << ", " << shape.pad_w << ") and dilation ("
+            << shape.dilation_h << ", " << shape.dilation_w << ")";
+    throw std::invalid_argument(message.str());
+  }
   shape.p = room_h / shape.stride_h + 1, shape.q = room_w / shape.stride_w + 1;
   check(shape.c == 1 || x.stride(1) == 1, "x", "channels innermost", "channel stride ", x.stride(1));
   problem.x = static_cast<const float*>(x.const_data_ptr());

@@ -55,7 +55,9 @@ FR_INLINE void multiply(const float* v, int64_t v_chunk_stride, int64_t chunks, 
     const int64_t end = begin + kSegment < chunks ? begin + kSegment : chunks;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       before_chunk(chunk);
-      unroll<kChunk>([&](auto c) FR_LAMBDA {
+      // A loop: as unroll<kChunk> it makes the same code and takes twice as long to compile.
+#pragma GCC unroll 16
+      for (int c = 0; c < kChunk; ++c) {
         __builtin_prefetch(ahead.next + 2 * c * kCacheLine);
         __builtin_prefetch(ahead.next + (2 * c + 1) * kCacheLine);
         V weight[Block::kCols];
@@ -68,7 +70,7 @@ FR_INLINE void multiply(const float* v, int64_t v_chunk_stride, int64_t chunks, 
         });
         // Compilers would issue all the prefetches of a chunk at once, and loads would wait behind them.
         __asm__ __volatile__("" ::: "memory");
-      });
+      }
       v += v_chunk_stride;
       u += kChunk * Block::kPanel;
       ahead.next += ahead.step;

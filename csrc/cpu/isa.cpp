@@ -2,7 +2,6 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
 
 #include "../checks.h"
 
@@ -37,44 +36,71 @@ bool have_amx() {
 #endif
 }
 
+#if defined(__x86_64__)
+// Not every compiler's __builtin_cpu_supports knows its name.
+bool have_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
+// Best first. Each is a part of those before it, but for matrix tiles, which "portable" has in plain C++.
+constexpr const char* kIsas[] = {"amx", "avx512", "avx2", "portable"};
+constexpr int kIsaCount = 4;
+
+int index_of(const char* isa) {
+  int index = 0;
+  while (index < kIsaCount && std::strcmp(isa, kIsas[index]) != 0) ++index;
+  return index;
+}
+
+const Kernels* of_this_processor(int index) {
+#if defined(__x86_64__)
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && have_f16c();
+  static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                             __builtin_cpu_supports("avx512dq");
+  if (index == 0 && avx512 && have_amx()) return &kernels_amx();
+  if (index == 1 && avx512) return &kernels_avx512();
+  if (index == 2 && avx2) return &kernels_avx2();
+#endif
+  return index == kIsaCount - 1 ? &kernels_portable() : nullptr;
+}
+
+// The best set in use. What FUSED_RESNET_CPU_ISA names hides all better ones, as on a processor without them.
+int best_index() {
+  static const int best = [] {
+    const char* named = std::getenv("FUSED_RESNET_CPU_ISA");
+    if (named != nullptr && *named != '\0') {
+      const int index = index_of(named);
+      check(of_this_processor(index) != nullptr, "FUSED_RESNET_CPU_ISA",
+            "amx, avx512, avx2 or portable, as this CPU has it", named);
+      return index;
+    }
+    int index = 0;
+    while (of_this_processor(index) == nullptr) ++index;
+    return index;
+  }();
+  return best;
+}
+
 }  // namespace
 
 const Kernels* kernels_for(const char* isa) {
-#if defined(__x86_64__)
-  if (std::strcmp(isa, "avx512") == 0) {
-    const bool present = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    return present ? &kKernelsAvx512 : nullptr;
-  }
-  if (std::strcmp(isa, "amx") == 0) {
-    if (kernels_for("avx512") == nullptr || !have_amx()) return nullptr;
-    static const Kernels amx = kernels_amx();
-    return &amx;
-  }
-  if (std::strcmp(isa, "avx2") == 0) {
-    const bool present =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    return present ? &kKernelsAvx2 : nullptr;
-  }
-#endif
-  return std::strcmp(isa, "portable") == 0 ? &kKernelsPortable : nullptr;
+  const int index = index_of(isa);
+  return index < best_index() ? nullptr : of_this_processor(index);
 }
 
 const Kernels& kernels() {
-  static const Kernels& best = [&]() -> const Kernels& {
-    const char* named = std::getenv("FUSED_RESNET_CPU_ISA");
-    if (named != nullptr && *named != '\0') {
-      const Kernels* found = kernels_for(named);
-      check(found != nullptr, "FUSED_RESNET_CPU_ISA", "amx, avx512, avx2 or portable, as this CPU has it",
-            named);
-      return *found;
-    }
-    for (const char* isa : {"amx", "avx512", "avx2"}) {
-      if (const Kernels* found = kernels_for(isa)) return *found;
-    }
-    return kKernelsPortable;
-  }();
-  return best;
+  return *of_this_processor(best_index());
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> found;
+  for (int index = best_index(); index < kIsaCount; ++index) {
+    if (of_this_processor(index) != nullptr) found.emplace_back(kIsas[index]);
+  }
+  return found;
 }
 
 }  // namespace fused_resnet::cpu

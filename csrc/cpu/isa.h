@@ -1,6 +1,9 @@
-// One binary, several instruction sets: each kernel is instantiated in isa_avx512.cpp, isa_avx2.cpp and
-// isa_portable.cpp, and the best set that this CPU has is taken at run time.
+// One binary, several instruction sets: each kernel is instantiated in isa_portable_*.cpp, isa_avx2_*.cpp,
+// isa_avx512_*.cpp and isa_amx_*.cpp, and the best set that this CPU has is taken at run time.
 #pragma once
+
+#include <string>
+#include <vector>
 
 #include "checksum.h"
 #include "conv.h"
@@ -20,16 +23,38 @@ struct Kernels {
   PooledKernel split_pooled = {};
 };
 
-#if defined(__x86_64__)
-extern const Kernels kKernelsAvx512, kKernelsAvx2;
-Kernels kernels_amx();  // those of AVX-512 and the ones on matrix tiles
-#endif
-extern const Kernels kKernelsPortable;
+// The parts of a set, a file each: they compile side by side, and none takes long or much memory. Each runs
+// code of its instruction set.
+struct Portable;
+struct Avx2;
+struct Avx512;
+struct Amx;
+template <class Isa>
+void add_direct(Kernels& set);
+template <class Isa>
+void add_winograd2(Kernels& set);
+template <class Isa>
+void add_winograd4(Kernels& set);
+template <class Isa>
+void add_split_direct(Kernels& set);
+template <class Isa>
+void add_split_winograd(Kernels& set);
 
-// The kernels of the named instruction set; nullptr where this CPU does not have it.
+// To be called where the CPU has the instruction set.
+#if defined(__x86_64__)
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+const Kernels& kernels_amx();  // those of AVX-512 and the ones on matrix tiles
+#endif
+const Kernels& kernels_portable();
+
+// The kernels of the named instruction set; nullptr where this CPU does not have it, or where
+// FUSED_RESNET_CPU_ISA names a lesser one: that one is then the best.
 const Kernels* kernels_for(const char* isa);
-// Those of the best one, or of the one that FUSED_RESNET_CPU_ISA names.
+// Those of the best one.
 const Kernels& kernels();
+// The names of all that `kernels_for` knows here, the best first.
+std::vector<std::string> isas();
 
 inline const char* best_isa() {
   return kernels().isa;

@@ -31,7 +31,7 @@ struct PooledRows {
       // As unsigned integers floats from +0 on have their own order, and NaNs of either sign are above them.
       return (Bits)b > (Bits)a ? b : a;
     } else {
-      return (b > a) | (b != b) ? b : a;
+      return ((b > a) | (b != b)) ? b : a;
     }
   }
 

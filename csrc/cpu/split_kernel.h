@@ -261,7 +261,8 @@ struct SplitImpl {
     for (int64_t i = 0; i < parts; ++i) {
       const Part part = part_at(i);
       const int64_t count = part.end - part.begin;
-      auto [next, work] = ready(part_at(std::min(i + 1, parts - 1)), other);
+      auto [following, work] = ready(part_at(std::min(i + 1, parts - 1)), other);
+      auto& next = following;  // C++17 lets no lambda capture a structured binding
       const int64_t share = i + 1 < parts ? ceil_div(work, groups * count * kProductsOfStep) : 0;
       const BFloat16* weights = kFresh ? slab : stored(part);
       for (int64_t group = 0; group < groups; ++group) {

@@ -22,40 +22,53 @@ class PlainTiles {
   // A register: `stride` bytes from row to row.
   template <int kTile>
   void load(const void* from, int64_t stride) {
-    for (int row = 0; row < kTileRows; ++row) {
-      std::memcpy(tile_[kTile][row], static_cast<const char*>(from) + row * stride, 64);
-    }
+    load(tile_[kTile], from, stride);
   }
   template <int kTile>
   void store(void* to, int64_t stride) const {
-    for (int row = 0; row < kTileRows; ++row) {
-      std::memcpy(static_cast<char*>(to) + row * stride, tile_[kTile][row], 64);
-    }
+    store(tile_[kTile], to, stride);
   }
   template <int kTile>
   void zero() {
     std::memset(tile_[kTile], 0, sizeof(tile_[kTile]));
   }
-
-  // sum += A B. Intel's definition: even and odd depths are summed apart from zero on, then added.
   template <int kSum, int kA, int kB>
   void multiply() {
+    multiply(tile_[kSum], tile_[kA], tile_[kB]);
+  }
+
+ private:
+  using Tile = unsigned char[kTileRows][64];
+
+  // Calls: inlined at every place that has an instruction of AmxTiles, they are minutes of compilation.
+  FR_NOINLINE static void load(Tile& tile, const void* from, int64_t stride) {
+    for (int row = 0; row < kTileRows; ++row) {
+      std::memcpy(tile[row], static_cast<const char*>(from) + row * stride, 64);
+    }
+  }
+  FR_NOINLINE static void store(const Tile& tile, void* to, int64_t stride) {
+    for (int row = 0; row < kTileRows; ++row) {
+      std::memcpy(static_cast<char*>(to) + row * stride, tile[row], 64);
+    }
+  }
+
+  // sum += A B. Intel's definition: even and odd depths are summed apart from zero on, then added.
+  FR_NOINLINE static void multiply(Tile& sums, const Tile& a, const Tile& b) {
     for (int row = 0; row < kTileRows; ++row) {
       for (int col = 0; col < kTileCols; ++col) {
         float even = 0, odd = 0;
         for (int pair = 0; pair < kTileDepth / 2; ++pair) {
-          even += value(tile_[kA][row] + 4 * pair) * value(tile_[kB][pair] + 4 * col);
-          odd += value(tile_[kA][row] + 4 * pair + 2) * value(tile_[kB][pair] + 4 * col + 2);
+          even += value(a[row] + 4 * pair) * value(b[pair] + 4 * col);
+          odd += value(a[row] + 4 * pair + 2) * value(b[pair] + 4 * col + 2);
         }
         float sum;
-        std::memcpy(&sum, tile_[kSum][row] + 4 * col, 4);
+        std::memcpy(&sum, sums[row] + 4 * col, 4);
         sum += even + odd;
-        std::memcpy(tile_[kSum][row] + 4 * col, &sum, 4);
+        std::memcpy(sums[row] + 4 * col, &sum, 4);
       }
     }
   }
 
- private:
   static float value(const unsigned char* bfloat16) {
     uint16_t half;
     std::memcpy(&half, bfloat16, 2);
@@ -65,7 +78,7 @@ class PlainTiles {
     return result;
   }
 
-  alignas(64) unsigned char tile_[8][kTileRows][64] = {};
+  alignas(64) Tile tile_[8] = {};
 };
 
 #if defined(FR_TARGET_AMX)

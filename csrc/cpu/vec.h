@@ -10,6 +10,7 @@
 #include <utility>
 
 #define FR_INLINE inline __attribute__((always_inline))
+#define FR_NOINLINE __attribute__((noinline))
 #define FR_LAMBDA __attribute__((always_inline))
 
 namespace fused_resnet::cpu {

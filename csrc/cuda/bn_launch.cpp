@@ -25,6 +25,7 @@ int launch_bn_plan(const BnPlan& plan, const BnParams& params, void* stream, cha
   const cudaError_t status = cudaLaunchKernel(kKernels[plan.kernel], grid, block, arguments,
                                               plan.dynamic_shared_bytes, static_cast<cudaStream_t>(stream));
   if (status == cudaSuccess) return 0;
+  cudaGetLastError();  // reported here, and by nothing that asks later
   std::snprintf(error, error_bytes, "cuda: %s: %s", bn_kernel_info(plan.kernel).symbol,
                 cudaGetErrorString(status));
   return 1;

@@ -97,6 +97,10 @@ void check(const BnRequest& q, const DeviceProperties& device) {
   }
   if (t.projection && q.residual_dtype != kAbsent)
     refuse("cuda: expected a residual or a projection, got both");
+  if (t.apply && (q.activation < kActivationNone || q.activation > kActivationRelu6)) {
+    refuse("cuda: activation must be 0 (none), 1 (relu) or 2 (relu6), got %d", q.activation);
+  }
+  if (device.sm_count < 1) refuse("cuda: a device has at least one multiprocessor, got %d", device.sm_count);
 }
 
 // The type of all activations of the call, or kAnyDType.
@@ -148,7 +152,7 @@ void plan_reduction(const BnKernelInfo& kernel, const DeviceProperties& device, 
   p.rows_per_part = ceil_div(p.rows, wanted);
   p.parts = static_cast<int32_t>(ceil_div(p.rows, p.rows_per_part));
   plan.grid[0] = grid_size(columns * p.parts);
-  plan.counter_bytes = ceil_div(columns * 4, kCounterBytes) * kCounterBytes;
+  plan.counter_bytes = ceil_div(columns * 4, kCounterAlignment) * kCounterAlignment;
   p.partials_offset = plan.counter_bytes;
   const int64_t partial_bytes =
       int64_t{4} * bn_planes(kernel.pass, kernel.branches) * bn_pitch(kernel.packet);

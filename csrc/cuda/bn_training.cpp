@@ -85,6 +85,7 @@ class Call {
     if (t == nullptr) return;
     check(t->scalar_type() == ScalarType::Int && t->numel() == (y_.numel() + 31) / 32, "mask",
           "one int32 for 32 elements of y", t->numel(), " numbers");
+    check(t->is_contiguous(), "mask", "a dense tensor", "other strides");
     check_same_device(*t, y_, "mask");
     address(kBnMask, t->data_ptr());
     request_.mask = 1;
@@ -97,16 +98,13 @@ class Call {
     request_.alignment = static_cast<int32_t>(address_bits_ & (~address_bits_ + 1));
     const BnPlan& plan = remembered_plan(request_, device_, &make_bn_plan);
     void* const stream = current_stream(device_);
-    OptionalTensor workspace;  // until the launch is on the stream
-    if (plan.workspace_bytes) {
-      workspace = workspace_for(plan.workspace_bytes, plan.counter_bytes, device_, stream);
-      address(kBnWorkspace, workspace->data_ptr());
-    }
+    const Workspace workspace(plan.workspace_bytes, plan.counter_bytes, device_, stream);
+    address(kBnWorkspace, workspace.counters());
     char error[kErrorBytes];
     if (check_bn_addresses(plan, addresses_, error, kErrorBytes)) throw std::invalid_argument(error);
-    if (launch_bn_plan(plan, bind_bn_addresses(plan, addresses_), stream, error, kErrorBytes)) {
-      throw std::runtime_error(error);
-    }
+    BnParams params = bind_bn_addresses(plan, addresses_);
+    workspace.bind(params);
+    if (launch_bn_plan(plan, params, stream, error, kErrorBytes)) throw std::runtime_error(error);
   }
 
  private:

@@ -41,7 +41,7 @@ FUSED_RESNET_API int32_t fused_resnet_plan(const PlanRequest* request, const Dev
 }
 FUSED_RESNET_API int32_t fused_resnet_query_device(DeviceProperties* device, char* error,
                                                    int32_t error_bytes) {
-  return query_device(*device, error, error_bytes);
+  return query_device(-1, *device, error, error_bytes);
 }
 FUSED_RESNET_API int32_t fused_resnet_launch(const Plan* plan, const void* const* addresses, void* stream,
                                              char* error, int32_t error_bytes) {

@@ -1,6 +1,6 @@
 // The operator fused_resnet_C::cuda_conv_bn_add_relu: tensors -> request -> plan -> workspace -> launch, on
-// torch's current stream. No synchronisation, and nothing but the kernel reaches the stream (see workspace()
-// for its first use), so it may be captured into a CUDA graph.
+// torch's current stream. No synchronisation, and nothing but the kernel reaches the stream, so it may be
+// captured into a CUDA graph.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 

@@ -82,6 +82,7 @@ ConvCall::ConvCall(const Tensor& x, const Tensor& weight, const ConvShape& shape
 }
 
 void ConvCall::activation(const Tensor& t, int slot, const char* name) {
+  check(t.dim() == 4, name, "4 dimensions", t.dim());
   check_same_device(t, x_, name);
   kept_.push_back(channels_last(t));
   addresses_[slot] = kept_.back().data_ptr();
@@ -155,14 +156,11 @@ Tensor ConvCall::empty_output(const Plan& plan) const {
 void ConvCall::launch(const Plan& plan) {
   if (plan.grid[0] == 0) return;
   void* const stream = current_stream(device_);
-  if (plan.workspace_bytes) {
-    kept_.push_back(workspace_for(plan.workspace_bytes, plan.counter_bytes, device_, stream));
-    addresses_[kTensorWorkspace] = kept_.back().data_ptr();
-  }
+  const Workspace workspace(plan.workspace_bytes, plan.counter_bytes, device_, stream);
+  ConvParams params = bind_addresses(plan, addresses_);
+  workspace.bind(params);
   char error[kErrorBytes];
-  if (launch_plan(plan, bind_addresses(plan, addresses_), stream, error, kErrorBytes)) {
-    throw std::runtime_error(error);
-  }
+  if (launch_plan(plan, params, stream, error, kErrorBytes)) throw std::runtime_error(error);
 }
 
 }  // namespace fused_resnet

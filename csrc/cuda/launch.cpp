@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 
@@ -17,36 +18,42 @@ const void* const kKernels[] = {FUSED_RESNET_KERNELS(FUSED_RESNET_KERNEL_ADDRESS
 constexpr int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
 
 int failed(cudaError_t status, const char* what, char* error, int error_bytes) {
+  cudaGetLastError();  // reported here, and by nothing that asks later
   std::snprintf(error, error_bytes, "cuda: %s: %s", what, cudaGetErrorString(status));
   return 1;
 }
 
-// A kernel must be allowed more than 48 KiB of dynamic shared memory once per device; kept as the largest
-// size so far.
+// A kernel must be allowed more than 48 KiB of dynamic shared memory once per device. Always as much as any
+// plan of it takes there: of two threads, neither takes away what the other has just been allowed.
 constexpr int kDevices = 64;
-std::atomic<int> allowed_shared[kDevices][kKernelCount];
+std::atomic<bool> allowed_shared[kDevices][kKernelCount];
 
-cudaError_t allow_shared(int kernel, int bytes) {
-  if (bytes <= 48 * 1024) return cudaSuccess;
-  int device = 0;
+cudaError_t allow_shared(int kernel) {
+  const KernelInfo& info = kernel_info(kernel);
+  const int most = info.shared_bytes + info.park_bytes;
+  if (most <= 48 * 1024) return cudaSuccess;
+  int device = 0, limit = 0;
   if (const cudaError_t status = cudaGetDevice(&device)) return status;
   const bool remembered = device < kDevices;
-  if (remembered && allowed_shared[device][kernel].load(std::memory_order_relaxed) >= bytes)
-    return cudaSuccess;
-  const cudaError_t status =
-      cudaFuncSetAttribute(kKernels[kernel], cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (remembered && allowed_shared[device][kernel].load(std::memory_order_relaxed)) return cudaSuccess;
+  if (const cudaError_t status =
+          cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) {
+    return status;
+  }
+  const cudaError_t status = cudaFuncSetAttribute(
+      kKernels[kernel], cudaFuncAttributeMaxDynamicSharedMemorySize, std::min(most, limit));
   if (remembered && status == cudaSuccess)
-    allowed_shared[device][kernel].store(bytes, std::memory_order_relaxed);
+    allowed_shared[device][kernel].store(true, std::memory_order_relaxed);
   return status;
 }
 
 }  // namespace
 
-int query_device(DeviceProperties& device, char* error, int error_bytes) {
-  int current = 0, major = 0, minor = 0;
-  cudaError_t status = cudaGetDevice(&current);
+int query_device(int index, DeviceProperties& device, char* error, int error_bytes) {
+  int major = 0, minor = 0;
+  cudaError_t status = index < 0 ? cudaGetDevice(&index) : cudaSuccess;
   const auto read = [&](int32_t& value, cudaDeviceAttr attribute) {
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&value, attribute, current);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&value, attribute, index);
   };
   read(device.sm_count, cudaDevAttrMultiProcessorCount);
   read(major, cudaDevAttrComputeCapabilityMajor);
@@ -61,9 +68,14 @@ int use_device(int device) {
   return cudaSetDevice(device) == cudaSuccess ? 0 : 1;
 }
 
+int current_device() {
+  int device = -1;
+  return cudaGetDevice(&device) == cudaSuccess ? device : -1;
+}
+
 int launch_plan(const Plan& plan, const ConvParams& params, void* stream, char* error, int error_bytes) {
   if (plan.grid[0] == 0) return 0;
-  if (const cudaError_t status = allow_shared(plan.kernel, plan.dynamic_shared_bytes)) {
+  if (const cudaError_t status = allow_shared(plan.kernel)) {
     return failed(status, "allowing the kernel's shared memory", error, error_bytes);
   }
   const dim3 grid(plan.grid[0], plan.grid[1], plan.grid[2]),

@@ -5,11 +5,13 @@
 
 namespace fused_resnet {
 
-// Properties of the current device; returns 0, or 1 and one sentence in `error`.
-int query_device(DeviceProperties& device, char* error, int error_bytes);
+// Properties of a device (-1: of the current one); returns 0, or 1 and one sentence in `error`.
+int query_device(int index, DeviceProperties& device, char* error, int error_bytes);
 
-// Makes `device` the current one of this runtime: the statically linked one is not torch's.
+// Makes `device` the current one of this runtime: the statically linked one is not torch's. Returns 0, or 1.
 int use_device(int device);
+// The current device, or -1.
+int current_device();
 
 // Launches on `stream` of the current device and returns at once; nothing is launched for an empty grid. Only
 // kernel launches reach the stream, so this may be captured into a CUDA graph. Returns 0, or 1 and one

@@ -53,8 +53,17 @@ int bytes_of(int32_t dtype) {
 bool known(int32_t dtype) {
   return dtype == kFloat16 || dtype == kBFloat16 || dtype == kFloat32;
 }
+// 0 where the filter is larger than the padded image: C++ would round a negative quotient up, to an output of
+// one row.
 int32_t out_size(int64_t size, int64_t window, int64_t stride, int64_t padding, int64_t dilation) {
-  return static_cast<int32_t>((size + 2 * padding - dilation * (window - 1) - 1) / stride + 1);
+  const int64_t room = size + 2 * padding - dilation * (window - 1) - 1;
+  return room < 0 ? 0 : static_cast<int32_t>(room / stride + 1);
+}
+// -1 where one is negative; 2^60 stands for all beyond.
+int64_t product(int32_t a, int32_t b, int32_t c) {
+  if (std::min({a, b, c}) < 0) return -1;
+  const int64_t most = int64_t{1} << 60, ab = int64_t{a} * b;
+  return ab > most / std::max(c, 1) ? most : ab * c;
 }
 
 struct Refusal {
@@ -82,6 +91,7 @@ void check_norm(const char* prefix, const NormRequest& norm) {
 
 void check(const PlanRequest& q, const DeviceProperties& device) {
   if (device.capability < 80) refuse("cuda: needs sm_80 or newer, got sm_%d", device.capability);
+  if (device.sm_count < 1) refuse("cuda: a device has at least one multiprocessor, got %d", device.sm_count);
   if (q.groups != 1) refuse("cuda: groups must be 1, got %d", q.groups);
   if (!known(q.dtype)) refuse("cuda: dtype must be float16, bfloat16 or float32");
   if (q.residual_dtype != kAbsent && !known(q.residual_dtype)) {
@@ -93,6 +103,9 @@ void check(const PlanRequest& q, const DeviceProperties& device) {
                        q.activation != kActivationNone || q.splits > 1)) {
     refuse(
         "cuda: statistics are those of a convolution alone: expected no BN, addition, activation or split-K");
+  }
+  if (q.activation < kActivationNone || q.activation > kActivationRelu6) {
+    refuse("cuda: activation must be 0 (none), 1 (relu) or 2 (relu6), got %d", q.activation);
   }
   check_norm("", q.norm);
   check_norm("proj_", q.proj_norm);
@@ -114,7 +127,7 @@ void check(const PlanRequest& q, const DeviceProperties& device) {
                  {"padded width", q.w + 2 * int64_t{q.padding_w}, 0},
                  {"dilated filter height", int64_t{q.dilation_h} * q.r, 1},
                  {"dilated filter width", int64_t{q.dilation_w} * q.s, 1},
-                 {"filter size times c", int64_t{q.r} * q.s * q.c, 1}};
+                 {"filter size times c", product(q.r, q.s, q.c), 1}};
   for (const auto& number : numbers) {
     if (number.value < number.least || number.value > kLimit) {
       refuse("cuda: %s must be between %lld and 2^30, got %lld", number.name,
@@ -123,10 +136,12 @@ void check(const PlanRequest& q, const DeviceProperties& device) {
   }
   const int32_t p = out_size(q.h, q.r, q.stride_h, q.padding_h, q.dilation_h);
   const int32_t width = out_size(q.w, q.s, q.stride_w, q.padding_w, q.dilation_w);
-  if (p < 1 || width < 1) refuse("cuda: the output would be %d x %d", p, width);
-  if (int64_t{q.n} * p * width > kLimit) {
-    refuse("cuda: batch times output pixels must be at most 2^30, got %lld",
-           static_cast<long long>(int64_t{q.n} * p * width));
+  if (p < 1 || width < 1) {  // as Problem.checked() in Python
+    refuse("x: %dx%d is too small for a %dx%d filter with padding (%d, %d) and dilation (%d, %d)", q.h, q.w,
+           q.r, q.s, q.padding_h, q.padding_w, q.dilation_h, q.dilation_w);
+  }
+  if (const int64_t pixels = product(q.n, p, width); pixels > kLimit) {
+    refuse("cuda: batch times output pixels must be at most 2^30, got %lld", static_cast<long long>(pixels));
   }
   if (!q.projection) return;
   if (q.proj_c < 1 || q.proj_h < 1 || q.proj_w < 1 || std::min(q.proj_stride_h, q.proj_stride_w) < 1 ||
@@ -136,7 +151,7 @@ void check(const PlanRequest& q, const DeviceProperties& device) {
   const int32_t proj_p = out_size(q.proj_h, 1, q.proj_stride_h, 0, 1);
   const int32_t proj_q = out_size(q.proj_w, 1, q.proj_stride_w, 0, 1);
   if (proj_p != p || proj_q != width) {
-    refuse("cuda: the projection is %d x %d, expected %d x %d", proj_p, proj_q, p, width);
+    refuse("proj_x: its projection is %dx%d, expected %dx%d", proj_p, proj_q, p, width);
   }
 }
 
@@ -274,7 +289,7 @@ void fill_alignment(const PlanRequest& q, Plan& plan) {
 // Counters and partial results of the columns of tiles; statistics.cuh has the layout.
 void fill_statistics(const KernelInfo& kernel, Plan& plan) {
   const int64_t tiles = ceil_div(plan.params.pixels, kernel.tile_m), groups = ceil_div(tiles, kGroupTiles);
-  plan.counter_bytes = round_up(plan.params.tiles_n * (groups + 1) * 4, kCounterBytes);
+  plan.counter_bytes = round_up(plan.params.tiles_n * (groups + 1) * 4, kCounterAlignment);
   plan.params.partials_offset = plan.counter_bytes;
   plan.workspace_bytes = plan.counter_bytes + plan.params.tiles_n * (groups + tiles) * 2 * kernel.tile_n * 4;
 }
@@ -289,7 +304,8 @@ void fill_plan(const PlanRequest& q, const DeviceProperties& device, Plan& plan)
   if (q.splits < 0 || q.splits > 65535) refuse("cuda: splitk must be between 1 and 65535, got %d", q.splits);
   const Load load = vector ? Load::kVector : Load::kGather;
   const Forced forced = {q.tile_m, q.tile_n, q.statistics ? 1 : q.splits};
-  const Schedule choice = choose_schedule(params, math_of(q), load, epilogue_of(q), device, forced);
+  const Schedule choice =
+      choose_schedule(params, q.residual_dtype != kAbsent, math_of(q), load, epilogue_of(q), device, forced);
   if (choice.kernel < 0) refuse_tile(q, device);
   const KernelInfo& kernel = kCatalogue[choice.kernel];
   plan.kernel = choice.kernel;
@@ -308,9 +324,14 @@ void fill_plan(const PlanRequest& q, const DeviceProperties& device, Plan& plan)
   plan.block[1] = plan.block[2] = 1;
   plan.dynamic_shared_bytes = kernel.shared_bytes + (params.sources == 2 ? kernel.park_bytes : 0);
   if (params.splits > 1) {
-    plan.counter_bytes = round_up(tiles * 4, kCounterBytes);
+    plan.counter_bytes = round_up(tiles * 4, kCounterAlignment);
     params.partials_offset = plan.counter_bytes;
-    plan.workspace_bytes = plan.counter_bytes + tiles * params.splits * kernel.tile_m * kernel.tile_n * 4;
+    const int64_t partial_bytes = int64_t{kernel.tile_m} * kernel.tile_n * 4;
+    if (tiles * params.splits > (int64_t{1} << 48) / partial_bytes) {
+      refuse("cuda: the partial sums of %lld tiles, each split %d times, take more than 2^48 bytes",
+             static_cast<long long>(tiles), params.splits);
+    }
+    plan.workspace_bytes = plan.counter_bytes + tiles * params.splits * partial_bytes;
   }
   if (q.statistics && tiles > 0) fill_statistics(kernel, plan);
   fill_alignment(q, plan);

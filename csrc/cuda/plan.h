@@ -72,9 +72,8 @@ enum TensorSlot : int32_t {
   kTensorCount
 };
 
-// Room for the counters of 16384 tiles at the front of every workspace, so that launches of different plans
-// can share one: more than any plan has that splits its sums to fill an idle device.
-constexpr int64_t kCounterBytes = 64 * 1024;
+// What the counters at the front of a workspace are rounded up to.
+constexpr int64_t kCounterAlignment = 256;
 
 struct KernelInfo {
   const char* symbol;

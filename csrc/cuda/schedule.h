@@ -20,8 +20,9 @@ struct Forced {  // 0: free
   int tile_m, tile_n, splits;
 };
 
-// The fastest by a model of one SM; `params` needs all but the fields that depend on the tile.
-Schedule choose_schedule(const ConvParams& params, Math math, Load load, Epilogue epilogue,
+// The fastest by a model of one SM; `params` needs all but the fields that depend on the tile. `residual`:
+// one is read.
+Schedule choose_schedule(const ConvParams& params, bool residual, Math math, Load load, Epilogue epilogue,
                          const DeviceProperties& device, const Forced& forced);
 
 }  // namespace fused_resnet

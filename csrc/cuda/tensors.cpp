@@ -52,7 +52,7 @@ const DeviceProperties& properties(int32_t device) {
   if (found != known.end()) return found->second;
   DeviceProperties answer;
   char error[kErrorBytes];
-  if (query_device(answer, error, kErrorBytes)) throw std::runtime_error(error);
+  if (query_device(device, answer, error, kErrorBytes)) throw std::runtime_error(error);
   return known[device] = answer;
 }
 

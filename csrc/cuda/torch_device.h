@@ -41,7 +41,7 @@ class DeviceGuard {
 inline void* current_stream(int32_t device) {
   if (aoti_torch_get_current_cuda_stream == nullptr) throw std::runtime_error("cuda: this torch has no CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return stream;
 }
 

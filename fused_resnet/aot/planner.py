@@ -19,9 +19,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import platformdirs
 import torch
 
+from .. import user_cache
 from ..problem import Problem, dtype_name
 from .launch_json import Launch, TensorSpec, by_value, default_bn_dtype, tensor_specs, workspace_spec
 
@@ -145,7 +145,7 @@ static int without(char* error, int bytes) {
   std::snprintf(error, bytes, "the planner was built without the CUDA runtime: it cannot launch");
   return 1;
 }
-int query_device(DeviceProperties&, char* error, int bytes) { return without(error, bytes); }
+int query_device(int, DeviceProperties&, char* error, int bytes) { return without(error, bytes); }
 int launch_plan(const Plan&, const ConvParams&, void*, char* error, int bytes) { return without(error, bytes); }
 int check_addresses(const Plan&, const void* const*, char* error, int bytes) { return without(error, bytes); }
 int launch_bn_plan(const BnPlan&, const BnParams&, void*, char* error, int bytes) { return without(error, bytes); }
@@ -167,8 +167,8 @@ def source_directory() -> Path:
 
 
 def cache_directory() -> Path:
-    """Where compiled planners and kernels are kept (FUSED_RESNET_CACHE, else the user's cache folder)."""
-    path = Path(os.environ.get("FUSED_RESNET_CACHE") or platformdirs.user_cache_path("fused_resnet"))
+    """Where compiled planners and kernels are kept (FUSED_RESNET_CACHE, else with the tuning results)."""
+    path = Path(os.environ.get("FUSED_RESNET_CACHE") or user_cache.directory())
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -232,7 +232,8 @@ class Planner:
         self.kernels = self._catalogue()
 
     def _build(self) -> Path:
-        out = cache_directory() / f"planner-{sources_key(self.csrc, '.cpp')}.so"
+        stub_key = hashlib.sha256(_NO_LAUNCHER.encode()).hexdigest()[:8]
+        out = cache_directory() / f"planner-{sources_key(self.csrc, '.cpp')}-{stub_key}.so"
         if not out.exists():
             with tempfile.TemporaryDirectory(dir=out.parent) as folder:
                 stub, made = Path(folder) / "no_launcher.cpp", Path(folder) / "planner.so"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..backends.triton import why_not_problem, why_not_triton
-from ..kernels.arguments import BatchNorm, ProjectionTensors, StatsTensors
+from ..kernels.arguments import BatchNorm, StatsTensors
 from ..kernels.config import TailConfig, base_configs, candidates
 from ..kernels.plan import Descriptor, TailPlan, plan
 from ..problem import Problem
@@ -26,7 +26,7 @@ L2_PROMOTION_128B = 2
 
 #: Counters travel as bytes and are words to the kernels.
 _TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "uint8": "*i32"}
-_TAIL_FIELDS = ("x", "weight", "y", "residual", "bn", "proj", "workspace")
+_TAIL_FIELDS = ("x", "weight", "y", "residual", "bn", "proj_x", "proj_weight", "proj_bn", "workspace")
 _STATS_FIELDS = ("x", "weight", "y", "bias", "stats")
 _BN_NAMES = ("bias", "bn_weight", "bn_bias", "running_mean", "running_var")
 
@@ -71,15 +71,11 @@ class _Signature:
         for at, (name, field) in enumerate(zip(arg_names, fields, strict=False)):
             if field == "bn":
                 self.types[name] = self._batch_norm((at,), "")
-            elif field == "proj" and problem.projection is not None:
-                self.types[name] = ProjectionTensors(
-                    self._operand((at, 0), "proj_x"),
-                    self._operand((at, 1), "proj_weight"),
-                    self._batch_norm((at, 2), "proj_"),
-                )
+            elif field == "proj_bn" and problem.projection is not None:
+                self.types[name] = self._batch_norm((at,), "proj_")
             elif field == "stats":
                 self.types[name] = StatsTensors(*(self._tensor((at, i), n) for i, n in enumerate(StatsTensors._fields)))
-            elif field in ("x", "weight"):
+            elif field in ("x", "weight", "proj_x", "proj_weight"):
                 self.types[name] = self._operand((at,), field)
             else:
                 self.types[name] = self._tensor((at,), field)

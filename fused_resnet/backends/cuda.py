@@ -184,8 +184,7 @@ def _too_old(index: int) -> str | None:
 
 @lru_cache
 def _properties(index: int) -> dict[str, int]:
-    with torch.cuda.device(index):
-        properties: dict[str, int] = _loaded().device_properties(index)
+    properties: dict[str, int] = _loaded().device_properties(index)
     return properties
 
 

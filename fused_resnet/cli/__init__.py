@@ -11,7 +11,7 @@ import typer
 from . import build, inspect, measure, predict, show, train, tune
 from .common import console
 
-__all__ = ["app", "main"]
+__all__ = ["app"]
 
 app = typer.Typer(
     name="fused-resnet",
@@ -37,8 +37,3 @@ def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     pass
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    app()

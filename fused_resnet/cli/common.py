@@ -26,19 +26,33 @@ class UserError(Exception):
     """Something only the user can put right; its text is one sentence."""
 
 
+#: Modules that some commands need and calls never do, and the packages that bring them.
+_OPTIONAL = {
+    "PIL": "pillow", "matplotlib": "matplotlib", "numpy": "numpy", "safetensors": "safetensors",
+    "sklearn": "scikit-learn", "torchmetrics": "torchmetrics", "torchvision": "torchvision", "triton": "triton",
+}  # fmt: skip
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def reports_errors(function: F) -> F:
-    """Decorator of a command: a :class:`UserError` becomes one line on stderr and exit status 2."""
+    """Decorator of a command: a :class:`UserError`, or the lack of an optional package, becomes one line on stderr
+    and exit status 2.
+    """
 
     @functools.wraps(function)
     def command(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
         except UserError as error:
-            errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-            raise typer.Exit(USER_ERROR) from None
+            sentence = str(error)
+        except ModuleNotFoundError as missing:
+            module = (missing.name or "").partition(".")[0]
+            if module not in _OPTIONAL:
+                raise
+            sentence = f"this command needs {module}: pip install {_OPTIONAL[module]}"
+        errors.print(f"[bold red]error:[/] {escape(sentence)}", soft_wrap=True, highlight=False)
+        raise typer.Exit(USER_ERROR)
 
     return command  # type: ignore[return-value]
 

@@ -74,6 +74,7 @@ def bench(
         sides = [contenders.eager(network), contenders.eager_channels_last(network)]
         sides += [contenders.compiled(network)] if compiled else []
         sides.append(contenders.fused(network, backend=backend, winograd=winograd))
+        sides.append(contenders.frozen(network, backend=backend, winograd=winograd))
 
         def make_inputs(round_number: int, images: int = images) -> tuple[torch.Tensor]:
             return (target.example(images, size, where, what, seed=round_number),)

@@ -176,7 +176,12 @@ def _by_name(spec: str, weights_name: str | None, checkpoint: Checkpoint | None)
         model = _timm_model(name, weights_name, options)
         if model is not None:
             return model
-    raise UserError(f"MODEL: {spec!r} is no model of {library or 'torchvision or timm'}{_similar(name)}")
+    asked = [library] if library else ["torchvision", "timm"]
+    missing = [package for package in asked if importlib.util.find_spec(package) is None]
+    where = " or ".join(asked)
+    if missing == asked:
+        raise UserError(f"MODEL: {spec!r} needs {where}: pip install {missing[0]}")
+    raise UserError(f"MODEL: {spec!r} is no model of {where}{_similar(name)}")
 
 
 def _options_of(checkpoint: Checkpoint) -> dict[str, Any]:

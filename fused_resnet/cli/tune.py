@@ -97,6 +97,9 @@ def selftest(
             target = load_target(model, weights)
             checks = tuning.selftest(target.model.to(where, what), target.example(batch, size, where, what))
     console.print(tuning.selftest_table(checks))
+    if not checks:
+        say(f"no backend but eager can run these calls on {where.type}: nothing was checked (fused-resnet doctor)")
+        return
     wrong = [check for check in checks if check.verdict.startswith(("wrong", "crashed"))]
     say(f"{len(wrong)} of {len(checks)} checks failed" if wrong else f"all {len(checks)} checks passed or were refused")
     if wrong:

@@ -142,7 +142,7 @@ def _print_errors(row: Row, same: int, images: int, console: Console) -> None:
 def _time(title: str, model: nn.Module, x: Tensor, rounds: int, compiled: bool, console: Console) -> Timed:
     sides = [contenders.eager(model), contenders.eager_channels_last(model)]
     sides += [contenders.compiled(model)] if compiled else []
-    sides.append(contenders.fused(model))
+    sides += [contenders.fused(model), contenders.frozen(model)]
     with console.status(f"timing {title} ..."):
         result = compare(sides, lambda _: (x,), expected=contenders.expected_output(model), rounds=rounds)
     rows = contenders.summary(result, len(x))

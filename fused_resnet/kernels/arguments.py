@@ -117,9 +117,3 @@ class BatchNorm(NamedTuple):
     mean: Any
     var: Any
     eps: float
-
-
-class ProjectionTensors(NamedTuple):
-    x: Any
-    weight: Any
-    bn: BatchNorm

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..backends.training_base import BatchNorm, GradMeans
 from .bn_apply import bn_apply_add_relu_kernel, bn_backward_apply_kernel
 from .bn_reduce import bn_backward_reduce_kernel, bn_stats_kernel
+from .workspace import workspace
 
 #: Elements a program of an elementwise pass handles: 128 words of the mask, 8 KiB of float16.
 WORDS = 128
@@ -20,20 +21,12 @@ PROGRAMS = 512
 BLOCK_C = 64
 BLOCK_M = 32
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-
 
 def tickets(device: torch.device, columns: int) -> Tensor:
-    """Counters that are zero, and left zero by the kernels; one set per stream, since launches must not share it."""
+    """Counters that are zero, and left zero by the kernels."""
     if device.type != "cuda":
         return torch.zeros(columns, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(columns, dtype=torch.int32, device=device)  # belongs to the graph
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    kept = _counters.get(key)
-    if kept is None or kept.numel() < columns:
-        kept = _counters[key] = torch.zeros(max(columns, 64), dtype=torch.int32, device=device)
-    return kept
+    return workspace("tickets", columns, columns, device, torch.cuda.current_stream(device).cuda_stream)
 
 
 class _Reduction:

@@ -67,7 +67,7 @@ def bn_add_act_kernel(y_ptr, second_ptr, out_ptr, bn, second_bn, pixels, spec: t
             scale, shift = channel_scale_shift(k, second_bn)
             second = second * scale[None, :] + shift[None, :]
         z += second
-    tl.store(out_ptr + offsets, round_to(activate(z, spec.activation), out_ptr.dtype.element_ty, spec), mask=mask)
+    tl.store(out_ptr + offsets, round_to(activate(z, spec), out_ptr.dtype.element_ty, spec), mask=mask)
 
 
 def _batch_norm(conv: ConvBN) -> BatchNorm:

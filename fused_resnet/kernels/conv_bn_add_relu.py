@@ -19,16 +19,16 @@ def round_tf32(a):
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
+def dot(a, b, acc, tile: tl.constexpr):
     """acc + a @ b, accumulated in fp32."""
-    if PRECISION == "upcast":  # the interpreter's bf16 dot is wrong in Triton 3.8
+    if tile.precision == "upcast":  # the interpreter's bf16 dot is wrong in Triton 3.8
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    elif PRECISION == "tf32_rna":
+    elif tile.precision == "tf32_rna":
         return tl.dot(round_tf32(a), round_tf32(b), acc, input_precision="tf32")
-    elif PRECISION == "tensor":
+    elif tile.precision == "tensor":
         return tl.dot(a, b, acc)
     else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
+        return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -59,6 +59,8 @@ def implicit_gemm(x_ptr, w_ptr, n, h0, w0, k, H, W, begin, end, conv: tl.constex
     DIL_W: tl.constexpr = conv.dil_w
     RUN: tl.constexpr = conv.run
     TAPS: tl.constexpr = conv.taps
+    BLOCK_M: tl.constexpr = tile.m
+    BLOCK_N: tl.constexpr = tile.n
     BLOCK_K: tl.constexpr = tile.k
     BLOCKS: tl.constexpr = (RUN + BLOCK_K - 1) // BLOCK_K
     BITS: tl.constexpr = conv.halo == "bits"
@@ -81,7 +83,7 @@ def implicit_gemm(x_ptr, w_ptr, n, h0, w0, k, H, W, begin, end, conv: tl.constex
     tap_bit = 1 << (r * TAPS + s)
     x_ptr += (r * DIL_H * W + s * DIL_W) * C + block * BLOCK_K
     w_ptr += (r * TAPS + s) * RUN + block * BLOCK_K
-    acc = tl.zeros((tile.n, tile.m), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for _ in tl.range(begin, end, num_stages=tile.stages):
         in_c = c < RUN - block * BLOCK_K  # only looked at where RUN is no multiple of BLOCK_K
         if BITS:
@@ -109,7 +111,7 @@ def implicit_gemm(x_ptr, w_ptr, n, h0, w0, k, H, W, begin, end, conv: tl.constex
             filters = tl.load(w_ptr + w_offsets, mask=in_c[None, :], other=0.0)
         else:
             filters = tl.load(w_ptr + w_offsets)
-        acc = dot(filters, pixels.T, acc, tile.precision)
+        acc = dot(filters, pixels.T, acc, tile)
 
         block += 1
         if R * TAPS == 1:
@@ -167,7 +169,9 @@ def tail_tile(
     y_ptr,
     residual_ptr,
     bn,
-    proj,
+    proj_x_ptr,
+    proj_w_ptr,
+    proj_bn,
     workspace_ptr,
     M,
     H,
@@ -192,13 +196,13 @@ def tail_tile(
     z = implicit_gemm(
         x_ptr, w_ptr, n, p * conv.stride_h - conv.pad_h, q * conv.stride_w - conv.pad_w, k, H, W, begin, end, conv, tile
     )
-    if proj is not None:
+    if proj_conv is not None:
         PROJ_STEPS: tl.constexpr = proj_conv.steps(tile.k)
         begin, end = split_range(PROJ_STEPS, split, SPLIT_K)
-        proj_x_ptr = proj.x + first_n.to(tl.int64) * (PROJ_H * PROJ_W) * proj_conv.c
+        proj_x_ptr += first_n.to(tl.int64) * (PROJ_H * PROJ_W) * proj_conv.c
         proj_z = implicit_gemm(
             proj_x_ptr,
-            proj.weight,
+            proj_w_ptr,
             n,
             p * proj_conv.stride_h,
             q * proj_conv.stride_w,
@@ -211,15 +215,15 @@ def tail_tile(
             tile,
         )
         scale, shift = bn_scale_shift(tile_n * tile.n, bn, K, tile)
-        proj_scale, proj_shift = bn_scale_shift(tile_n * tile.n, proj.bn, K, tile)
+        proj_scale, proj_shift = bn_scale_shift(tile_n * tile.n, proj_bn, K, tile)
         z = z * scale[None, :] + proj_z * proj_scale[None, :]
 
     last = True
     if SPLIT_K > 1:
         z, last = reduce_split(z, workspace_ptr, index, split, tile)
     if last:
-        if proj is not None:
-            scale = tl.full((tile.n,), 1.0, tl.float32)
+        if proj_conv is not None:
+            scale = tl.full(scale.shape, 1.0, tl.float32)
             shift += proj_shift
         else:
             scale, shift = bn_scale_shift(tile_n * tile.n, bn, K, tile)
@@ -234,7 +238,9 @@ def conv_bn_add_relu_kernel(
     y_ptr,
     residual_ptr,
     bn,
-    proj,
+    proj_x_ptr,
+    proj_w_ptr,
+    proj_bn,
     workspace_ptr,
     M,
     H,
@@ -259,7 +265,9 @@ def conv_bn_add_relu_kernel(
                 y_ptr,
                 residual_ptr,
                 bn,
-                proj,
+                proj_x_ptr,
+                proj_w_ptr,
+                proj_bn,
                 workspace_ptr,
                 M,
                 H,
@@ -281,7 +289,9 @@ def conv_bn_add_relu_kernel(
             y_ptr,
             residual_ptr,
             bn,
-            proj,
+            proj_x_ptr,
+            proj_w_ptr,
+            proj_bn,
             workspace_ptr,
             M,
             H,

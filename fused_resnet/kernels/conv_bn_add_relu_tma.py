@@ -24,15 +24,18 @@ def boxed_gemm(x_desc, w_desc, n, h0, w0, first_k, begin, end, conv: tl.constexp
     S: tl.constexpr = conv.s
     DIL_H: tl.constexpr = conv.dil_h
     DIL_W: tl.constexpr = conv.dil_w
-    BLOCKS: tl.constexpr = conv.c // tile.k
+    BLOCK_M: tl.constexpr = tile.m
+    BLOCK_N: tl.constexpr = tile.n
+    BLOCK_K: tl.constexpr = tile.k
+    BLOCKS: tl.constexpr = conv.c // BLOCK_K
     block = begin % BLOCKS
     h = h0 + begin // BLOCKS // S * DIL_H
     w = w0 + begin // BLOCKS % S * DIL_W
-    acc = tl.zeros((tile.n, tile.m), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in tl.range(begin, end, num_stages=tile.stages):
-        pixels = x_desc.load([n, h, w, block * tile.k]).reshape(tile.m, tile.k)
-        filters = w_desc.load([first_k, step * tile.k])
-        acc = dot(filters, pixels.T, acc, tile.precision)
+        pixels = x_desc.load([n, h, w, block * BLOCK_K]).reshape(BLOCK_M, BLOCK_K)
+        filters = w_desc.load([first_k, step * BLOCK_K])
+        acc = dot(filters, pixels.T, acc, tile)
         block += 1
         tap_done = block == BLOCKS
         row_done = tap_done & (w == w0 + (S - 1) * DIL_W)
@@ -68,8 +71,8 @@ def box_pixels(n0, p0, q0, N, P, Q, tile: tl.constexpr):
 
 
 @triton.jit
-def boxed_tile(index, split, x_desc, w_desc, y_ptr, residual_ptr, bn, proj, workspace_ptr, N, P, Q,
-               conv: tl.constexpr, proj_conv: tl.constexpr, tile: tl.constexpr):  # fmt: skip
+def boxed_tile(index, split, x_desc, w_desc, y_ptr, residual_ptr, bn, proj_x_desc, proj_w_desc, proj_bn, workspace_ptr,
+               N, P, Q, conv: tl.constexpr, proj_conv: tl.constexpr, tile: tl.constexpr):  # fmt: skip
     """One box of output pixels by tile.n filters, or one split of its K-loop."""
     K: tl.constexpr = conv.k
     SPLIT_K: tl.constexpr = tile.split_k
@@ -79,20 +82,20 @@ def boxed_tile(index, split, x_desc, w_desc, y_ptr, residual_ptr, bn, proj, work
     STEPS: tl.constexpr = conv.steps(tile.k)
     begin, end = split_range(STEPS, split, SPLIT_K)
     z = boxed_gemm(x_desc, w_desc, n0, p0 - conv.pad_h, q0 - conv.pad_w, first_k, begin, end, conv, tile)
-    if proj is not None:  # its stride is in the descriptor: proj_x is seen as the pixels that the projection reads
+    if proj_conv is not None:  # its stride is in the descriptor: proj_x is seen as the pixels that the projection reads
         PROJ_STEPS: tl.constexpr = proj_conv.steps(tile.k)
         begin, end = split_range(PROJ_STEPS, split, SPLIT_K)
-        proj_z = boxed_gemm(proj.x, proj.weight, n0, p0, q0, first_k, begin, end, proj_conv, tile)
+        proj_z = boxed_gemm(proj_x_desc, proj_w_desc, n0, p0, q0, first_k, begin, end, proj_conv, tile)
         scale, shift = bn_scale_shift(first_k, bn, K, tile)
-        proj_scale, proj_shift = bn_scale_shift(first_k, proj.bn, K, tile)
+        proj_scale, proj_shift = bn_scale_shift(first_k, proj_bn, K, tile)
         z = z * scale[None, :] + proj_z * proj_scale[None, :]
 
     last = True
     if SPLIT_K > 1:
         z, last = reduce_split(z, workspace_ptr, index, split, tile)
     if last:
-        if proj is not None:
-            scale = tl.full((tile.n,), 1.0, tl.float32)
+        if proj_conv is not None:
+            scale = tl.full(scale.shape, 1.0, tl.float32)
             shift += proj_shift
         else:
             scale, shift = bn_scale_shift(first_k, bn, K, tile)
@@ -101,16 +104,17 @@ def boxed_tile(index, split, x_desc, w_desc, y_ptr, residual_ptr, bn, proj, work
 
 
 @triton.jit(do_not_specialize=["N", "P", "Q"])
-def conv_bn_add_relu_tma_kernel(x_desc, w_desc, y_ptr, residual_ptr, bn, proj, workspace_ptr, N, P, Q,
-                                conv: tl.constexpr, proj_conv: tl.constexpr, tile: tl.constexpr):  # fmt: skip
+def conv_bn_add_relu_tma_kernel(x_desc, w_desc, y_ptr, residual_ptr, bn, proj_x_desc, proj_w_desc, proj_bn,
+                                workspace_ptr, N, P, Q, conv: tl.constexpr, proj_conv: tl.constexpr,
+                                tile: tl.constexpr):  # fmt: skip
     """Grid (tiles, split_k); `persistent`: (any number, split_k), whose programs take every num_programs-th tile."""
     if tile.persistent:
         boxes = tl.cdiv(N, tile.box[0]) * tl.cdiv(P, tile.box[1]) * tl.cdiv(Q, tile.box[2])
         num_tiles = boxes * ((conv.k + tile.n - 1) // tile.n)
         for index in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=1):
             index = tl.cast(index, tl.int32)  # the interpreter counts a loop in plain Python integers
-            boxed_tile(index, tl.program_id(1), x_desc, w_desc, y_ptr, residual_ptr, bn, proj, workspace_ptr, N, P, Q,
-                       conv, proj_conv, tile)  # fmt: skip
+            boxed_tile(index, tl.program_id(1), x_desc, w_desc, y_ptr, residual_ptr, bn, proj_x_desc, proj_w_desc,
+                       proj_bn, workspace_ptr, N, P, Q, conv, proj_conv, tile)  # fmt: skip
     else:
-        boxed_tile(tl.program_id(0), tl.program_id(1), x_desc, w_desc, y_ptr, residual_ptr, bn, proj, workspace_ptr,
-                   N, P, Q, conv, proj_conv, tile)  # fmt: skip
+        boxed_tile(tl.program_id(0), tl.program_id(1), x_desc, w_desc, y_ptr, residual_ptr, bn, proj_x_desc,
+                   proj_w_desc, proj_bn, workspace_ptr, N, P, Q, conv, proj_conv, tile)  # fmt: skip

@@ -46,11 +46,11 @@ def bn_scale_shift(first_k, bn, K: tl.constexpr, tile: tl.constexpr):
 
 
 @triton.jit
-def activate(z, ACTIVATION: tl.constexpr):
-    """relu, relu6 or none; NaN stays NaN, as in eager."""
-    if ACTIVATION != "none":
+def activate(z, tile: tl.constexpr):
+    """The activation of a record that has one: relu, relu6 or none; NaN stays NaN, as in eager."""
+    if tile.activation != "none":
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if ACTIVATION == "relu6":
+    if tile.activation == "relu6":
         z = tl.minimum(z, 6.0, propagate_nan=tl.PropagateNan.ALL)
     return z
 
@@ -74,7 +74,7 @@ def finish_columns(z, scale, shift, y_ptr, residual_ptr, rows, in_m, first_k, K:
     z = z * scale[None, :] + shift[None, :]
     if residual_ptr is not None:
         z += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offsets, round_to(activate(z, tile.activation), y_ptr.dtype.element_ty, tile), mask=mask)
+    tl.store(y_ptr + offsets, round_to(activate(z, tile), y_ptr.dtype.element_ty, tile), mask=mask)
 
 
 @triton.jit
@@ -107,10 +107,12 @@ def reduce_split(z, workspace_ptr, index, split, tile: tl.constexpr):
     data. The last program leaves the counter (and the atomic tile) zero for the next launch.
     """
     SPLIT_K: tl.constexpr = tile.split_k
-    area: tl.constexpr = tile.m * tile.n
+    BLOCK_M: tl.constexpr = tile.m
+    BLOCK_N: tl.constexpr = tile.n
+    area: tl.constexpr = BLOCK_M * BLOCK_N
     counter_ptr = workspace_ptr + index
     tiles_ptr = (workspace_ptr + tile.counters).to(tl.pointer_type(tl.float32), bitcast=True)
-    inner = tl.arange(0, tile.m)[:, None] * tile.n + tl.arange(0, tile.n)[None, :]
+    inner = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     if tile.ordered:
         tile_ptr = tiles_ptr + index.to(tl.int64) * (SPLIT_K * area)
         tl.store(tile_ptr + split * area + inner, z)
@@ -121,13 +123,13 @@ def reduce_split(z, workspace_ptr, index, split, tile: tl.constexpr):
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == SPLIT_K - 1
     if last:
         if tile.ordered:
-            z = tl.zeros((tile.m, tile.n), tl.float32)
+            z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for i in range(SPLIT_K):
                 z += tl.load(tile_ptr + i * area + inner, cache_modifier=".cg")
         else:
             z = tl.load(tile_ptr + inner, cache_modifier=".cg")
             tl.debug_barrier()  # zeros are stored by other threads than those that load
-            tl.store(tile_ptr + inner, tl.zeros((tile.m, tile.n), tl.float32))
+            tl.store(tile_ptr + inner, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
         tl.store(counter_ptr, 0)
     return z, last
 

@@ -40,10 +40,11 @@ def store_record(record_ptr, pivot, mean, m2, count, tile: tl.constexpr):
 def merge_records(record_ptr, records, tile: tl.constexpr):
     """Pivot (the first record's), mean, M2 and count of `records` records together; others wrote them, so from L2."""
     CHUNK: tl.constexpr = tile.stats_chunk
-    column = tl.arange(0, tile.n)
+    BLOCK_N: tl.constexpr = tile.n
+    column = tl.arange(0, BLOCK_N)
     pivot = tl.load(record_ptr + column, cache_modifier=".cg")
-    mean = tl.zeros((tile.n,), tl.float32)
-    m2 = tl.zeros((tile.n,), tl.float32)
+    mean = tl.zeros((BLOCK_N,), tl.float32)
+    m2 = tl.zeros((BLOCK_N,), tl.float32)
     count = tl.full((), 0.0, tl.float32)
     for first in range(0, records, CHUNK):
         i = first + tl.arange(0, CHUNK)

@@ -1,6 +1,4 @@
-"""Launching the Triton tail: tensors to kernel arguments, the workspace, and a fast path around Triton's own
-launcher.
-"""
+"""Launching the Triton tail: tensors to kernel arguments, and a fast path around Triton's own launcher."""
 
 from __future__ import annotations
 
@@ -16,11 +14,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..layout import empty_output, output_memory_format
 from ..problem import Problem
 from ..reference import ConvBN, Tail
-from .arguments import BatchNorm, ProjectionTensors
+from .arguments import BatchNorm
 from .config import SHARED_LIMIT, TailConfig, candidates
 from .conv_bn_add_relu import conv_bn_add_relu_kernel
 from .conv_bn_add_relu_tma import conv_bn_add_relu_tma_kernel
 from .plan import Descriptor, TailPlan, plan
+from .workspace import workspace
 
 #: TRITON_INTERPRET=1 was set when Triton was imported: kernels run in its interpreter, on tensors of any device.
 INTERPRETING = not isinstance(conv_bn_add_relu_kernel, triton.JITFunction)
@@ -67,23 +66,6 @@ def batch_norm(conv: ConvBN) -> BatchNorm:
         vector(conv.running_var),
         conv.eps,
     )
-
-
-_workspaces: dict[tuple[torch.device, int, bool], Tensor] = {}
-
-
-def workspace(size: int, device: torch.device, stream: int, ordered: bool) -> Tensor:
-    """At least `size` bytes, all zero where a kernel expects zeros; kept per stream, since two launches must not
-    share it.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.zeros(size // 4, dtype=torch.int32, device=device)  # belongs to the graph, not to the cache
-    # partial sums in a fixed order leave garbage where the atomic ones expect zeros
-    key = (device, stream, ordered)
-    kept = _workspaces.get(key)
-    if kept is None or kept.numel() * 4 < size:
-        kept = _workspaces[key] = torch.zeros(size // 4, dtype=torch.int32, device=device)
-    return kept
 
 
 def _hooked() -> bool:
@@ -157,21 +139,24 @@ class BoundTail:
         for v in bn[:5]:
             if v is not None:
                 pointers |= v.data_ptr()
-        proj = None
+        proj: tuple[Any, Any, BatchNorm | None] = (None, None, None)
         if tail.proj is not None and tail.proj_x is not None:
-            proj = ProjectionTensors(channels_last(tail.proj_x), channels_last(tail.proj.weight), batch_norm(tail.proj))
-            pointers |= proj.x.data_ptr() | proj.weight.data_ptr()
-            for v in proj.bn[:5]:
+            proj_x, proj_weight = channels_last(tail.proj_x), channels_last(tail.proj.weight)
+            proj_bn = batch_norm(tail.proj)
+            pointers |= proj_x.data_ptr() | proj_weight.data_ptr()
+            for v in proj_bn[:5]:
                 if v is not None:
                     pointers |= v.data_ptr()
+            proj = (self._described(2, proj_x), self._described(3, proj_weight), proj_bn)
         x, weight = self._described(0, x), self._described(1, weight)
-        if proj is not None:
-            proj = ProjectionTensors(self._described(2, proj.x), self._described(3, proj.weight), proj.bn)
         stream = self.get_stream(self.device.index or 0)
         scratch = None
         if self.plan.workspace_bytes:
-            scratch = workspace(self.plan.workspace_bytes, self.device, stream, self.config.ordered)
-        arguments = (x, weight, out, residual, bn, proj, scratch, *self.constants)
+            words = self.plan.workspace_bytes // 4
+            # partial sums in a fixed order leave garbage where the atomic ones expect zeros
+            kind, zeros = ("ordered", self.plan.tiles) if self.config.ordered else ("atomic", words)
+            scratch = workspace(kind, words, zeros, self.device, stream)
+        arguments = (x, weight, out, residual, bn, *proj, scratch, *self.constants)
         grid = self.plan.grid
         compiled = self.compiled
         if compiled is not None and not pointers & 15 and not _hooked():

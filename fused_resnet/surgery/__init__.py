@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import nn as fused_nn
 from . import report
 from .discovery import discover, replan
-from .freeze import FrozenModel, freeze
+from .frozen import FrozenModel, freeze
 from .plan import ATTRIBUTE, Fusion, attach, carry_modes, detach, is_fused
 from .report import Entry, Explanation
 

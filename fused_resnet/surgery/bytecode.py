@@ -36,7 +36,10 @@ def references(code: types.CodeType) -> tuple[Reference, ...]:
         name = instruction.opname
         if name in ("LOAD_GLOBAL", "LOAD_NAME"):
             closure = False
-        elif name in ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF") and instruction.argval in code.co_freevars:
+        elif (
+            name in ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
+            and instruction.argval in code.co_freevars
+        ):
             closure = True
         else:
             continue

@@ -24,7 +24,23 @@ _MODULES = tuple(TORCH + os.path.join("nn", name) for name in ("modules" + os.se
 _PURE_TORCH = tuple(TORCH + n for n in ("_jit_internal.py", "functional.py", "_tensor.py", "_VF.py", "_lowrank.py"))
 _PURE_FUNCTIONS = frozenset(("is_tensor", "_assert", "typename", "is_storage"))
 _PURE_STDLIB = frozenset(
-    "abc collections contextlib copy dataclasses enum fractions functools numbers operator re string types typing _collections_abc".split()
+    [
+        "abc",
+        "collections",
+        "contextlib",
+        "copy",
+        "dataclasses",
+        "enum",
+        "fractions",
+        "functools",
+        "numbers",
+        "operator",
+        "re",
+        "string",
+        "types",
+        "typing",
+        "_collections_abc",
+    ]
 )
 # Torch's own Python that changes or asks for its state, wherever it is called from (a decorator counts).
 _STATE = (
@@ -82,7 +98,9 @@ _VALUE_TYPES = (
     type(None), type({}.keys()), type({}.values()), type({}.items()),
 )  # fmt: skip
 _TORCH_STATE = re.compile(r"^_?_?(is|are|get|set|has|use|autocast|clear|current|default|initial|manual|log)_")
-_TORCH_PURE = re.compile(r"^_?has_torch_function|^is_(floating_point|complex|nonzero|same_size|conj|neg|signed|tensor)$")
+_TORCH_PURE = re.compile(
+    r"^_?has_torch_function|^is_(floating_point|complex|nonzero|same_size|conj|neg|signed|tensor)$"
+)
 
 
 def why_not_c_call(caller: types.CodeType, function: Any) -> str | None:
@@ -94,7 +112,11 @@ def why_not_c_call(caller: types.CodeType, function: Any) -> str | None:
     if owner is None or isinstance(owner, types.ModuleType):
         module = getattr(function, "__module__", None) or getattr(owner, "__name__", "")
         if isinstance(function, types.MethodDescriptorType):
-            return None if issubclass(function.__objclass__, _VALUE_TYPES) or _is_torchs(function.__objclass__) else _clause(function)
+            return (
+                None
+                if issubclass(function.__objclass__, _VALUE_TYPES) or _is_torchs(function.__objclass__)
+                else _clause(function)
+            )
         if module == "builtins":
             return f"calls {name}() in its forward" if name in _IMPURE_BUILTINS else None
         if module in _PURE_MODULES:

@@ -337,4 +337,3 @@ def _activation_of(module: nn.Module) -> str | None:
     if isinstance(module, nn.ReLU6) and (module.min_val, module.max_val) != (0, 6):
         return None  # its limits are attributes, and may be others
     return _ACT_MODULES.get(type(module))
-

@@ -12,7 +12,6 @@ Whatever was read is looked at again when the trace is over: a forward that chan
 
 from __future__ import annotations
 
-import builtins
 import copy
 import functools
 import gc
@@ -355,7 +354,9 @@ class Recorder:
         try:
             self._snapshots.append(snapshot := Snapshot(value))
         except Unknown as error:
-            self._unknown[name] = f"reads {cls.__name__}.{name}, which holds {error} and cannot be compared at each call"
+            self._unknown[name] = (
+                f"reads {cls.__name__}.{name}, which holds {error} and cannot be compared at each call"
+            )
             return
         again = functools.partial(getattr, cls, name, MISSING)
         self.reads.outside["class", cls, name] = Value(f"{cls.__name__}.{name}", again, snapshot.key, True)
@@ -529,7 +530,9 @@ class Recorder:
             own = _object_getattribute(self.modules[path], "__dict__")
             now = own.get(name, MISSING)
             try:
-                same = now is key or Snapshot(now).key == (key if (path, name) in self.reads.deep else Snapshot(key).key)
+                same = now is key or Snapshot(now).key == (
+                    key if (path, name) in self.reads.deep else Snapshot(key).key
+                )
             except Unknown:
                 same = False
             if not same and key is not MISSING:
@@ -565,7 +568,12 @@ class Recorder:
 
 def _is_users(cls: type) -> bool:
     # An fx.GraphModule has a class of its own, made where torch defines it, with the forward of its graph.
-    return "<locals>" in cls.__qualname__ or cls.__module__.split(".")[0] not in ("torch", "builtins", "collections", "enum")
+    return "<locals>" in cls.__qualname__ or cls.__module__.split(".")[0] not in (
+        "torch",
+        "builtins",
+        "collections",
+        "enum",
+    )
 
 
 def _content(cell: Any) -> Any:

@@ -7,8 +7,8 @@ lies between the tails, on zeros, to learn its shapes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +17,15 @@ from torch import Tensor, fx, nn
 from .. import nn as fused_nn
 from .. import tails
 from ..backends.cpu_fused import FewChannels, FusedConvolution
-from ..backends.cpu_program import NOTHING, Link, Pool, input_number, pack, program
+from ..backends.cpu_program import NOTHING, Pool
 from ..layout import looks_channels_last
 from ..ops import plans
-from ..packed_weights import Packed, PackedWeights
+from ..packed_weights import PackedWeights
 from ..pairs import pair
 from ..parts import batch_norm_eps, geometry, uses_batch_statistics, why_not_bypassed
 from ..reference import ConvBN, Tail
 from .plan import ATTRIBUTE, Fusion, is_fused
+from .recording import Call, Convolutions, Recording, Slot, map_values
 from .rewrite import is_value
 
 
@@ -32,19 +33,12 @@ class NotRecordable(Exception):
     """A module that is not made of tails."""
 
 
-class Slot(NamedTuple):
-    """The place of a value among those of a run, and one like it."""
-
-    number: int
-    example: Any
-
-
 class Symbol(tails.Recorded):
     """An activation between tails: a slot's, or the output of a link."""
 
     def __init__(self, recorder: Recorder, tensor: Tensor, channels_last: bool, slot: Slot | None = None) -> None:
         self.recorder, self.tensor, self.channels_last, self.slot = recorder, tensor, channels_last, slot
-        self.segment: _Convolutions | None = None
+        self.segment: Convolutions | None = None
         self.link = NOTHING
 
     def tail(
@@ -60,99 +54,6 @@ class Symbol(tails.Recorded):
         return self.recorder.apply(function, self)
 
 
-# ---- steps -------------------------------------------------------------------------------------------------
-
-
-class _Convolutions:
-    """Links that run in one call."""
-
-    def __init__(self) -> None:
-        self.links: list[Link] = []
-        self.inputs: list[int] = []
-        self.outputs: list[tuple[int, int]] = []  # (link, slot)
-        self._program: Tensor | None = None
-        self._operands: list[Tensor] = []
-
-    def place(self, slot: int) -> int:
-        """What stands for the value in ``slot`` in a link."""
-        if slot not in self.inputs:
-            self.inputs.append(slot)
-        return input_number(self.inputs.index(slot))
-
-    def finish(self, kept: PackedWeights) -> None:
-        self.outputs.sort()
-        returned = {link for link, _ in self.outputs}
-        self.links = [link._replace(returned=number in returned) for number, link in enumerate(self.links)]
-        self._program = program(self.links)
-        for link in self.links:
-            self._operands += [_packed(link, kept), *(t for t in link.conv[1:6] if isinstance(t, Tensor))]
-
-    def run(self, values: list[Any]) -> None:
-        inputs = [values[slot].contiguous(memory_format=torch.channels_last) for slot in self.inputs]
-        made = torch.ops.fused_resnet_C.conv_program.default(inputs, self._operands, self._program, False)
-        for (_, slot), value in zip(self.outputs, made, strict=True):
-            values[slot] = value
-
-    def __str__(self) -> str:
-        return f"{len(self.links)} convolutions in one call"
-
-
-def _packed(link: Link, kept: PackedWeights) -> Tensor:
-    weight, algorithm = link.conv.weight, link.algorithm
-    packed: Tensor = kept.find(weight, algorithm, lambda: Packed(pack(weight, algorithm), torch.empty(0))).value
-    return packed
-
-
-class _Call:
-    """A function called with values of the run, and constants."""
-
-    def __init__(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any, output: int) -> None:
-        self.name, self.function, self.args, self.kwargs, self.output = name, function, args, kwargs, output
-
-    def run(self, values: list[Any]) -> None:
-        def value(argument: Any) -> Any:
-            return values[argument.number] if isinstance(argument, Slot) else argument
-
-        args, kwargs = _map(self.args, value), _map(self.kwargs, value)
-        values[self.output] = self.function(*args, **kwargs)
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def _map(value: Any, function: Callable[[Any], Any]) -> Any:
-    """``value`` with everything in its tuples, lists and dictionaries replaced by ``function`` of it."""
-    if isinstance(value, (Slot, tails.Recorded)):
-        return function(value)
-    if isinstance(value, tuple):
-        items = [_map(item, function) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if isinstance(value, list):
-        return [_map(item, function) for item in value]
-    if isinstance(value, dict):
-        return type(value)((key, _map(item, function)) for key, item in value.items())
-    if isinstance(value, slice):
-        return slice(*(_map(part, function) for part in (value.start, value.stop, value.step)))
-    return function(value)
-
-
-class Recording:
-    """What a recorded module does for inputs like those it was recorded with."""
-
-    def __init__(self, steps: Sequence[_Convolutions | _Call], slots: int, output: Any) -> None:
-        self.steps, self._slots, self._output = tuple(steps), slots, output
-
-    def __call__(self, x: Tensor) -> Any:
-        values: list[Any] = [None] * self._slots
-        values[0] = x
-        for step in self.steps:
-            step.run(values)
-        return _map(self._output, lambda v: values[v.number] if isinstance(v, Slot) else v)
-
-    def __str__(self) -> str:
-        return "; ".join(str(step) for step in self.steps if str(step))
-
-
 # ---- recording ---------------------------------------------------------------------------------------------
 
 
@@ -161,9 +62,9 @@ class Recorder:
 
     def __init__(self, kept: PackedWeights) -> None:
         self._kept = kept
-        self._steps: list[_Convolutions | _Call] = []
+        self._steps: list[Convolutions | Call] = []
         self._slots = 0
-        self._open: _Convolutions | None = None
+        self._open: Convolutions | None = None
 
     def record(self, module: nn.Module, x: Tensor) -> Recording:
         """The steps of ``module(x)``, whatever forward has been set on the module itself."""
@@ -171,9 +72,9 @@ class Recorder:
         output = self._inside(module, self._enter(self._slot(example)))
         if output is NotImplemented:
             raise NotRecordable
-        output = _map(output, lambda v: self._leave(v) if isinstance(v, Symbol) else v)
+        output = map_values(output, lambda v: self._leave(v) if isinstance(v, Symbol) else v)
         for step in self._steps:
-            if isinstance(step, _Convolutions):
+            if isinstance(step, Convolutions):
                 step.finish(self._kept)
         return Recording(self._steps, self._slots, output)
 
@@ -197,7 +98,7 @@ class Recorder:
             tensor = symbol.tensor.contiguous(memory_format=wanted)
             symbol.tensor, symbol.slot = tensor, self._slot(tensor)
             symbol.segment = None
-            self._steps.append(_Call("", Tensor.contiguous, (dense,), {"memory_format": wanted}, symbol.slot.number))
+            self._steps.append(Call("", Tensor.contiguous, (dense,), {"memory_format": wanted}, symbol.slot.number))
         return symbol.slot
 
     def _kept_slot(self, symbol: Symbol) -> Slot:
@@ -246,7 +147,7 @@ class Recorder:
             if symbol is not None and symbol.slot is None and symbol.segment is not self._open:
                 self._kept_slot(symbol)
         if self._open is None:
-            self._open = _Convolutions()
+            self._open = Convolutions()
             self._steps.append(self._open)
         segment = self._open
 
@@ -282,9 +183,9 @@ class Recorder:
         """A call in each run; what it makes of the examples stands for its value."""
         self._open = None
         example_of = lambda v: v.example if isinstance(v, Slot) else v  # noqa: E731
-        example = function(*_map(args, example_of), **_map(kwargs, example_of))
+        example = function(*map_values(args, example_of), **map_values(kwargs, example_of))
         slot = self._slot(example)
-        self._steps.append(_Call(name, function, args, kwargs, slot.number))
+        self._steps.append(Call(name, function, args, kwargs, slot.number))
         return slot
 
     def call(self, module: nn.Module, x: Any) -> Any:
@@ -336,7 +237,7 @@ class Recorder:
             elif node.op == "output":
                 return args[0]
             elif is_value(node):
-                values[node] = node.target(*_map(args, self._enter), **kwargs)
+                values[node] = node.target(*map_values(args, self._enter), **kwargs)
             elif node.target is tails.enter:
                 values[node] = self._enter(args[0])
             elif node.target is tails.leave:

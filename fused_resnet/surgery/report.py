@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .discovery import Discovery, Found, discover
-from .freeze import FrozenModel
+from .frozen import FrozenModel
 from .plan import ATTRIBUTE, Fusion, is_fused, original_class
 from .program import Plan
 

@@ -40,7 +40,7 @@ def is_atom(value: Any) -> bool:
 class Snapshot:
     """The parts of one value; ``seen`` are the mutable objects in it, which can be put back as they were."""
 
-    __slots__ = ("containers", "functions", "instances", "key", "_count", "_path")
+    __slots__ = ("_count", "_path", "containers", "functions", "instances", "key")
 
     def __init__(self, value: Any) -> None:
         self.containers: list[tuple[Any, Any]] = []
@@ -78,7 +78,9 @@ class Snapshot:
         if isinstance(value, type):
             self.instances.append(value)
             return _Same(value)
-        if isinstance(value, types.BuiltinFunctionType) and not isinstance(value.__self__, (types.ModuleType, type(None), type)):
+        if isinstance(value, types.BuiltinFunctionType) and not isinstance(
+            value.__self__, (types.ModuleType, type(None), type)
+        ):
             raise Unknown(f"a method of a {type(value.__self__).__name__}")
         if isinstance(value, _BY_IDENTITY) or isinstance(value, enum.Enum):
             return _Same(value)

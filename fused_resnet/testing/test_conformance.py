@@ -57,7 +57,8 @@ def test_tail(implementation: Callable[..., Tensor], case: Case, dtype: str) -> 
     problem = in_dtype(case.problem, DTYPES[dtype])
     problem = dataclasses.replace(problem, device_type=torch.device(DEVICE).type)
     kinds = TESTED_KINDS
-    if implementation is _own and problem.dtype.itemsize == 2 and backends.choose(problem).name == "eager":
+    own = backends.choose(problem).name if implementation is _own else ""
+    if own == "eager" and problem.dtype.itemsize == 2:
         kinds = ["random"]  # our own fallback is eager itself, which rounds four times
     refusal: list[str] = []
 
@@ -69,7 +70,8 @@ def test_tail(implementation: Callable[..., Tensor], case: Case, dtype: str) -> 
             raise
 
     try:
-        assert_equivalent(call, problem, kinds=tuple(kinds), device=DEVICE)  # type: ignore[arg-type]
+        # on the CPU weights that may not be kept are oneDNN's, which adds up in an order of its own
+        assert_equivalent(call, problem, kinds=tuple(kinds), device=DEVICE, any_order=own == "cpu")  # type: ignore[arg-type]
     except (RuntimeError, NotImplementedError):
         if not refusal:
             raise

@@ -3,6 +3,11 @@
 The bar compares three results of one call: the implementation's, eager PyTorch's in the same dtype, and the
 exact one (the reference in float64 on the same inputs). Eager's own error is the natural unit: it is what a user
 accepted before, it grows with the depth of the sum as it must, and it needs no constant per shape.
+
+What leaves the order of its sums to a library (oneDNN's convolution with BN folded into its weights) is measured in
+the larger of two units: eager's error and that of one accumulator for all products, computed on the same tensors
+(one_accumulator.py, where the derivation stands). Eager's depends on the kernels that the library has for this
+processor; the other has the same bits everywhere. Our own kernels, whose order we decide, are held to eager's alone.
 """
 
 from __future__ import annotations

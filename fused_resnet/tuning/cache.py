@@ -19,26 +19,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import user_cache
+
 logger = logging.getLogger("fused_resnet")
 
 FORMAT = 1
-
-
-def directory() -> Path:
-    """Where the files lie: the environment variable ``FUSED_RESNET_CACHE_DIR``, else the user's cache directory."""
-    chosen = os.environ.get("FUSED_RESNET_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("fused_resnet"))
 
 
 def file_of(environment: dict[str, str]) -> Path:
     """The file for ``environment``: named after the device for people, by a hash for the rest."""
     digest = hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:12]
     device = "-".join("".join(c if c.isalnum() else " " for c in environment.get("device", "unknown")).split())
-    return directory() / f"tuning-v{FORMAT}-{device}-{digest}.json"
+    return user_cache.directory() / f"tuning-v{FORMAT}-{device}-{digest}.json"
 
 
 @contextlib.contextmanager

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from .. import _extension
+
 _PACKAGE = Path(__file__).parent.parent
 
 
@@ -37,9 +39,11 @@ def environment(device: torch.device) -> dict[str, str]:
             "cudnn": str(torch.backends.cudnn.version()),
         }
     else:
+        extension = _extension.cpu()
         found |= {
             "device": f"{device.type} {cpu_name()}",
             "capability": torch.backends.cpu.get_cpu_capability(),
+            "kernels": "none" if extension is None else extension.build_info()["cpu_isa"],
             "threads": str(torch.get_num_threads()),
         }
     return found

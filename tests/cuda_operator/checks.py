@@ -164,6 +164,11 @@ def errors(module: ModuleType, runtime: ctypes.CDLL) -> None:
     assert "stride: expected two numbers, got 1" in message(stride=[1])
     assert "cuda: groups must be 1, got 2" in message(groups=2, weight=weight[:, :4].contiguous())
     assert "cuda: tile must be one of" in message(tile_m=48, tile_n=48)
+    assert "x: 2x2 is too small for a 3x3 filter with padding (0, 0) and dilation (1, 1)" in message(
+        x=torch.zeros(1, 8, 2, 2), weight=torch.zeros(8, 8, 3, 3), stride=[2, 2]
+    )
+    assert "residual: expected 4 dimensions, got 2" in message(residual=torch.zeros(8, 8))
+    assert "cuda: activation must be 0 (none), 1 (relu) or 2 (relu6), got 3" in message(activation=3)
     assert runtime.ptxi_cudart_launches() == 0
 
 
@@ -275,6 +280,48 @@ def _shifted(t: torch.Tensor) -> torch.Tensor:
     return view.copy_(t)
 
 
+def captures(module: ModuleType, runtime: ctypes.CDLL) -> None:
+    """Every launch that counts arrivals, on two streams and in captures: right, and nothing else is captured."""
+    runtime.test_end_capture.restype = ctypes.c_void_p
+    runtime.test_mallocs.restype = runtime.test_captured_memsets.restype = ctypes.c_long
+    rng = random.Random(5)
+    op = torch.ops.fused_resnet_C.cuda_conv_bn_add_relu.default
+    none = ConvBN(weight=None)  # type: ignore[arg-type]
+    tails = [tail for tail in (make_call(rng) for _ in range(24)) if tail.x.numel()][:6]
+    y = integers(rng, 5, 24, 9, 11, dtype=torch.float32).contiguous(memory_format=CHANNELS_LAST)
+    exact = torch.var_mean(y.double(), dim=(0, 2, 3), correction=0)
+
+    def run_all() -> None:
+        for tail, tile in zip(tails, (32, 64) * 3, strict=True):
+            out = op(
+                tail.x, *tail.conv, tail.residual, tail.stride, tail.padding, tail.dilation, tail.groups, tail.proj_x,
+                *(tail.proj or none), tail.proj_stride, module.ACTIVATIONS[tail.activation], False, tile, tile, 3,
+            )  # fmt: skip
+            expect_exact(tail, out)
+        convolution = torch.ops.fused_resnet_C.cuda_conv_stats(y, weight, None, [1, 1], [0, 0], [1, 1], 1, False)
+        for mean, var in (training_cuda.BACKEND.stats(y), convolution[1:]):
+            torch.testing.assert_close(mean.double(), exact[1], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(var.double(), exact[0], rtol=1e-5, atol=0)
+
+    weight = torch.eye(24).view(24, 24, 1, 1)
+    mallocs = []
+    for _ in range(4):
+        for stream in (0x10, 0x20):
+            handle = ctypes.c_void_p(stream)
+            runtime.test_use_stream(handle)
+            run_all()
+            runtime.test_begin_capture(handle, 0)
+            run_all()
+            graph = runtime.test_end_capture(handle)
+            assert graph, "the capture was invalidated"
+            run_all()
+            runtime.test_destroy_graph(ctypes.c_void_p(graph))
+        mallocs.append(runtime.test_mallocs())
+    assert mallocs[0] == mallocs[-1]
+    assert runtime.test_captured_memsets() == 0
+    assert runtime.test_attribute_values() == 1  # whatever a plan takes: threads must not undo each other's
+
+
 def training_errors(module: ModuleType, runtime: ctypes.CDLL) -> None:
     ops = torch.ops.fused_resnet_C
     y = torch.zeros(2, 8, 4, 4).contiguous(memory_format=CHANNELS_LAST)
@@ -296,6 +343,10 @@ def training_errors(module: ModuleType, runtime: ctypes.CDLL) -> None:
     mask = torch.zeros(7, dtype=torch.int32)
     sentence = message(reduce, y, mask, y, vector, vector, *none, vector, vector, None)
     assert "mask: expected one int32 for 32 elements of y, got 7 numbers" in sentence
+    strided = torch.zeros(16, dtype=torch.int32)[::2]
+    assert "mask: expected a dense tensor" in message(
+        reduce, y, strided, y, vector, vector, *none, vector, vector, None
+    )
     sentence = message(reduce, y[:1], None, y, vector, vector, *none, vector, vector, None)
     assert "grad_out: expected the shape of y" in sentence
     sentence = message(reduce, y, None, y, vector, vector, *none, vector, vector, vector)
@@ -303,7 +354,9 @@ def training_errors(module: ModuleType, runtime: ctypes.CDLL) -> None:
     assert runtime.ptxi_cudart_launches() == 0
 
 
-CHECKS = {check.__name__: check for check in (operator, errors, direct, statistics, training, training_errors)}
+CHECKS = {
+    check.__name__: check for check in (operator, errors, direct, statistics, training, training_errors, captures)
+}
 
 if __name__ == "__main__":
     loaded = load(sys.argv[1])

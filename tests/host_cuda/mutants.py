@@ -17,13 +17,16 @@ class Mutant:
     find: str
     put: str
     test: str  # "host:kernel:<symbol>", "host:banks:<symbol>", "host:split", "ptx:kernel:<symbol>", "ptx:split", "static:<symbol>";
-    # of the training passes "host:pass:<op>", "host:parts:<op>", "host:mean", "host:pass_nan:<op>", "host:stats:<symbol>", "host:stats_groups", "ptx:pass:<op>", "ptx:parts:<op>", "static:pass:<op>"
+    # of the training passes "host:pass:<op>", "host:parts:<op>", "host:mean", "host:pass_nan:<op>", "host:stats:<symbol>", "host:stats_groups", "ptx:pass:<op>", "ptx:parts:<op>", "static:pass:<op>";
+    # "counters:<test>", "planner:<test>" of those modules
 
 
 GEMM, VECTOR, GATHER, MMA = "implicit_gemm.cuh", "load_vector.cuh", "load_gather.cuh", "warp_mma.cuh"
 ADDRESS, EPILOGUE, PROJECTION, SPLIT = "addressing.cuh", "epilogue.cuh", "projection.cuh", "split_k.cuh"
 PRIMITIVES, PLAN, ENTRY = "primitives.cuh", "plan.cpp", "kernel_entry.cuh"
-NUMBERS, ARRIVAL = "numbers.cuh", "arrival.cuh"
+NUMBERS, ARRIVAL, SCHEDULE, COUNTERS = "numbers.cuh", "arrival.cuh", "schedule.cpp", "counters.cpp"
+SHARED_COUNTERS = "counters:test_launches_on_one_stream_share_theirs"
+CAPTURED_COUNTERS = "counters:test_each_captured_launch_gets_its_own_until_the_graph_is_gone"
 WALK, REDUCE, MOMENTS, BN_PLAN, BN_LIST = (
     "bn_elementwise.cuh",
     "bn_reduce.cuh",
@@ -39,7 +42,8 @@ GATHERED = "host:kernel:conv_gather_f16_32x32"
 #: The few that CI plants in every run; `make mutants` plants all.
 CI = (
     "no_barrier_in_a_step", "wait_one_group_less", "no_halo_rows", "residual_after_activation", "no_swizzle",
-    "mask_bits_behind_the_end", "no_barrier_between_slots", "every_part_weighs_the_same", "parts_without_a_fence",
+    "mask_bits_behind_the_end", "no_barrier_between_slots", "every_part_weighs_the_same", "parts_without_a_fence", "counters_not_zeroed",
+    "graph_counts_where_the_stream_does",
 )  # fmt: skip
 
 MUTANTS = (
@@ -108,6 +112,22 @@ MUTANTS = (
     Mutant("tiles_rounded_down", PLAN, "ceil_div(params.pixels, kernel.tile_m) * tiles_n", "(params.pixels / kernel.tile_m) * tiles_n", F16),
     Mutant("wide_stores_of_odd_rows", PLAN, "q.k % count == 0 && alignment", "alignment", F16),
     Mutant("step_of_the_tap", PLAN, "depth / source.c % source.s", "depth / source.c", F16),
+    Mutant("negative_quotient_rounded_up", PLAN, "return room < 0 ? 0 : ", "return ", "planner:test_sizes_as_in_python"),
+    Mutant("alone_on_its_sm", SCHEDULE, "in_company && blocks_per_sm", "false && blocks_per_sm", "planner:test_what_memory_bounds_does_not_run_alone_on_an_sm"),
+    # ---- arrival counters across streams and graphs
+    Mutant("counters_not_zeroed", COUNTERS, "status = cudaMemsetAsync(fresh, 0, bytes, own);", "", SHARED_COUNTERS),
+    Mutant("counters_zeroed_too_late", COUNTERS, "if (status == cudaSuccess) status = cudaStreamSynchronize(own);", "", SHARED_COUNTERS),
+    Mutant("counters_of_another_device", COUNTERS, "h.of_stream.find({device, number})", "h.of_stream.find({0, number})", SHARED_COUNTERS),
+    Mutant("fewer_counters_than_asked_for", COUNTERS, "found->second.bytes >= bytes", "found->second.bytes > 0", SHARED_COUNTERS),
+    Mutant("outgrown_counters_serve_another_stream", COUNTERS, "  h.of_stream[{device, number}] = piece;",
+           "  if (h.of_stream.count({device, number})) h.idle[{device, h.of_stream[{device, number}].bytes}].push_back(h.of_stream[{device, number}].address);\n  h.of_stream[{device, number}] = piece;", SHARED_COUNTERS),
+    Mutant("stream_by_its_handle", COUNTERS, "cudaStreamGetId(stream, &number)", "(number = reinterpret_cast<uintptr_t>(stream), cudaSuccess)",
+           "counters:test_a_new_stream_with_an_old_handle_gets_its_own"),
+    Mutant("graph_counts_where_the_stream_does", COUNTERS, "capture == cudaStreamCaptureStatusActive ?", "false ?", CAPTURED_COUNTERS),
+    Mutant("pieces_overlap", COUNTERS, "for (int64_t at = size; at < chunk;", "for (int64_t at = 0; at < chunk;", "counters:test_what_fails_is_a_sentence_and_costs_nothing"),
+    Mutant("allocation_spoils_the_capture", COUNTERS, "const RelaxedCapture relaxed;", "", "counters:test_allocating_does_not_spoil_the_capture_of_another_thread"),
+    Mutant("counters_never_come_back", COUNTERS, "h.idle[{piece->device, piece->bytes}].push_back(piece->address);", "", "counters:test_captures_come_and_go_in_bounded_memory"),
+    Mutant("failed_capture_loses_its_counters", COUNTERS, "if (status != cudaSuccess) cudaUserObjectRelease(owner, 1);", "", "counters:test_what_fails_is_a_sentence_and_costs_nothing"),
     # ---- what the twin cannot show: compiled code
     Mutant("zero_fill_reads", PRIMITIVES, "valid ? kBytes : 0", "kBytes", "ptx:kernel:conv_f16_32x32"),
     Mutant("no_fence_before_arriving", PRIMITIVES,

@@ -26,7 +26,7 @@ from host_cuda.host import HostCuda, HostCudaError
 from host_cuda.mutants import CI, MUTANTS, Mutant
 from launch_harness import interpreter
 
-from fused_resnet.aot.planner import source_directory
+from fused_resnet.aot.planner import Planner, source_directory
 
 pytestmark = pytest.mark.mutant
 
@@ -108,9 +108,27 @@ def run_static(symbol: str, csrc: Path, patch: pytest.MonkeyPatch) -> None:
     test_static_cuda._check(symbol, "sm_80")
 
 
+def run_counters(test: str, csrc: Path, folder: Path) -> None:
+    import test_cuda_counters
+
+    getattr(test_cuda_counters, test)(test_cuda_counters.Runtime(csrc, folder))
+
+
+def run_planner(test: str, csrc: Path, patch: pytest.MonkeyPatch) -> None:
+    import test_cuda_planner
+
+    mutated = Planner(csrc)
+    patch.setattr(test_cuda_planner, "planner", lambda: mutated)
+    getattr(test_cuda_planner, test)()
+
+
 def run(leg: str, test: str, csrc: Path, patch: pytest.MonkeyPatch, folder: Path) -> None:
     if leg == "host":
         run_host(test, csrc, patch)
+    elif leg == "counters":
+        run_counters(test, csrc, folder)
+    elif leg == "planner":
+        run_planner(test, csrc, patch)
     elif leg == "ptx":
         run_ptx(test, csrc, patch, folder)
     else:
@@ -125,7 +143,7 @@ def test_mutant_is_caught(
     if mutant.name not in CI and "mutant" not in chosen:
         pytest.skip("planted by `make mutants`")
     leg, _, test = mutant.test.partition(":")
-    needed = {"host": (), "ptx": ("nvcc",), "static": ("nvcc", "cuobjdump")}[leg]
+    needed = {"host": (), "planner": (), "counters": ("nvcc",), "ptx": ("nvcc",), "static": ("nvcc", "cuobjdump")}[leg]
     if missing := why_not(*needed):
         pytest.skip(missing)
     if leg == "ptx" and not os.environ.get("PTXI_HOME"):
@@ -134,6 +152,8 @@ def test_mutant_is_caught(
     reports: tuple[type[Exception], ...] = (AssertionError, HostCudaError)
     if leg == "ptx":
         reports = (*reports, interpreter().PtxError)
+    if leg == "counters":  # where the extension would raise
+        reports = (*reports, RuntimeError)
     with pytest.raises(reports) as caught:
         run(leg, test, csrc, monkeypatch, tmp_path)
     print(f"{mutant.name}: {str(caught.value).splitlines()[0][:200]}")

@@ -22,7 +22,8 @@ from ..packed_weights import PackedWeights
 from ..parts import why_not_bypassed
 from .cuda_graph import CudaGraph
 from .plan import is_fused, original_class
-from .recorder import NotRecordable, Recorder, Recording
+from .recorder import NotRecordable, Recorder
+from .recording import Recording
 
 _SHAPES_KEPT = 8
 

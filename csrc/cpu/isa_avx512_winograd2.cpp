@@ -1,0 +1,3 @@
+#include "target_avx512.h"
+// Then, since it is compiled for that target:
+#include "add_winograd2.h"
