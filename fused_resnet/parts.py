@@ -88,7 +88,7 @@ def _what_eps_depends_on(bn: Any) -> Any:
     cls = type(bn)
     code = cls.forward.__code__
     seen = cls.forward.__globals__
-    values: list[Any] = [(name, seen[name]) for name in code.co_names if type(seen.get(name)) in _PLAIN]
+    values: list[Any] = [(name, seen[name]) for name in code.co_names if name in seen and type(seen[name]) in _PLAIN]
     for scope in (bn.__dict__, *(c.__dict__ for c in cls.__mro__ if c not in nn.Module.__mro__)):
         values += [(name, type(v), v) for name, v in scope.items() if type(v) in _PLAIN]
     if len(bn._parameters) + len(bn._buffers) != 4 or bn._modules:

@@ -271,7 +271,7 @@ class Recorder:
         if name in ("_modules", "_parameters", "_buffers"):
             if name == "_modules":
                 self.reads.children.setdefault(path, tuple(value))
-            elif kind_of(caller) == "user" or caller.co_name in ("_named_members", "named_parameters", "named_buffers"):
+            elif caller.co_name != "__getattr__":
                 self.problems["goes through its parameters or buffers as a collection"] = None
         elif name.startswith("__"):
             if name == "__dict__" and kind_of(caller) == "user":
