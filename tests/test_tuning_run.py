@@ -150,6 +150,22 @@ def test_a_real_backend_end_to_end(model: nn.Module) -> None:
         torch.testing.assert_close(model(X), before)
 
 
+def test_selftest_within_a_time_and_of_one_backend(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, *(Configuration(f"{i}") for i in range(9)))
+    x = torch.randn(1, 8, 8, 8)
+    names = {check.candidate for check in selftest(model, x, backends=["fake"])}
+    assert names == {f"fake {i}" for i in range(6)}
+    assert selftest(model, x, force=True, seconds=-1.0) == []
+
+
+def test_tune_begins_no_call_after_its_time(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, Configuration("a"))
+    result = tune(model, torch.randn(1, 8, 8, 8), timer=clock, seconds=-1.0)
+    assert result.results == []
+    assert len(result.unfinished) == result.calls > 0
+    assert all("not begun" in why for why in result.unfinished.values())
+
+
 def test_the_functions_are_public() -> None:
     assert fused_resnet.tune is tune
     assert fused_resnet.selftest is selftest
