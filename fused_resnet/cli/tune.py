@@ -125,8 +125,8 @@ def selftest(
             checks = tuning.selftest(target.model.to(where, what), example, **options)
     console.print(tuning.selftest_table(checks))
     if not checks:
-        if any(value is not None for value in options.values()):
-            raise UserError("selftest: nothing was checked (none of these backends can run here, or --seconds was too short)")
+        if backend or seconds is not None:
+            raise UserError("selftest: nothing was checked (no such backend can run here, or --seconds was too short)")
         say(f"no backend but eager can run these calls on {where.type}: nothing was checked (fused-resnet doctor)")
         return
     wrong = [check for check in checks if check.verdict.startswith(("wrong", "crashed"))]
