@@ -195,8 +195,6 @@ def _patch_torch() -> None:
         mock.patch.object(torch.cuda, name, value).start()
     mock.patch.object(torch.cuda.profiler, "start").start()
     mock.patch.object(torch.cuda.profiler, "stop").start()
-    for name, value in {"_cuda_getDevice": lambda: 0, "_cuda_getCurrentRawStream": lambda index: 0}.items():
-        mock.patch.object(torch._C, name, value, create=True).start()
     mock.patch.object(torch.backends.cudnn, "is_available", return_value=True).start()
     mock.patch.object(torch, "Generator", _Generator).start()
     mock.patch.object(torch, "compile", _uncompiled).start()
