@@ -89,7 +89,7 @@ class Guards:
                 shadowed.setdefault(path, set()).add(name)
         for b in bypassed:
             shadowed.setdefault(b.path, set()).update(_OWN_CALL)
-        self._bypassed = tuple(
+        self._bypassed: Any = tuple(
             (index[b.path], b.cls, b, frozenset(shadowed.pop(b.path)), issubclass(b.cls, nn.Conv2d), b.projection)
             for b in bypassed
         )
