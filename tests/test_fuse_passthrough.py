@@ -119,13 +119,13 @@ def test_switched_on_later(name: str, place: str) -> None:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_dropout(place: str) -> None:
-    block, fused, x = pair(nn.Dropout(0.5), place)
+    _, fused, x = pair(nn.Dropout(0.5), place)
     assert explain(fused)[""].tails == ("conv1+bn1+relu", "conv2+bn2+add+relu")
     with torch.no_grad():
         before = fused(x)
         fused.probe.train()
         assert not torch.equal(fused(x), before)
-    block, fused, x = pair(ForcedDropout(0.5), place)
+    _, fused, x = pair(ForcedDropout(0.5), place)
     with torch.no_grad():
         before = fused(x)
         fused.probe.force = True

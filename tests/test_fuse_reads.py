@@ -174,7 +174,9 @@ class OfAConvolution(Block):
 
 
 def test_what_belongs_to_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_followed(FromClass(), lambda b: monkeypatch.setattr(FromClass, "factor", -1.0) if type(b) is FromClass else 0)
+    assert_followed(
+        FromClass(), lambda b: monkeypatch.setattr(FromClass, "factor", -1.0) if type(b) is FromClass else 0
+    )
     assert_followed(FromClassContainer(), lambda b: monkeypatch.setitem(FromClassContainer.options, "scale", -1.0))
     assert_followed(FromProperty(), lambda b: b.held.__setitem__(0, -1.0))
     assert_followed(Defaulted(), lambda b: monkeypatch.setattr(Defaulted.scale, "__defaults__", (-1.0,)))
