@@ -170,7 +170,7 @@ class Call:
         assert conv is not None
         return options._replace(
             x=x, conv=conv, residual=named("residual"), proj_x=named("proj_x"), proj=conv_bn("proj_", options.proj),
-            cache_weights=self.cache_weights,
+            packed_weights=PackedWeights() if self.cache_weights else None,
         )  # fmt: skip
 
     def as_json(self) -> dict[str, Any]:
