@@ -14,8 +14,10 @@ size: the dry run.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import datetime
+import functools
 import gc
 import json
 import os
@@ -30,7 +32,6 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.cli.inspect import environment
-from fused_resnet.contenders import expected_output
 from fused_resnet.problem import Problem, Projection
 from fused_resnet.testing import RESNET_TAILS, RealTail, in_dtype
 from fused_resnet.timing import Contender, graphed
@@ -105,18 +106,10 @@ def network_cells(tiny: bool) -> Iterator[Callable[[], Cell]]:
 
 
 def _network_cell(name: str, batch: int, dtype: torch.dtype, tiny: bool) -> Cell:
-    import torchvision
-
-    from fused_resnet.roofline import roofline
-
-    torch.manual_seed(0)
     size = 32 if tiny else 224
-    model = torchvision.models.get_model(name, weights=None).eval()
-    if tiny:  # its first two stages
-        model.layer3, model.layer4, model.fc = nn.Identity(), nn.Identity(), nn.Linear(128, 10)
-    rows = roofline(model, (batch, 3, size, size), dtype).rows
-    expected = expected_output(model.to(DEVICE))
-    model = model.to(DEVICE, dtype)
+    model = _network(name, tiny).to(DEVICE)
+    expected = _expected(model)
+    model = model.to(dtype)
 
     def inputs(round_number: int) -> tuple[Tensor]:
         g = torch.Generator(DEVICE).manual_seed(round_number)
@@ -127,10 +120,42 @@ def _network_cell(name: str, batch: int, dtype: torch.dtype, tiny: bool) -> Cell
         {"kind": "model", "network": name, "stage": "", "batch": batch, "problem": f"{batch}x3x{size}x{size}"},
         with_graphs(model_contenders(model, inputs(0)[0], 1), (FREEZING,)),
         inputs,
-        Work(sum(row.fused.flops for row in rows), sum(row.fused.bytes for row in rows)),
+        _work(name, batch, tiny),
         dtype,
         expected,
     )
+
+
+def _network(name: str, tiny: bool) -> nn.Module:
+    import torchvision
+
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None).eval()
+    if tiny:  # its first two stages
+        model.layer3, model.layer4, model.fc = nn.Identity(), nn.Identity(), nn.Linear(128, 10)
+    return model
+
+
+@functools.cache
+def _work(name: str, batch: int, tiny: bool) -> Work:
+    """FLOPs and bytes of the fused network, the same in both 16-bit types."""
+    from fused_resnet.roofline import roofline
+
+    size = 32 if tiny else 224
+    rows = roofline(_network(name, tiny), (batch, 3, size, size), torch.float16).rows
+    return Work(sum(row.fused.flops for row in rows), sum(row.fused.bytes for row in rows))
+
+
+def _expected(model: nn.Module) -> Callable[..., Tensor]:
+    """The answer in float32 without tf32: float64 takes a GPU seconds for a batch, and 16 bits are far coarser."""
+    single = copy.deepcopy(model).float()
+
+    def answer(x: Tensor) -> Tensor:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            out: Tensor = single(x.float())
+            return out
+
+    return answer
 
 
 CELLS = {"tails": tail_cells, "networks": network_cells}

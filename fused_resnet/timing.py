@@ -224,7 +224,7 @@ class CudaStopwatch:
                 self._spins[id(fn)] = spin
                 self.synchronised = False
                 return seconds, output
-            spin *= 4
+            spin = max(2 * spin, 1.5 * self.host)
         self._spins[id(fn)] = math.inf
         seconds, output, _ = self._time(fn, inputs, 0.0)
         self.synchronised = True
