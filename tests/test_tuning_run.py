@@ -17,6 +17,7 @@ from tuning_fakes import CPU, Configuration, call_for, clock, install, raising, 
 
 import fused_resnet
 from fused_resnet.nn import FusedBasicBlock
+from fused_resnet.packed_weights import PackedWeights
 from fused_resnet.tuning import choice, isolate, selftest, selftest_table, tune
 from fused_resnet.tuning.calls import Call
 from fused_resnet.tuning.collect import calls_of
@@ -209,7 +210,7 @@ def test_a_child_does_the_search() -> None:
     said: list[str] = []
     results, given_up = _tune_isolated(
         'Configuration("a"), Configuration("b", seconds=0.5)',
-        [call_for(), call_for(cache_weights=True)],
+        [call_for(), call_for(packed_weights=PackedWeights())],
         lambda i, text: said.append(f"{i} {text}"),
     )
     assert given_up == {}
@@ -247,7 +248,7 @@ def test_children_that_never_get_anywhere_are_given_up(tmp_path: Path) -> None:
 def test_two_tuners_at_once(tmp_path: Path) -> None:
     """Two processes tune the same calls at the same time: both finish, and the file holds one whole result."""
     code = CHILD.format(tests=str(TESTS), configurations='Configuration("a"), Configuration("b", seconds=0.5)')
-    calls = [call_for(), call_for(cache_weights=True)]
+    calls = [call_for(), call_for(packed_weights=PackedWeights())]
     request = isolate._Child((sys.executable, "-c", code), {
         "calls": [call.as_json() for call in calls], "device": "cpu",
         "options": {"rounds": 3, "limit": None, "force": True},
