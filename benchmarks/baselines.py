@@ -7,6 +7,7 @@ of the comparison; all weights are float32 unless a rival's name says otherwise.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fused_resnet import contenders, functional
+from fused_resnet import backends, contenders, functional
 from fused_resnet.contenders import EAGER, EAGER_CHANNELS_LAST, FUSED, channels_last_inputs
 from fused_resnet.packed_weights import PackedWeights
 from fused_resnet.problem import Problem
@@ -32,6 +33,7 @@ from . import onednn
 EAGER_LAYOUTS = (EAGER, EAGER_CHANNELS_LAST)
 FOLDED, ONEDNN, COMPILED, FREEZING = "folded", "oneDNN fused", "torch.compile", "torch.compile + freezing"
 CUDNN, ORT, OPENVINO, NCNN = "cuDNN fused", "ONNX Runtime", "OpenVINO", "ncnn"
+GPU_BACKENDS, TMA = ("triton", "cuda", "cudnn", "two_pass"), "fused, triton TMA"
 
 
 # ---- the tail ------------------------------------------------------------------------------------------------
@@ -53,8 +55,8 @@ def tail_inputs(problem: Problem, device: torch.device) -> Callable[[int], tuple
     layout = torch.channels_last if problem.channels_last else torch.contiguous_format
 
     def make(round_number: int) -> tuple[Tensor, ...]:
-        g = torch.Generator().manual_seed(round_number)
-        drawn = (torch.randn(shape, generator=g).relu() for shape in shapes)
+        g = torch.Generator(device).manual_seed(round_number)
+        drawn = (torch.randn(shape, generator=g, device=device).relu() for shape in shapes)
         return tuple(t.to(device, problem.dtype, memory_format=layout) for t in drawn)
 
     return make
@@ -73,7 +75,7 @@ def _nchw(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 def tail_contenders(problem: Problem, device: torch.device, compiled: bool) -> list[Contender]:
     """All sides of one tail. Weights are made once; activations are fresh in each round."""
-    tail = make_tail(problem, device=device)
+    tail = _weights_of(problem, device)
     conv = tail.conv
     nchw = tail._replace(conv=conv._replace(weight=conv.weight.contiguous()))
     if tail.proj is not None:
@@ -83,7 +85,7 @@ def tail_contenders(problem: Problem, device: torch.device, compiled: bool) -> l
     def fused(backend: str, winograd: str = "auto") -> Callable[..., Tensor]:
         # Weights of its own, as every side of a comparison has: calls with other options on the same weights would
         # make each call look its plan up anew.
-        own = make_tail(problem, device=device)
+        own = _weights_of(problem, device)
         arguments = call_arguments(own) | {"backend": backend, "winograd": winograd, "packed_weights": PackedWeights()}
         del arguments["x"]
         if tail.proj is not None:
@@ -108,15 +110,33 @@ def tail_contenders(problem: Problem, device: torch.device, compiled: bool) -> l
             build = _compiled_tail(tail, freezing)
             sides.append(Contender(name, build, channels_last_inputs, optional=True))
     sides.append(Contender(FUSED, lambda: fused("auto"), channels_last_inputs))
-    names = ("triton", "cuda", "cudnn") if device.type == "cuda" else ()
-    sides += [
-        Contender(f"fused, {name}", lambda name=name: fused(name), channels_last_inputs, optional=True)
-        for name in names
-    ]
+    if device.type == "cuda":
+        sides += [
+            Contender(f"fused, {name}", lambda name=name: fused(name), channels_last_inputs, optional=True)
+            for name in GPU_BACKENDS
+        ]
+        sides.append(Contender(TMA, lambda: _described(problem, device), channels_last_inputs, optional=True))
     if device.type == "cpu":
         sides.append(Contender("fused, f2", lambda: fused("auto", "f2"), channels_last_inputs))
         sides.append(Contender("fused, no Winograd", lambda: fused("auto", "off"), channels_last_inputs))
     return sides
+
+
+def _weights_of(problem: Problem, device: torch.device) -> Tail:
+    """A tail of one image for its weights: activations of whole batches are drawn on the device, not here."""
+    return make_tail(dataclasses.replace(problem, n=1), device=device)
+
+
+def _described(problem: Problem, device: torch.device) -> Callable[..., Tensor]:
+    """Triton's preferred tile with operands through tensor descriptors, launched without the operator."""
+    from fused_resnet.kernels import config, launch
+
+    if (reason := config.why_not_tma(problem, launch.capability(device))) is not None:
+        raise RuntimeError(reason)
+    tail = _weights_of(problem, device)
+    chosen = next(c for c in launch.preferred(problem, device) if c.tma)
+    call = backends.get("triton").bind(problem, tail, chosen)
+    return lambda *activations: call(_with_activations(tail, *activations))
 
 
 def _folded(tail: Tail) -> Tail:
@@ -230,7 +250,7 @@ def model_contenders(model: nn.Module, x: Tensor, threads: int) -> list[Contende
     if x.device.type == "cpu":
         sides.append(contenders.fused(model, "fused, no Winograd", winograd="off"))
     else:
-        for name in ("triton", "cuda"):
+        for name in GPU_BACKENDS:
             own = contenders.fused(model, f"fused, {name}", backend=name)
             sides.append(Contender(own.name, own.build, own.inputs, own.output, optional=True))
     return sides
@@ -321,11 +341,11 @@ def _ncnn(model: nn.Module, x: Tensor, threads: int) -> Callable[..., Any]:
 
 def reference_of(problem: Problem, device: torch.device) -> Callable[..., Tensor]:
     """The float64 answer for a round's activations."""
-    exact = make_tail(problem, device=device).to(torch.float64)
+    exact = _weights_of(problem, device).to(torch.float64)
     return lambda *a: reference(_with_activations(exact, *(t.double() for t in a)))
 
 
 __all__ = [
-    "COMPILED", "CUDNN", "EAGER_LAYOUTS", "FOLDED", "FREEZING", "FUSED", "NCNN", "ONEDNN", "OPENVINO", "ORT",
-    "model_contenders", "reference_of", "tail_contenders", "tail_inputs",
+    "COMPILED", "CUDNN", "EAGER_LAYOUTS", "FOLDED", "FREEZING", "FUSED", "GPU_BACKENDS", "NCNN", "ONEDNN", "OPENVINO",
+    "ORT", "TMA", "model_contenders", "reference_of", "tail_contenders", "tail_inputs",
 ]  # fmt: skip

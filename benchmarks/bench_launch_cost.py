@@ -122,9 +122,8 @@ def _cuda() -> Iterator[None]:
         mock.patch.object(cuda, "_properties", return_value=module.device_properties(0)),
         mock.patch.object(cuda, "_General"),
         mock.patch.object(cuda.CudaBackend, "can_run", return_value=None),
-        # what torch answers in C, so no slow mock
-        mock.patch.object(torch._C, "_cuda_getDevice", lambda: 0, create=True),  # noqa: PT008
-        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True),  # noqa: PT008
+        mock.patch.object(cuda, "_current_device", lambda: 0),  # noqa: PT008
+        mock.patch.object(cuda, "_stream", lambda index: 0),  # noqa: PT008
     ):
         yield
 

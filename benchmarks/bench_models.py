@@ -8,7 +8,8 @@ import torch
 from fused_resnet.contenders import expected_output
 
 from .baselines import model_contenders
-from .conftest import Record, Work
+from .comparison import Work
+from .conftest import Record
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -30,8 +31,8 @@ def run(record: Record, name: str, batch: int, device: torch.device, dtype: torc
     model = model.to(device, dtype)
 
     def make_inputs(round_number: int) -> tuple[torch.Tensor]:
-        g = torch.Generator().manual_seed(round_number)
-        return (torch.randn(batch, 3, 224, 224, generator=g).to(device, dtype),)
+        g = torch.Generator(device).manual_seed(round_number)
+        return (torch.randn(batch, 3, 224, 224, generator=g, device=device).to(dtype),)
 
     record(
         model_contenders(model, make_inputs(0)[0], threads or torch.get_num_threads()),

@@ -17,7 +17,8 @@ from fused_resnet.timing import Contender
 
 from . import onednn
 from .baselines import ONEDNN, reference_of, tail_contenders, tail_inputs
-from .conftest import Record, Work
+from .comparison import Work
+from .conftest import Record
 
 IDS = [f"{tail.network}-{tail.stage}" for tail in RESNET_TAILS]
 

@@ -12,21 +12,18 @@ rows are in the JSON's ``extra_info``; pytest-benchmark's own columns are the fu
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fused_resnet import __version__
 from fused_resnet.cli.inspect import environment
-from fused_resnet.contenders import EAGER, EAGER_LAYOUTS, FUSED, summary
-from fused_resnet.timing import Comparison, Contender, compare
+from fused_resnet.contenders import EAGER, EAGER_LAYOUTS, FUSED
+from fused_resnet.timing import Comparison, Contender
 
-from . import peaks
+from .comparison import Work, measure
 
 #: Pool workers of other runtimes spin for a while after each call; this long a pause lets them fall asleep.
 _PAUSE = 3e-3
@@ -67,14 +64,6 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["fused_resnet"] = environment()
 
 
-@dataclass(frozen=True)
-class Work:
-    """The size of one call."""
-
-    flops: float
-    bytes: float
-
-
 Record = Callable[..., Comparison]
 
 
@@ -96,23 +85,11 @@ def record(benchmark: Any, request: pytest.FixtureRequest) -> Record:
         expected: Callable[..., Tensor] | None,
         pause: float = _PAUSE,
     ) -> Comparison:
-        torch._dynamo.reset()  # what earlier comparisons compiled would count as recompilation here
-        max_error = 1e-2 if dtype is torch.float32 else 5e-2
-        result = compare(
-            sides, make_inputs, rounds=rounds, device=device, num_threads=num_threads, expected=expected,
-            max_error=max_error, pause=pause if device.type == "cpu" else 0.0,
+        result, info = measure(
+            sides, make_inputs, title=title, work=work, images=images, device=device, dtype=dtype, rounds=rounds,
+            num_threads=num_threads, expected=expected, pause=pause,
         )  # fmt: skip
-        roof = peaks.measured(device, dtype, result.threads)
-        rows = summary(result, images)
-        for row in rows:
-            row["roofline_fraction"] = roof.bound(work.flops, work.bytes) / (row["median_ms"] / 1e3)
-        over = {name: list(result.speedup(FUSED, name)) for name in result.timings if name != FUSED}
-        benchmark.extra_info |= {
-            **title, "rows": rows, "fused_over": over, "absent": result.absent, "threads": result.threads,
-            "device": device.type,
-            "dtype": str(dtype).removeprefix("torch."), "rounds": rounds, "images": images, "flops": work.flops,
-            "bytes": work.bytes, "peaks": asdict(roof), "versions": _versions(),
-        }  # fmt: skip
+        benchmark.extra_info |= info
         _alone(benchmark, next(side for side in sides if side.name == FUSED), make_inputs, num_threads)
         return result
 
@@ -133,18 +110,6 @@ def _alone(benchmark: Any, side: Contender, make_inputs: Callable[[int], Any], n
                 torch.cuda.synchronize()
 
         benchmark.pedantic(call, setup=lambda: (side.inputs(*make_inputs(1)), {}), rounds=10, iterations=1)
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"fused_resnet": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "torchvision", "onnxruntime", "openvino", "ncnn"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 __all__ = ["EAGER", "EAGER_LAYOUTS", "Record", "Work"]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from fused_resnet.timing import threads
+from fused_resnet.timing import stopwatch, threads
 
 
 @dataclass(frozen=True)
@@ -24,29 +23,25 @@ class Peaks:
         return max(flops / self.flops, moved_bytes / self.bandwidth)
 
 
+#: Side of the matrices, and bytes of the copy: each some milliseconds, and far more than any cache.
+MATRIX = {"cpu": 2048, "cuda": 8192}
+COPY = {"cpu": 256 << 20, "cuda": 2 << 30}
+
+
 @functools.cache
 def measured(device: torch.device, dtype: torch.dtype, num_threads: int) -> Peaks:
     """Best of ten runs each, with the threads of the comparison."""
-    on_gpu = device.type == "cuda"
-    n = 8192 if on_gpu else 2048
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    source = torch.empty(256 << 20, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+    n, size = MATRIX[device.type], COPY[device.type]
+    timer = stopwatch(device)
 
     def best(run: Callable[[], object]) -> float:
-        times = []
-        for _ in range(10):
-            if on_gpu:
-                torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            run()
-            if on_gpu:
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - start)
-        return min(times)
+        return min(timer(run, ())[0] for _ in range(10))
 
-    with threads(None if on_gpu else num_threads), torch.inference_mode():
+    with threads(None if device.type == "cuda" else num_threads), torch.inference_mode():
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         product = torch.empty(n, n, device=device, dtype=dtype)
         flops = 2 * n**3 / best(lambda: torch.mm(a, b, out=product))
-        bandwidth = 2 * source.numel() / best(lambda: target.copy_(source))
+        source = torch.empty(size, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        bandwidth = 2 * size / best(lambda: target.copy_(source))
     return Peaks(flops, bandwidth)

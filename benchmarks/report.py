@@ -2,6 +2,7 @@
 
     python -m benchmarks.report benchmarks/results/latest.json              # table.md and plot.png beside it
     python -m benchmarks.report benchmarks/results/cpu_1_thread.json --readme README.md
+    python -m benchmarks.report OUT/gpu.json --readme README.md             # of benchmarks/gpu_day.sh
 
 ``--readme`` replaces what stands between ``<!-- benchmark NAME -->`` and ``<!-- /benchmark -->``, NAME being the
 JSON's file name without its suffix.
@@ -46,10 +47,14 @@ class Result:
 def load(path: Path) -> tuple[dict[str, Any], list[Result]]:
     """The document and its comparisons."""
     document = json.loads(path.read_text())
-    results = [Result(b["extra_info"]) for b in document["benchmarks"] if "rows" in b.get("extra_info", {})]
-    if not results:
+    results = results_of(document)
+    if not results and "steps" not in document:
         raise SystemExit(f"report: {path} holds no comparison of these benchmarks")
     return document, results
+
+
+def results_of(document: dict[str, Any]) -> list[Result]:
+    return [Result(b["extra_info"]) for b in document["benchmarks"] if "rows" in b.get("extra_info", {})]
 
 
 def by_section(results: Iterable[Result]) -> dict[tuple[str, str, str, int], list[Result]]:
@@ -85,25 +90,47 @@ def shortened(text: str, limit: int = 140) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+GRAPH = ", graph"
+
+
+def milliseconds(rows: dict[str, dict[str, Any]], name: str) -> str:
+    """A side's median, in bold where no side is faster; behind a slash the same as a CUDA graph."""
+    fastest = min(row["median_ms"] for row in rows.values())
+
+    def one(name: str) -> str:
+        if name not in rows:
+            return "-"
+        text = f"{rows[name]['median_ms']:.3g}"
+        return f"**{text}**" if rows[name]["median_ms"] == fastest else text
+
+    return f"{one(name)} / {one(name + GRAPH)}" if any(other.endswith(GRAPH) for other in rows) else one(name)
+
+
 def table(results: Sequence[Result]) -> str:
     """Median ms of each side, the fused side's speed-up over the faster eager layout, its error and roof fraction."""
-    names = sides(results)
-    over = "eager" if any(result.rows[FUSED]["speedup"] is not None for result in results) else "the rival"
+    names = [name for name in sides(results) if not name.endswith(GRAPH)]
+    fused_rows = [result.rows[FUSED] for result in results if FUSED in result.rows]
+    over = "eager" if any(row["speedup"] is not None for row in fused_rows) else "the rival"
     head = ["median ms", *names, f"speed-up over {over} [95 %]", "error", "of the roof"]
+    host = any(row.get("host_us") for row in fused_rows)
+    head += ["host us"] if host else []
     lines = ["| " + " | ".join(head) + " |", "| --- " + "| ---: " * (len(head) - 1) + "|"]
     for result in results:
         rows = result.rows
-        fastest = min(row["median_ms"] for row in rows.values())
-        cells = [result.case]
-        for name in names:
-            text = f"{rows[name]['median_ms']:.3g}" if name in rows else "-"
-            cells.append(f"**{text}**" if name in rows and rows[name]["median_ms"] == fastest else text)
-        fused = rows[FUSED]
-        # Without eager there is one rival in each row.
-        speedup = (fused["speedup"], fused["low"], fused["high"])
-        mean, low, high = next(iter(result.info["fused_over"].values())) if over != "eager" else speedup
-        cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}]")
-        cells += [f"{fused['error']:.0e}", f"{fused['roofline_fraction']:.0%}"]
+        cells = [result.case, *(milliseconds(rows, name) for name in names)]
+        fused = rows.get(FUSED)
+        if fused is None:
+            cells += ["-"] * (3 + host)
+        else:
+            # Without eager there is one rival in each row.
+            speedup = (fused["speedup"], fused["low"], fused["high"])
+            mean, low, high = next(iter(result.info["fused_over"].values())) if over != "eager" else speedup
+            cells += [
+                f"{mean:.2f} [{low:.2f}, {high:.2f}]",
+                f"{fused['error']:.0e}",
+                f"{fused['roofline_fraction']:.0%}",
+            ]
+            cells += [f"{fused['host_us']:.0f}"] if host else []
         lines.append("| " + " | ".join(cells) + " |")
     means = {
         name: geometric_mean([r.info["fused_over"][name][0] for r in results if name in r.info["fused_over"]])
@@ -111,10 +138,23 @@ def table(results: Sequence[Result]) -> str:
         if any(name in r.info["fused_over"] for r in results)
     }
     text = ", ".join(f"{name} {mean:.2f}x" for name, mean in means.items() if not name.startswith("fused"))
-    lines += ["", f"`fused` is faster, as a geometric mean over these rows, than: {text}."]
+    lines += ["", f"`fused` is faster, as a geometric mean over these rows, than: {text}."] if text else [""]
     absent = {name: why for result in results for name, why in result.info["absent"].items()}
-    lines += [f"Not timed: {name} ({shortened(why)})." for name, why in absent.items()]
+    lines += [f"Not timed{_where(results, name)}: {name} ({shortened(why)})." for name, why in absent.items()]
     return "\n".join(lines)
+
+
+def _where(results: Sequence[Result], name: str) -> str:
+    """In how many rows ``name`` is missing, where it is not in all."""
+    missing = sum(name in result.info["absent"] for result in results)
+    return "" if missing == len(results) else f" in {missing} of {len(results)}"
+
+
+_ON_CUDA = (
+    "Each figure is the GPU's own time: events around a call queued behind a spinning kernel, after a flush of L2; "
+    "behind the slash the same call as a CUDA graph. `host us` is what the host takes to queue one fused call: a loop "
+    "without graphs takes the larger of the two. Networks are checked against float32 without tf32."
+)
 
 
 def markdown(document: dict[str, Any], results: Sequence[Result], path: Path) -> str:
@@ -128,6 +168,7 @@ def markdown(document: dict[str, Any], results: Sequence[Result], path: Path) ->
         f"Measured on {where}, {document['datetime'][:10]}; {versions}. Medians of {info['rounds']} "
         f"rounds in one process, in random order, {inputs}, outputs checked against float64; the fastest side of "
         "a row is bold.",
+        *([_ON_CUDA] if info["device"] == "cuda" else []),
         "`of the roof`: the larger of FLOP / peak and compulsory bytes / bandwidth, both measured on this machine, "
         "over the time taken; that peak is the vector unit's in float32, which Winograd's fewer multiplications and "
         "matrix tiles may pass.",
@@ -138,6 +179,34 @@ def markdown(document: dict[str, Any], results: Sequence[Result], path: Path) ->
         lines += ["", f"**{heading(section)}** ({roof})", "", table(own)]
     lines += ["", f"From `{path.as_posix()}`."]
     return "\n".join(lines) + "\n"
+
+
+def day(document: dict[str, Any], name: str) -> str:
+    """The results of benchmarks/gpu_day.py: its steps, tests and counters, then the tables."""
+    dry = "A dry run on stand-ins: no figure here is a GPU's.\n\n" if document.get("dry") else ""
+    lines = [dry + "| step | seconds | |", "| --- | ---: | --- |"]
+    lines += [f"| {step['name']} | {step['seconds']:.0f} | {step['status']} |" for step in document["steps"]]
+    for tests, found in document["tests"].items():
+        passed = found["tests"] - found["failures"] - found["errors"] - found["skipped"]
+        lines += [
+            "",
+            f"{tests}: {passed} passed, {found['failures'] + found['errors']} failed, {found['skipped']} skipped.",
+        ]
+        lines += [f"- {bad['test']}: {shortened(bad['message'].splitlines()[0] if bad['message'] else '')}"
+                  for bad in found["failed"]]  # fmt: skip
+    for kind, rest in document.get("not_compared", {}).items():
+        lines += ["", f"{kind}: {len(rest['failed'])} comparisons failed, {rest['left']} were left for want of time."]
+        lines += [f"- {cell}: {shortened(why)}" for cell, why in rest["failed"].items()]
+    if document["counters"]:
+        shown = [key for key in document["counters"][0] if key not in ("problem", "kernel", "grid")][:8]
+        lines += ["", "| kernel | " + " | ".join(shown) + " |", "| --- " * (len(shown) + 1) + "|"]
+        for row in document["counters"]:
+            lines.append(
+                f"| {row['kernel'][:60]}, {row['problem']} | " + " | ".join(row.get(k, "-") for k in shown) + " |"
+            )
+    results = results_of(document)
+    tables = markdown(document, results, Path(name)) if results else ""
+    return "\n".join(lines) + "\n\n" + tables
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
@@ -190,9 +259,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     document, results = load(options.json)
     out: Path = options.out or options.json.parent
     out.mkdir(parents=True, exist_ok=True)
-    text = markdown(document, results, options.json)
+    text = day(document, options.json.name) if "steps" in document else markdown(document, results, options.json)
     (out / f"{options.json.stem}.md").write_text(text)
-    plot(results, out / f"{options.json.stem}.png")
+    if results:
+        plot(results, out / f"{options.json.stem}.png")
     if options.readme:
         fill_readme(options.readme, options.json.stem, text)
     print(text)

@@ -6,6 +6,7 @@ Every side owns a copy of the model; ``benchmarks/baselines.py`` adds the runtim
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +95,7 @@ def summary(result: Comparison, images: int) -> list[dict[str, Any]]:
                 "high": ratio.high if ratio else None,
                 "error": timing.error,
                 "preparation_s": timing.preparation,
+                "host_us": statistics.median(timing.host_times) * 1e6 if timing.host_times else None,
             }
         )
     return rows

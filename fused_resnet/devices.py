@@ -70,7 +70,9 @@ DEVICES: tuple[Device, ...] = (
     _device("H100 datasheet", (9, 0), 132, 989, 494.5, 67, 3.35, "NVIDIA H100 Tensor Core GPU datasheet (SXM5, dense)"),
     _device("H100", (9, 0), 132, 790, 395, 53.5, 3.0,
             "SXM5; bf16 GEMM and copy measured (790 TFLOP/s, 3.0 TB/s), the rest of the datasheet scaled alike"),
-    _device("H200", (9, 0), 132, 989, 494.5, 67, 4.8, "NVIDIA H200 Tensor Core GPU datasheet (SXM, dense)"),
+    _device("H200 datasheet", (9, 0), 132, 989, 494.5, 67, 4.8, "NVIDIA H200 Tensor Core GPU datasheet (SXM, dense)"),
+    _device("H200", (9, 0), 132, 790, 395, 53.5, 4.3,
+            "SXM; bf16 GEMM and copy measured (790 TFLOP/s, 4.3 TB/s), the rest of the datasheet scaled alike"),
     _device("B200", (10, 0), 148, 2250, 1125, 75, 8.0, "NVIDIA DGX B200 datasheet, an eighth of it (dense)"),
     _device("RTX 5090", (12, 0), 170, 209.5, 104.8, 104.8, 1.792, "NVIDIA RTX Blackwell whitepaper (fp32 accumulate)"),
 )  # fmt: skip

@@ -29,11 +29,11 @@ def _conv(inplanes: int, planes: int, kernel: int, stride: int = 1, groups: int 
 def _why_not_understood(role: str, module: nn.Module) -> str | None:
     """None, or why a tail's operator does not compute what ``module`` does in its role, a name like ``bn1``."""
     name = type(module).__name__
-    if role.startswith("conv") or role == "downsample.0":
+    if role.startswith("conv") or role.endswith(".0"):
         if parts.is_plain_conv(module):
             return parts.why_not_fusable(module)  # type: ignore[arg-type]
         return f"is a {name}, which does not compute what nn.Conv2d does"
-    if role.startswith("bn") or role == "downsample.1":
+    if role.startswith("bn") or role.endswith(".1"):
         if parts.is_plain_batch_norm(module) or parts.is_frozen_batch_norm(module):
             return None
         return f"is a {name}, not a batch norm"
@@ -85,7 +85,7 @@ class _Fused(nn.Module):
         """
         for name, module in self._bypassed():
             if module is None:
-                if name != "downsample.1":
+                if not name.endswith(".1"):
                     return f"{name} is None"
             else:
                 why_not = parts.why_not_bypassed(module) or _why_not_understood(name, module)

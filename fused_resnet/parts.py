@@ -22,7 +22,7 @@ def is_plain_conv(module: Any) -> bool:
         and cls.forward is nn.Conv2d.forward
         and cls._conv_forward is nn.Conv2d._conv_forward
         and cls.__call__ is nn.Module.__call__
-        and cls._call_impl is nn.Module._call_impl  # type: ignore[attr-defined]
+        and cls._call_impl is nn.Module._call_impl
     )
 
 
@@ -69,7 +69,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def batch_norm_eps(bn: nn.Module) -> float:
-    """``bn.eps``; measured on a one-channel probe for frozen batch norms that have it under another name, or in code."""
+    """``bn.eps``; measured on a probe for frozen batch norms that have it under another name, or in their code."""
     eps = getattr(bn, "eps", None)
     if eps is not None:
         return float(eps)
@@ -88,7 +88,7 @@ def _what_eps_depends_on(bn: Any) -> Any:
     cls = type(bn)
     code = cls.forward.__code__
     seen = cls.forward.__globals__
-    values: list[Any] = [(name, seen[name]) for name in code.co_names if type(seen.get(name)) in _PLAIN]
+    values: list[Any] = [(name, seen[name]) for name in code.co_names if name in seen and type(seen[name]) in _PLAIN]
     for scope in (bn.__dict__, *(c.__dict__ for c in cls.__mro__ if c not in nn.Module.__mro__)):
         values += [(name, type(v), v) for name, v in scope.items() if type(v) in _PLAIN]
     if len(bn._parameters) + len(bn._buffers) != 4 or bn._modules:

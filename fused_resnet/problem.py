@@ -28,19 +28,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# What torch.backends.cudnn.conv.fp32_precision reads, without the 2.6 microseconds of the properties around it.
-_fp32_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
-
-
 def tf32_allowed() -> bool:
     """Whether torch allows tf32 in convolutions on CUDA.
 
     ``fp32_precision`` is read first: once any of the new switches has been set, reading the old
     ``allow_tf32`` raises. torch itself keeps the two in step.
     """
-    if _fp32_precision is not None:
-        return _fp32_precision("cuda", "conv") == "tf32"
-    return bool(torch.backends.cudnn.allow_tf32)
+    precision = getattr(getattr(torch.backends.cudnn, "conv", None), "fp32_precision", None)
+    return bool(torch.backends.cudnn.allow_tf32) if precision is None else precision == "tf32"
 
 
 def _out(size: int, window: int, stride: int, padding: int, dilation: int) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import devices
+from . import devices, gpu_model
 from .devices import Device
 from .traffic import Kernel, count
 
@@ -49,7 +49,7 @@ class Work:
 
 def seconds(kernel: Kernel, device: Device, tf32: bool = False) -> float:
     """The least time of one kernel: compute or memory, whichever is longer."""
-    return max(kernel.flops / device.flops(kernel.dtype, tf32), kernel.bytes / device.bandwidth)
+    return gpu_model.bound(kernel.flops, kernel.bytes, kernel.dtype, device, tf32)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
@@ -199,7 +200,7 @@ def conv_bn_proj_act(
     image, proj_image = _tensor(enter(x)), _tensor(enter(proj_x))
     if main_batch:
         branch = functional.conv_bn_branch(
-            proj_image, **_training_arguments(proj_conv, proj_bn), winograd=options.winograd
+            proj_image, **_training_arguments(proj_conv, proj_bn, proj_image), winograd=options.winograd
         )
         return _value(batch_statistics_tail(conv, bn, image, branch, activation, options.winograd), x, conv)
     weight, bias, mean, var = bn_tensors(bn)
@@ -218,8 +219,13 @@ def conv_bn_proj_act(
 # ---- batch statistics: the one place where a training tail is computed -------------------------------------
 
 
-def _training_arguments(conv: nn.Conv2d, bn: Any) -> dict[str, Any]:
-    """A convolution and its batch norm as the training functions take them; counts the batch as ``bn`` would."""
+def _training_arguments(conv: nn.Conv2d, bn: Any, x: Tensor) -> dict[str, Any]:
+    """A convolution and its batch norm as the training functions take them; counts the batch as ``bn`` would.
+
+    Not before the convolution has taken ``x``: what eager's convolution refuses is not counted.
+    """
+    if 0 in x.shape[1:]:
+        F.conv2d(x, conv.weight, conv.bias, **geometry(conv))
     bn_arguments = functional.batch_norm_arguments(bn)._asdict()
     return {"weight": conv.weight, "bias": conv.bias, **bn_arguments, **geometry(conv)}
 
@@ -233,7 +239,7 @@ def batch_statistics_tail(
     winograd: str = "auto",
 ) -> Tensor:
     """``act(bn(conv(x)) + residual)`` with the statistics of the batch; updates the running ones as ``bn`` would."""
-    arguments = _training_arguments(conv, bn)
+    arguments = _training_arguments(conv, bn, x)
     return functional.conv_bn_add_relu_train(
         x, **arguments, residual=residual, activation=activation, winograd=winograd
     )

@@ -7,8 +7,8 @@ not, at any batch size, in milliseconds and without memory.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,10 +57,10 @@ def _skipped_by_stride(x: Tensor, weight: Tensor, stride: Iterable[int]) -> int:
 class TrafficMode(TorchDispatchMode):
     """Records every operator that would launch a kernel."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.kernels: list[Kernel] = []
-        self.modules = [""]  # the path of modules whose forwards are running, innermost last
+        self._names = {id(module): name for name, module in model.named_modules()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -93,31 +93,23 @@ class TrafficMode(TorchDispatchMode):
         elif name in ("aten::addmm", "aten::mm"):
             matrix = args[1] if name == "aten::addmm" else args[0]
             flops = 2 * outputs[0].numel() * matrix.shape[-1]
-        self.kernels.append(Kernel(name, self.modules[-1], flops, traffic, outputs[0].dtype))
+        self.kernels.append(Kernel(name, _running(self._names), flops, traffic, outputs[0].dtype))
 
 
-@contextmanager
-def _calls(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep on ``stack`` the names of the modules of ``model`` that are being called.
+def _running(names: dict[int, str]) -> str:
+    """The name of the innermost module of ``names``, by id, whose code is running.
 
-    By a replaced ``nn.Module.__call__``, as torch.fx traces, not by hooks: a module with a hook, or any module
-    while a global hook is registered, would rightly not be fused.
+    By the frames of the interpreter, not by hooks or a ``__call__`` of ours: a module that is looked at in these ways
+    would rightly not be fused.
     """
-    names = {id(module): name for name, module in model.named_modules()}
-    call: Any = nn.Module.__call__
-
-    def named_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        stack.append(names.get(id(module), stack[-1]))
-        try:
-            return call(module, *args, **kwargs)
-        finally:
-            stack.pop()
-
-    nn.Module.__call__ = named_call  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.__call__ = call  # type: ignore[method-assign]
+    frame = sys._getframe(1)
+    while frame is not None:
+        if "self" in frame.f_code.co_varnames[:1]:
+            name = names.get(id(frame.f_locals.get("self")))
+            if name is not None:
+                return name
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
 
 
 def count(model: nn.Module, shape: Iterable[int], dtype: torch.dtype = torch.float16) -> list[Kernel]:
@@ -129,11 +121,7 @@ def count(model: nn.Module, shape: Iterable[int], dtype: torch.dtype = torch.flo
     x = torch.empty(tuple(shape), dtype=dtype, device="meta")
     if x.dim() == 4:
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-    mode = TrafficMode()
-    with (
-        torch.no_grad(),
-        _calls(model, mode.modules),
-        mode,
-    ):  # inference_mode would leave composite operators whole, whatever they launch
+    mode = TrafficMode(model)
+    with torch.no_grad(), mode:  # inference_mode would leave composite operators whole, whatever they launch
         model(x)
     return mode.kernels

@@ -25,7 +25,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Files that show within minutes whether a stack carries the package: calls, surgery, training, Triton, the build.
-SHORT = "ops nn fuse_models models packing training_ops training_step optional package triton_interpreter triton_aot"
+SHORT = (
+    "ops nn fuse_models models packed_weights freeze live training_ops training_step optional package "
+    "triton_interpreter triton_aot"
+)
 OPTIMISED = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "FUSED_RESNET_CPU_ISA")
 
 

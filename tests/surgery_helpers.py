@@ -107,13 +107,18 @@ def count_launches() -> Iterator[Launches]:
             return func(*args, **(kwargs or {}))
 
     patch = pytest.MonkeyPatch()
-    for name in ("conv_bn_add_relu", "conv_bn_proj_add_relu"):
+    inside: list[int] = []  # the max pool's may call the convolution's
+    for name in ("conv_bn_add_relu", "conv_bn_proj_add_relu", "conv_bn_add_relu_max_pool"):
         operator = getattr(functional, name)
 
         def counted(*args: Any, _operator: Any = operator, **kwargs: Any) -> Any:
-            count.fused += 1
-            with torch._C.DisableTorchFunction():
-                return _operator(*args, **kwargs)
+            count.fused += not inside
+            inside.append(1)
+            try:
+                with torch._C.DisableTorchFunction():
+                    return _operator(*args, **kwargs)
+            finally:
+                inside.pop()
 
         patch.setattr(functional, name, counted)
     try:

@@ -207,10 +207,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         if self.fused and self.kind == "projection":
-            return tails.conv_bn_proj_act(self.conv, self.bn, x, self.proj_conv, self.proj_bn, other, self.activation)
+            y = tails.conv_bn_proj_act(self.conv, self.bn, x, self.proj_conv, self.proj_bn, other, self.activation)
+            return tails.leave(y)
         if self.fused:
             residual = other if self.kind == "residual" else None
-            return tails.conv_bn_act(self.conv, self.bn, x, residual, self.activation)
+            return tails.leave(tails.conv_bn_act(self.conv, self.bn, x, residual, self.activation))
         z = self.bn(self.conv(x))
         if self.kind == "residual":
             z = z + other
@@ -247,7 +248,8 @@ def assert_three_times_eager(got: dict[str, Tensor], eager: dict[str, Tensor], e
     assert got.keys() == eager.keys()
     for name, value in got.items():
         assert value.dtype == eager[name].dtype, name
-        assert value.stride() == eager[name].stride(), name
+        for dim, size in enumerate(value.shape):  # the stride of a dimension of size 1 means nothing
+            assert size == 1 or value.stride(dim) == eager[name].stride(dim), name
         if not value.is_floating_point():
             assert torch.equal(value, eager[name]), name
             continue
@@ -266,7 +268,7 @@ def test_block_against_eager(kind: str, activation: str, memory_format: torch.me
 
 
 def test_one_op_computes_convolution_and_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In channels_last no pass over the activation takes statistics; in NCHW the converted copy's are taken."""
+    """No pass over the activation takes statistics, whatever the model's own layout."""
     seen: list[str] = []
     mode = torch.utils._python_dispatch.TorchDispatchMode
 
@@ -276,12 +278,12 @@ def test_one_op_computes_convolution_and_statistics(monkeypatch: pytest.MonkeyPa
             return func(*args, **(kwargs or {}))
 
     block = Block("projection", fused=True)
-    for memory_format, expected in ((torch.channels_last, 2), (torch.contiguous_format, 0)):
+    for memory_format in (torch.channels_last, torch.contiguous_format):
         seen.clear()
         with Names():
             step(block, block.inputs(memory_format))
-        assert seen.count("conv_bn_stats") == seen.count("conv_backward") == expected
-        assert seen.count("bn_stats") == 2 - expected
+        assert seen.count("conv_bn_stats") == seen.count("conv_backward") == 2
+        assert seen.count("bn_stats") == 0
         assert seen.count("bn_apply_add_relu") == seen.count("bn_backward_apply") == 1
 
 

@@ -43,7 +43,7 @@ def test_it_keeps_its_promises(outcome: tuple[demo.Outcome, Path, str]) -> None:
 @pytest.mark.slow
 def test_it_times_both_eager_layouts_and_the_fused_network(outcome: tuple[demo.Outcome, Path, str]) -> None:
     (timed,) = outcome[0].timed
-    assert [row["name"] for row in timed.rows] == ["eager", "eager channels_last", "fused"]
+    assert [row["name"] for row in timed.rows] == ["eager", "eager channels_last", "fused", "frozen"]
     assert all(row["median_ms"] > 0 and row["error"] < 1e-5 for row in timed.rows)
 
 

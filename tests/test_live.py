@@ -151,3 +151,21 @@ def test_an_input_that_is_no_image_is_refused_as_by_eager() -> None:
     for module in (fused, fused_resnet.FusedBasicBlock(32, 32), fused_resnet.models.resnet18()):
         with pytest.raises((ValueError, RuntimeError), match=r"[Ee]xpected"):
             module(torch.randn(3, 40))
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 0, 8), (0, 32, 8, 8), (2, 32, 8, 0)])
+def test_a_batch_that_eager_refuses_is_refused_and_counted_as_by_eager(shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(BasicBlock(32, 32)).train()
+    for fused in (fuse(model), nn.Sequential(fused_resnet.FusedBasicBlock(32, 32)).train()):
+        outcomes = []
+        for m in (model, fused):
+            for child in m.modules():
+                if isinstance(child, nn.BatchNorm2d):
+                    child.reset_running_stats()
+            try:
+                m(torch.zeros(shape))
+                raised = False
+            except Exception:
+                raised = True
+            outcomes.append((raised, [int(b) for n, b in m.named_buffers() if n.endswith("num_batches_tracked")]))
+        assert outcomes[0] == outcomes[1]

@@ -72,6 +72,8 @@ def test_opcheck(name: str, backend: str, requires_grad: bool) -> None:
 @settings(max_examples=150, deadline=None)
 @given(shape=st.tuples(*(st.integers(0, 3) for _ in range(4))), order=st.permutations(range(4)))
 def test_looks_channels_last_is_torchs_rule(shape: tuple[int, ...], order: list[int]) -> None:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11) and 1 in shape:
+        pytest.skip("torch 2.10 states another rule for dimensions of size 1, whose strides mean nothing")
     t = torch.empty([shape[i] for i in order]).permute([order.index(i) for i in range(4)])
     expected = torch._prims_common.suggest_memory_format(t) == torch.channels_last
     assert looks_channels_last(t.shape, t.stride()) == expected

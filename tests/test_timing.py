@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_resnet import timing
 from fused_resnet.timing import (
     AS_FAST,
     Contender,
+    CudaStopwatch,
     Ratio,
     compare,
     first_tensor,
+    graphed,
     median_interval,
     relative_error,
     threads,
@@ -217,3 +221,119 @@ def test_relative_error_and_first_tensor() -> None:
     assert relative_error(torch.empty(0), torch.empty(0)) == 0.0
     assert first_tensor({"out": [(a,), None]}) is a
     assert statistics.mean(first_tensor([a.numpy()]).tolist()) == -1.5
+
+
+# ---- on a GPU, by a stand-in for its clock -------------------------------------------------------------------
+
+
+class Gpu:
+    """A GPU that works through its queue while the host goes on: kernels take ``work`` seconds, launches ``host``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0  # the host's clock
+        self.free = 0.0  # when the GPU has done all that is queued
+        gpu = self
+
+        class Event:
+            def __init__(self, **options: Any) -> None:
+                pass
+
+            def record(self) -> None:
+                self.at = max(gpu.now, gpu.free)
+
+            def query(self) -> bool:
+                return gpu.now >= self.at
+
+            def synchronize(self) -> None:
+                gpu.synchronize()
+
+            def elapsed_time(self, other: Any) -> float:
+                return 1e3 * (other.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: self.synchronize())
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.queue(cycles / CudaStopwatch.CYCLES))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: None)
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        self.stopwatch = CudaStopwatch(torch.device("cpu"))
+
+    def queue(self, seconds: float) -> None:
+        self.free = max(self.now, self.free) + seconds
+
+    def synchronize(self) -> None:
+        self.now = max(self.now, self.free)
+
+    def call(self, work: float, host: float, waits: bool = False) -> Callable[[], str]:
+        def fn() -> str:
+            self.now += host
+            self.queue(work)
+            if waits:
+                self.synchronize()
+            return "done"
+
+        return fn
+
+
+@pytest.mark.parametrize(("work", "host"), [(5e-6, 15e-6), (5e-6, 3e-3), (4e-3, 10e-6)], ids=["short", "slow", "long"])
+def test_a_gpus_time_is_without_the_hosts(work: float, host: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    fn = gpu.call(work, host)
+    for _ in range(2):
+        seconds, output = gpu.stopwatch(fn, ())
+        assert seconds == pytest.approx(work)
+        assert output == "done"
+        assert gpu.stopwatch.host == pytest.approx(host)
+        assert not gpu.stopwatch.synchronised
+
+
+def test_a_call_that_waits_is_timed_with_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    fn = gpu.call(5e-6, 40e-6, waits=True)
+    for _ in range(2):
+        assert gpu.stopwatch(fn, ())[0] == pytest.approx(45e-6)
+        assert gpu.stopwatch.synchronised
+    assert gpu.stopwatch(gpu.call(5e-6, 40e-6), ())[0] == pytest.approx(5e-6)  # it says nothing about others
+
+
+def test_what_is_wrong_and_optional_is_absent() -> None:
+    calls = itertools.count()
+    late = Contender("late", lambda: lambda x: x * (2 if next(calls) < 6 else 3), optional=True)
+    wrong = Contender("wrong", lambda: lambda x: x, optional=True)
+    result = compare([Contender("right", lambda: doubled), wrong, late], inputs_of, rounds=3)
+    assert list(result.timings) == ["right"]
+    assert "output differs" in result.absent["wrong"]
+    assert "output differs" in result.absent["late"]
+
+
+def test_a_graph_replays_into_the_inputs_it_was_captured_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[Tensor] = []
+
+    class Graph:
+        def __init__(self, x: Tensor, y: Tensor) -> None:
+            self.x, self.y = x, y
+
+        def replay(self) -> None:
+            self.y.copy_(self.x * 2)
+
+    def capture(fn: Any, inputs: tuple[Tensor]) -> tuple[Graph, Tensor]:
+        captured.append(inputs[0])
+        y = fn(*inputs)
+        return Graph(inputs[0], y), y
+
+    monkeypatch.setattr(timing, "_capture", capture)
+    side = Contender("ours", lambda: doubled)
+    result = compare([side, graphed(side)], inputs_of, rounds=3)  # fresh inputs each round: a stale one would be wrong
+    assert list(result.timings) == ["ours", "ours, graph"]
+    assert len(captured) == 1
+    assert graphed(side).optional
+
+
+def test_errors_are_found_where_the_tensors_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces, so that a large batch needs no float64 copy of itself."""
+    monkeypatch.setattr(timing, "_COMPARED", 8)
+    expected = torch.arange(1.0, 61.0).view(5, 3, 2, 2)
+    actual = expected.clone()
+    actual[4, 2, 1, 1] = 57.0
+    assert relative_error(actual, expected) == pytest.approx(3 / 60)
+    actual[0, 0, 0, 0] = math.nan
+    assert relative_error(actual, expected) == math.inf

@@ -9,6 +9,7 @@ test_training_triton.py.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_resnet import tails
+from fused_resnet import functional, tails
 
 SHAPE = (2, 16, 8, 8)
 #: What a convolution reads and writes is the same on both sides, and no part of the tail.
@@ -52,7 +53,16 @@ class Passes(TorchDispatchMode):
         return out
 
 
-def step(fused: bool, memory_format: torch.memory_format) -> Passes:
+def by_module(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Tensor) -> Tensor:
+    return tails.leave(tails.conv_bn_act(conv, bn, x, residual))  # type: ignore[no-any-return]
+
+
+def by_function(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Tensor) -> Tensor:
+    arguments = functional.batch_norm_arguments(bn)._asdict()
+    return functional.conv_bn_add_relu_train(x, conv.weight, **arguments, padding=1, residual=residual)
+
+
+def step(fused: Callable[..., Tensor] | None, memory_format: torch.memory_format) -> Passes:
     """One forward and backward of relu(bn(conv(x)) + residual)."""
     torch.manual_seed(0)
     conv, bn = nn.Conv2d(4, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
@@ -60,19 +70,19 @@ def step(fused: bool, memory_format: torch.memory_format) -> Passes:
     residual, grad = (torch.randn(SHAPE).contiguous(memory_format=memory_format) for _ in range(2))
     leaves = (x.requires_grad_(), residual.requires_grad_(), conv.weight, bn.weight, bn.bias)
     with Passes() as passes:
-        out = tails.conv_bn_act(conv, bn, x, residual) if fused else torch.relu(bn(conv(x)) + residual)
+        out = torch.relu(bn(conv(x)) + residual) if fused is None else fused(conv, bn, x, residual)
         torch.autograd.grad(out, leaves, grad)
     return passes
 
 
 def test_eager_takes_sixteen() -> None:
-    passes = step(False, torch.channels_last)
+    passes = step(None, torch.channels_last)
     assert sum(passes.activations.values()) == 16, passes.activations
 
 
 def test_nine_with_the_statistics_in_the_convolution() -> None:
     """A backend whose ``why_not_conv_stats`` says that it has no such convolution reads y once more: ten."""
-    passes = step(True, torch.channels_last)
+    passes = step(by_module, torch.channels_last)
     assert passes.activations == {
         "fused_resnet::bn_apply_add_relu": 3,
         "fused_resnet::bn_backward_reduce": 2,
@@ -85,7 +95,7 @@ def test_nine_with_the_statistics_in_the_convolution() -> None:
 
 def test_ten_without_it() -> None:
     """NCHW: eager's convolution, and the statistics of the copy that the passes need in any case."""
-    passes = step(True, torch.contiguous_format)
+    passes = step(by_function, torch.contiguous_format)
     assert passes.activations["fused_resnet::bn_stats"] == 1
     ours = {name: n for name, n in passes.activations.items() if name.startswith("fused_resnet::")}
     assert sum(ours.values()) == 10

@@ -19,7 +19,7 @@ from fused_resnet.backends.triton import TritonBackend, why_not_problem
 from fused_resnet.kernels.config import FP32, HALF, TF32, TailConfig, fits
 from fused_resnet.problem import Problem
 from fused_resnet.reference import reference
-from fused_resnet.testing import PROBLEMS, check_tail, in_dtype, make_tail
+from fused_resnet.testing import DESCRIBED, PROBLEMS, Case, check_tail, in_dtype, make_tail
 from tests.launch_harness import triton_device
 
 pytest.importorskip("triton")
@@ -100,22 +100,10 @@ def test_persistent(check: Callable[..., None], split: int, monkeypatch: pytest.
     check(dataclasses.replace(ODD, h=23), TailConfig(64, 32, 32, 4, 3, split_k=split, persistent=True))
 
 
-#: Boxes of pixels that do not fill the image, tails of filters, every way to build a descriptor.
-DESCRIBED = {
-    "3x3": "n=3,h=9,w=7,c=64,k=37,padding=1,residual=1",
-    "1x1": "n=3,h=9,w=7,c=128,k=70,r=1,residual=1",
-    "1x1_stride2": "n=2,h=9,w=7,c=64,k=40,r=1,stride=2:1,residual=1",
-    "dilation": "n=2,h=9,w=11,c=64,k=40,r=3,s=5,padding=2:1,dilation=2:1",
-    "projection": "n=2,h=9,w=7,c=64,k=40,padding=1,proj=64x17x13x2",
-    "projection_1x1": "n=2,h=5,w=7,c=64,k=40,r=1,proj=128x5x7x1",
-}
-
-
-@pytest.mark.parametrize("name", DESCRIBED)
+@pytest.mark.parametrize("case", DESCRIBED, ids=lambda case: case.name)
 @pytest.mark.parametrize("device", [90], indirect=True, ids=["sm_90"])
-def test_tensor_descriptors(check: Callable[..., None], name: str) -> None:
-    problem = Problem.parse(DESCRIBED[name] + ",relu=0,dtype=bfloat16")
-    check(problem, TailConfig(64, 64, 64, 4, 3, tma=True))
+def test_tensor_descriptors(check: Callable[..., None], case: Case) -> None:
+    check(in_dtype(case.problem, torch.bfloat16), TailConfig(64, 64, 64, 4, 3, tma=True))
 
 
 @pytest.mark.parametrize("device", [90], indirect=True, ids=["sm_90"])
@@ -132,7 +120,7 @@ def test_every_configuration_with_tensor_descriptors(
     from fused_resnet.kernels import launch
 
     monkeypatch.setattr(launch, "sm_count", lambda device: 2)
-    problem = Problem.parse(DESCRIBED["3x3"] + ",relu=0,dtype=float16")
+    problem = in_dtype(DESCRIBED[0].problem, torch.float16)
     for _ in range(2 if config.split_k > 1 else 1):
         check(problem, config)
 

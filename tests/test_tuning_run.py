@@ -17,6 +17,7 @@ from tuning_fakes import CPU, Configuration, call_for, clock, install, raising, 
 
 import fused_resnet
 from fused_resnet.nn import FusedBasicBlock
+from fused_resnet.packed_weights import PackedWeights
 from fused_resnet.tuning import choice, isolate, selftest, selftest_table, tune
 from fused_resnet.tuning.calls import Call
 from fused_resnet.tuning.collect import calls_of
@@ -150,6 +151,22 @@ def test_a_real_backend_end_to_end(model: nn.Module) -> None:
         torch.testing.assert_close(model(X), before)
 
 
+def test_selftest_within_a_time_and_of_one_backend(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, *(Configuration(f"{i}") for i in range(9)))
+    x = torch.randn(1, 8, 8, 8)
+    names = {check.candidate for check in selftest(model, x, backends=["fake"])}
+    assert names == {f"fake {i}" for i in range(6)}
+    assert selftest(model, x, force=True, seconds=-1.0) == []
+
+
+def test_tune_begins_no_call_after_its_time(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, Configuration("a"))
+    result = tune(model, torch.randn(1, 8, 8, 8), timer=clock, seconds=-1.0)
+    assert result.results == []
+    assert len(result.unfinished) == result.calls > 0
+    assert all("not begun" in why for why in result.unfinished.values())
+
+
 def test_the_functions_are_public() -> None:
     assert fused_resnet.tune is tune
     assert fused_resnet.selftest is selftest
@@ -193,7 +210,7 @@ def test_a_child_does_the_search() -> None:
     said: list[str] = []
     results, given_up = _tune_isolated(
         'Configuration("a"), Configuration("b", seconds=0.5)',
-        [call_for(), call_for(cache_weights=True)],
+        [call_for(), call_for(packed_weights=PackedWeights())],
         lambda i, text: said.append(f"{i} {text}"),
     )
     assert given_up == {}
@@ -231,7 +248,7 @@ def test_children_that_never_get_anywhere_are_given_up(tmp_path: Path) -> None:
 def test_two_tuners_at_once(tmp_path: Path) -> None:
     """Two processes tune the same calls at the same time: both finish, and the file holds one whole result."""
     code = CHILD.format(tests=str(TESTS), configurations='Configuration("a"), Configuration("b", seconds=0.5)')
-    calls = [call_for(), call_for(cache_weights=True)]
+    calls = [call_for(), call_for(packed_weights=PackedWeights())]
     request = isolate._Child((sys.executable, "-c", code), {
         "calls": [call.as_json() for call in calls], "device": "cpu",
         "options": {"rounds": 3, "limit": None, "force": True},

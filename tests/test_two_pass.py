@@ -112,7 +112,7 @@ def test_it_compiles_without_spills_and_with_wide_loads(arch: int, projection: b
         "y_ptr": half, "second_ptr": half, "out_ptr": half, "bn": bn,
         "second_bn": bn if projection else none, "pixels": "i32", "spec": none,
     }  # fmt: skip
-    constants: dict[object, object] = {(6,): Pass(64, 32, 64, "relu", "tensor"), (3, 0): None}
+    constants: dict[object, object] = {(6,): Pass(64, 32, 64, "relu", "tensor", projection), (3, 0): None}
     constants |= {(4, 0): None} if projection else {(4,): None}
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
     source = ASTSource(bn_add_act_kernel, signature, constants, aligned)

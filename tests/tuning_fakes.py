@@ -81,6 +81,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *configurations: Configuration) -> 
     backend = FakeBackend(configurations)
     monkeypatch.setitem(backends._loaded, "fake", backend)
     monkeypatch.setattr(backends, "NAMES", ("eager", "fake"))
+    monkeypatch.setattr(backends, "_LADDER", {"cpu": ("eager",)})
     monkeypatch.setattr(verify, "needed", lambda candidate, device: candidate.backend == "fake")
     return backend
 

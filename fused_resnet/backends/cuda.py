@@ -120,18 +120,28 @@ class _Direct:
         weight, bias, bn_weight, bn_bias, running_mean, running_var, _ = conv
         proj_x, proj = tail.proj_x, tail.proj or _NONE
         index = self._index
-        if index != torch._C._cuda_getDevice():
+        if index != _current_device():
             return self._general(tail)  # has the device guard
         y = torch.empty(self._shape, dtype=self._dtype, device=self._device, memory_format=torch.channels_last)
         launched = self._launch(
             x.data_ptr(), weight.data_ptr(), _address(bias), _address(bn_weight), _address(bn_bias),
             _address(running_mean), _address(running_var), _address(proj_x), _address(proj.weight),
             _address(proj.bias), _address(proj.bn_weight), _address(proj.bn_bias), _address(proj.running_mean),
-            _address(proj.running_var), _address(residual), y.data_ptr(), torch._C._cuda_getCurrentRawStream(index),
+            _address(proj.running_var), _address(residual), y.data_ptr(), _stream(index),
         )  # fmt: skip
         if not launched:  # an address is less aligned than planned: a view into something
             return self._general(tail)
         return y if self._format is torch.channels_last else y.contiguous()
+
+
+def _current_device() -> int:
+    return torch.cuda.current_device()
+
+
+def _stream(index: int) -> int:
+    """The address of torch's current stream on this device."""
+    stream: int = torch.cuda.current_stream(index).cuda_stream
+    return stream
 
 
 def _address(t: Tensor | None) -> int:

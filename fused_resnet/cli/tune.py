@@ -1,10 +1,12 @@
-"""``tune``, ``selftest`` and ``roofline``: which kernel runs, is every one right, and what is the limit."""
+"""``tune``, ``selftest``, ``precompile`` and ``roofline``: which kernel runs, is every one right, what is the limit."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,14 +22,20 @@ from .common import (
     device_of,
     dtype_of,
     integers,
+    progress_bar,
     reports_errors,
     say,
     user_errors,
 )
 
+LimitOption = Annotated[int, typer.Option(min=1, help="so many configurations of each backend, those it prefers")]
+BackendsOption = Annotated[list[str] | None, typer.Option("--backend", help="only this one (may be repeated)")]
+SecondsOption = Annotated[float | None, typer.Option(min=0.0, help="begin nothing new after so many seconds")]
+JobsOption = Annotated[int | None, typer.Option(min=1, help="processes that compile; default: one a core")]
+
 
 def register(app: typer.Typer) -> None:
-    for function in (tune, selftest, roofline):
+    for function in (tune, selftest, precompile, roofline):
         app.command()(reports_errors(function))
 
 
@@ -40,7 +48,10 @@ def tune(
     dtype: DtypeOption = "float16",
     channels_last: Annotated[bool, typer.Option("--channels-last/--contiguous", help="layout of the input")] = True,
     rounds: Annotated[int | None, typer.Option(min=1, help="alternating rounds for each candidate")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="only so many configurations of each backend")] = None,
+    limit: LimitOption = 6,
+    backend: BackendsOption = None,
+    seconds: SecondsOption = None,
+    jobs: JobsOption = None,
     force: Annotated[bool, typer.Option("--force", help="time again what is known")] = False,
 ) -> None:
     """Find the fastest right kernel for every call of a network, and keep the result for this device.
@@ -59,11 +70,21 @@ def tune(
     target = load_target(model, weights)
     network = target.model.to(where, what)
     interrupted = False
+    left = _clock(seconds)
     for images in integers("--batch", batch):
         x = target.example(images, size, where, what)
         x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
         with user_errors(ValueError, RuntimeError, prefix=f"{target.name}, batch {images}: "):
-            result = tuning.tune(network, x, rounds=rounds or ROUNDS, limit=limit, force=force)
+            result = tuning.tune(
+                network,
+                x,
+                rounds=rounds or ROUNDS,
+                limit=limit,
+                backends=backend,
+                seconds=left(),
+                jobs=jobs,
+                force=force,
+            )
         console.print(result.table())
         for call, reason in result.unfinished.items():
             say(f"unfinished: {call}: {reason}")
@@ -81,6 +102,10 @@ def selftest(
     size: SizeOption = 224,
     device: DeviceOption = None,
     dtype: DtypeOption = "float16",
+    limit: LimitOption = 6,
+    backend: BackendsOption = None,
+    seconds: SecondsOption = None,
+    jobs: JobsOption = None,
 ) -> None:
     """Compare every kernel configuration with the reference on this device; a wrong one is never run again.
 
@@ -90,20 +115,80 @@ def selftest(
     from .target import load_target
 
     where, what = device_of(device), dtype_of(dtype)
+    options: dict[str, Any] = {"limit": limit, "backends": backend, "seconds": seconds, "jobs": jobs}
     with user_errors(ValueError, RuntimeError):
         if model is None:
-            checks = tuning.selftest(device=where)
+            checks = tuning.selftest(device=where, **options)
         else:
             target = load_target(model, weights)
-            checks = tuning.selftest(target.model.to(where, what), target.example(batch, size, where, what))
+            example = target.example(batch, size, where, what)
+            checks = tuning.selftest(target.model.to(where, what), example, **options)
     console.print(tuning.selftest_table(checks))
     if not checks:
+        if backend or seconds is not None:
+            raise UserError("selftest: nothing was checked (no such backend can run here, or --seconds was too short)")
         say(f"no backend but eager can run these calls on {where.type}: nothing was checked (fused-resnet doctor)")
         return
     wrong = [check for check in checks if check.verdict.startswith(("wrong", "crashed"))]
     say(f"{len(wrong)} of {len(checks)} checks failed" if wrong else f"all {len(checks)} checks passed or were refused")
     if wrong:
         raise typer.Exit(1)
+
+
+def precompile(
+    model: Annotated[list[str], typer.Argument(help="torchvision or timm names, or file.py:object")],
+    batch: Annotated[str, typer.Option("--batch", "-b", help="batch sizes, such as 1,8,256")] = "1,32,256",
+    size: SizeOption = 224,
+    dtype: Annotated[str, typer.Option("--dtype", help="one or several, such as float16,bfloat16")] = "float16",
+    arch: Annotated[str, typer.Option("--arch", help="the GPU's compute capability")] = "9.0",
+    sms: Annotated[int, typer.Option("--sms", min=1, help="its multiprocessors: they decide what is preferred")] = 132,
+    limit: LimitOption = 6,
+    seconds: SecondsOption = None,
+    jobs: JobsOption = None,
+    out: Annotated[Path | None, typer.Option(help="also put the kernels into this .tar.gz")] = None,
+    load: Annotated[Path | None, typer.Option(help="first take over the kernels of this .tar.gz")] = None,
+) -> None:
+    """Compile the Triton kernels of networks into Triton's cache, without a GPU, for one that will run them.
+
+    The GPU's machine must have the same Triton. Exit status 1 where a kernel does not compile.
+    """
+    import triton
+
+    from ..tuning import precompile as kernels
+    from .target import load_target
+
+    cache = Path(triton.knobs.cache.dir)
+    with user_errors(OSError, ValueError):
+        capability = round(float(arch) * 10)
+        if load is not None:
+            say(f"{kernels.unpack(load, cache)} kernels from {load}")
+    calls: dict[str, Any] = {}
+    for name in model:
+        target = load_target(name, None)
+        for images in integers("--batch", batch):
+            for what in map(dtype_of, dtype.split(",")):
+                shape = (images, target.in_channels, size, size)
+                calls |= {call.key: call for call in kernels.network_calls(target.model, shape, what)}
+    with progress_bar() as bar:
+        task = bar.add_task("compiling")
+        failed = kernels.precompile(
+            list(calls.values()), capability, sms, limit=limit, jobs=jobs, seconds=seconds,
+            report=lambda done, total, text: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
+    for name, why in failed.items():
+        say(f"failed: {name}: {why}")
+    say(f"{len(calls)} calls, Triton's cache: {cache}")
+    if out is not None:
+        with user_errors(OSError):
+            say(f"{kernels.pack(cache, out)} kernels in {out}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _clock(seconds: float | None) -> Callable[[], float | None]:
+    """What is left of ``seconds`` from now on."""
+    end = None if seconds is None else time.monotonic() + seconds
+    return lambda: None if end is None else max(0.0, end - time.monotonic())
 
 
 def roofline(

@@ -31,6 +31,7 @@ class Pass:
     block_k: int
     activation: str
     precision: str  # "upcast" in the interpreter, see round_to
+    second_norm: bool  # `second` has a BN of its own; Triton 3.6 cannot compare a tuple with None
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def bn_add_act_kernel(y_ptr, second_ptr, out_ptr, bn, second_bn, pixels, spec: t
     z = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
     if second_ptr is not None:
         second = tl.load(second_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        if second_bn is not None:
+        if spec.second_norm:
             scale, shift = channel_scale_shift(k, second_bn)
             second = second * scale[None, :] + shift[None, :]
         z += second
@@ -88,7 +89,8 @@ def bn_add_act(
     pixels = y.numel() // channels
     block_k = min(128, triton.next_power_of_2(channels))
     interpreting = not isinstance(bn_add_act_kernel, triton.JITFunction)
-    spec = Pass(channels, TILE // block_k, block_k, activation, "upcast" if interpreting else "tensor")
+    spec = Pass(channels, TILE // block_k, block_k, activation, "upcast" if interpreting else "tensor",
+                second_conv is not None)  # fmt: skip
     grid = (triton.cdiv(pixels, spec.block_p), triton.cdiv(channels, block_k))
     second_bn: Any = None if second_conv is None else _batch_norm(second_conv)
     bn_add_act_kernel[grid](y, second, out, _batch_norm(conv), second_bn, pixels, spec, num_warps=4)

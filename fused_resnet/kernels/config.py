@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..gpu_model import memory_bound
 from ..problem import Problem, dtype_name
 
 
@@ -133,7 +134,8 @@ def candidates(problem: Problem, capability: int, sms: int, deterministic: bool)
     """Every configuration that can compute `problem`, the expected best first (an expectation, not a measurement).
 
     The expectation: a tile costs its multiplications, slower the fewer of them a loaded byte feeds, plus a fixed
-    start and epilogue; the device runs one tile per SM at a time; a split adds the partial tiles' traffic.
+    start and epilogue; the device runs one tile per SM at a time; a split adds the partial tiles' traffic. Where
+    memory is the limit, an SM that holds one program idles through its loads and its epilogue.
     """
     found = [
         variant
@@ -142,12 +144,18 @@ def candidates(problem: Problem, capability: int, sms: int, deterministic: bool)
     ]
     depth = problem.r * problem.s * problem.c + (problem.projection.c if problem.projection else 0)
 
+    waits_for_memory = memory_bound(problem)
+    shared = SHARED_LIMIT.get(capability, 99 << 10)
+
     def cost(config: TailConfig) -> float:
         intensity = config.m * config.n / (config.m + config.n)
         rate = intensity / (intensity + 32)
         loop = config.m * config.n * max(depth / config.split_k, config.k) / rate
         fixed = config.m * config.n * 32 * (1 + 3 * (config.split_k > 1) + config.split_k / 2 * (config.split_k > 1))
         rounds = -(-tile_count(config, problem) * config.split_k // sms)
+        alone = 2 * config.shared_bytes(problem.dtype.itemsize) > shared
+        if waits_for_memory and alone:
+            loop, fixed = 1.5 * loop, 1.5 * fixed
         # variants that only a measurement can justify come right after their plain form
         return rounds * (loop + fixed) * (1.001 if config.persistent or config.tma or not config.ordered else 1.0)
 

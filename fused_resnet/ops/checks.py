@@ -29,11 +29,10 @@ def check_vector(op: str, name: str, t: Tensor | None, channels: int) -> None:
         raise ValueError(f"{op}: {name}: expected shape [{channels}], the channels of y, got {list(t.shape)}")
 
 
-def refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """Raise where a tensor carries a tangent: register_autograd knows nothing of forward mode and would drop it."""
-    for t in tensors:
-        if t is not None and forward_ad.unpack_dual(t).tangent is not None:
-            raise NotImplementedError(
-                "fused_resnet: forward-mode differentiation is not implemented; unfuse(model) first, or use "
-                "reverse mode"
-            )
+def refuse_forward_mode(x: Tensor) -> None:
+    """Raise under forward-mode differentiation: register_autograd knows nothing of it and would drop the tangents."""
+    # Without a dual level there is nothing to unpack, and the very tensor comes back.
+    if forward_ad.unpack_dual(x).primal is not x:
+        raise NotImplementedError(
+            "fused_resnet: forward-mode differentiation is not implemented; unfuse(model) first, or use reverse mode"
+        )

@@ -31,7 +31,7 @@ def _conv_bn_stats(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int,
     backend: str = "auto", winograd: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    refuse_forward_mode(x, weight, bias)
+    refuse_forward_mode(x)
     geometry = _geometry(stride, padding, dilation, groups)
     conv_problem(x, weight, bias, geometry)
     check_not_empty("conv_bn_stats", "x", x)

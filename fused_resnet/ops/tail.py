@@ -6,6 +6,7 @@ handled by the same three functions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -74,7 +75,15 @@ _TO_TAIL: dict[str, Callable[..., tuple[Tail, str]]] = {
 
 def to_tail(name: str, *args: Any, **kwargs: Any) -> tuple[Tail, str]:
     """The call of the operator ``name`` with these arguments, and the backend it asks for."""
-    return _TO_TAIL[name](*args, **kwargs)
+    tail, backend = _TO_TAIL[name](*args, **kwargs)
+    place = _arguments(name).index("packed_weights")
+    number = kwargs.get("packed_weights", args[place] if len(args) > place else 0)
+    return tail._replace(packed_weights=by_number(number)), backend
+
+
+@functools.cache
+def _arguments(name: str) -> list[str]:
+    return [argument.name for argument in getattr(torch.ops.fused_resnet, name).default._schema.arguments]
 
 
 # ---- the real kernel ---------------------------------------------------------------------------------------
@@ -82,7 +91,7 @@ def to_tail(name: str, *args: Any, **kwargs: Any) -> tuple[Tail, str]:
 
 def run(tail: Tail, backend: str = "auto") -> Tensor:
     """Run the call by its plan."""
-    refuse_forward_mode(tail.x, *tail.conv[:6], tail.residual, tail.proj_x, *(tail.proj or ())[:6])
+    refuse_forward_mode(tail.x)
     return plans.find(tail, backend)(tail)
 
 
@@ -218,26 +227,16 @@ def _register_autograd(name: str) -> None:
 
 
 def _register(name: str) -> None:
-    to_tail = _TO_TAIL[name]
-    position = [argument.name for argument in getattr(torch.ops.fused_resnet, name).default._schema.arguments].index(
-        "packed_weights"
-    )
-
-    def called(args: Any, kwargs: Any) -> tuple[Tail, str]:
-        number = kwargs.get("packed_weights", args[position] if len(args) > position else 0)
-        tail, backend = to_tail(*args, **kwargs)
-        return tail._replace(packed_weights=by_number(number)), backend
-
     def kernel(*args: Any, **kwargs: Any) -> Tensor:
-        return run(*called(args, kwargs))
+        return run(*to_tail(name, *args, **kwargs))
 
     def max_pool_kernel(*args: Any, **kwargs: Any) -> Tensor:
-        tail, backend = called(args, kwargs)
+        tail, backend = to_tail(name, *args, **kwargs)
         pool = tuple(tuple(pair) for pair in args[_POOL : _POOL + 3])
         return run_with_max_pool(plans.find(tail, backend), tail, pool)  # type: ignore[arg-type]
 
     def fake(*args: Any, **kwargs: Any) -> Tensor:
-        return _fake(to_tail(*args, **kwargs)[0])
+        return _fake(_TO_TAIL[name](*args, **kwargs)[0])  # without the packed weights' number, which may be symbolic
 
     def max_pool_fake(*args: Any, **kwargs: Any) -> Tensor:
         return F.max_pool2d(fake(*args, **kwargs), *args[_POOL : _POOL + 3])

@@ -42,6 +42,7 @@ _PURE_STDLIB = frozenset(
         "_collections_abc",
     ]
 )
+_OUTSIDE = "which may read or change a state outside the model"
 # Torch's own Python that changes or asks for its state, wherever it is called from (a decorator counts).
 _STATE = (
     ("amp", "enters autocast in its forward"),
@@ -80,20 +81,21 @@ def why_not_python_call(caller: types.CodeType, callee: types.CodeType) -> str |
             return None
         if callee.co_name in _PURE_FUNCTIONS or callee.co_name == "is_scripting":
             return None
-        return f"calls torch's {_name(callee)}, which may read or change a state outside the model"
+        return f"calls torch's {_name(callee)}, {_OUTSIDE}"
     if kind == "stdlib" and kind_of(caller) == "user":
         module = os.path.relpath(os.path.realpath(callee.co_filename), _STDLIB[0]).split(os.sep)[0]
         if module.removesuffix(".py") not in _PURE_STDLIB and not callee.co_filename.startswith("<frozen "):
-            return f"calls {module.removesuffix('.py')}'s {_name(callee)}, which may read or change a state outside the model"
+            return f"calls {module.removesuffix('.py')}'s {_name(callee)}, {_OUTSIDE}"
     return None
 
 
-_PURE_MODULES = frozenset(("math", "cmath", "operator", "_operator", "itertools", "_functools", "functools", "_collections",
-                           "_abc", "_typing", "collections"))  # fmt: skip
+_PURE_MODULES = frozenset(
+    "math cmath operator _operator itertools _functools functools _collections _abc _typing".split()  # noqa: SIM905
+)
 _IMPURE_BUILTINS = frozenset(
     ("print", "open", "input", "exec", "eval", "globals", "locals", "vars", "breakpoint", "compile", "__import__")
 )
-_VALUE_TYPES = (
+_VALUE_TYPES: tuple[type, ...] = (
     str, bytes, int, float, complex, bool, list, tuple, dict, set, frozenset, range, slice, types.MappingProxyType,
     type(None), type({}.keys()), type({}.values()), type({}.items()),
 )  # fmt: skip
@@ -110,7 +112,7 @@ def why_not_c_call(caller: types.CodeType, function: Any) -> str | None:
     owner = getattr(function, "__self__", None)
     name = function.__name__
     if owner is None or isinstance(owner, types.ModuleType):
-        module = getattr(function, "__module__", None) or getattr(owner, "__name__", "")
+        module = str(getattr(function, "__module__", None) or getattr(owner, "__name__", ""))
         if isinstance(function, types.MethodDescriptorType):
             return (
                 None
@@ -137,7 +139,7 @@ def _is_torchs(cls: type) -> bool:
 
 def _clause(function: Any) -> str:
     owner = getattr(function, "__module__", None) or type(getattr(function, "__self__", None)).__name__
-    return f"calls {owner}.{function.__name__}, which may read or change a state outside the model"
+    return f"calls {owner}.{function.__name__}, {_OUTSIDE}"
 
 
 def _name(code: types.CodeType) -> str:

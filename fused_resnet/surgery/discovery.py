@@ -124,7 +124,7 @@ def _blocks(
 
 
 def _additions(module: nn.Module, opaque: dict[int, nn.Module]) -> tuple[bool, bool, list[Traced]]:
-    """Whether the module's forward adds what comes from a convolution, whether that makes a residual tail, its traces."""
+    """Whether the module's forward adds to a convolution, whether that makes a residual tail, and its traces."""
     adds = tails = False
     traces = [trace(module, opaque, training) for training in (True, False)]
     for traced in traces:

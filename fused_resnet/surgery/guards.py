@@ -1,4 +1,4 @@
-"""The conditions under which a program may stand for a module's forward, as flat tuples that are looked at in each call.
+"""The conditions under which a program may stand for a module's forward, as flat tuples looked at in each call.
 
 Everything that the trace read (see ``reads``), and each submodule whose call the program replaces, must still be
 what it was. In a compiled graph the attributes of the modules are read by the compiler, which then guards them; the
@@ -7,8 +7,6 @@ rest is looked at when the graph is made.
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +15,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from .. import parts, pristine
-from .reads import Reads, Value
+from .reads import Reads
 from .snapshot import MISSING, Snapshot, Unknown, describe, is_atom
 
 _OWN_CALL = frozenset(("forward", "_conv_forward", "_call_impl", "_wrapped_call_impl", "__call__"))
@@ -81,7 +79,7 @@ class Guards:
         self._same = tuple((names_of(a), names_of(b)) for a, b in same)
         paths = ["", *(b.path for b in bypassed)]
         paths += [p for p, _ in (*reads.values, *reads.deep, *reads.asked, *reads.tensors)]
-        paths += [p for p in reads.children]
+        paths += list(reads.children)
         self._paths = tuple(dict.fromkeys(self._with_parents(paths)))
         index = {path: i for i, path in enumerate(self._paths)}
         self._tree = tuple((index[p.rpartition(".")[0]], p.rpartition(".")[2]) for p in self._paths[1:])
@@ -91,8 +89,9 @@ class Guards:
                 shadowed.setdefault(path, set()).add(name)
         for b in bypassed:
             shadowed.setdefault(b.path, set()).update(_OWN_CALL)
-        self._bypassed = tuple(
-            (index[b.path], b.cls, b, frozenset(shadowed.pop(b.path)), issubclass(b.cls, nn.Conv2d), b.projection) for b in bypassed
+        self._bypassed: Any = tuple(
+            (index[b.path], b.cls, b, frozenset(shadowed.pop(b.path)), issubclass(b.cls, nn.Conv2d), b.projection)
+            for b in bypassed
         )
         self._shadowed = tuple((index[path], path, frozenset(names)) for path, names in shadowed.items())
         self._root_names = frozenset(name for path, name in (*reads.unshadowed, *reads.values) if not path)
@@ -112,7 +111,9 @@ class Guards:
 
     @staticmethod
     def _with_parents(paths: list[str]) -> list[str]:
-        return [".".join(path.split(".")[: i + 1]) if path else "" for path in paths for i in range(path.count(".") + 1)]
+        return [
+            ".".join(path.split(".")[: i + 1]) if path else "" for path in paths for i in range(path.count(".") + 1)
+        ]
 
     @property
     def key(self) -> Any:
@@ -143,7 +144,7 @@ class Guards:
             above = modules[parent]
             modules.append(None if above is None else above._modules.get(name))
         for i, cls, bypassed, names, conv, projection in self._bypassed:
-            m = modules[i]
+            m: Any = modules[i]
             if (
                 type(m) is not cls
                 or m._forward_hooks
@@ -173,17 +174,19 @@ class Guards:
             now = MISSING if modules[i] is None else modules[i].__dict__.get(name, MISSING)
             if not _same(now, key):
                 return f"{_join(path, name)} is another than the plan was made for"
-        for i, path, names in self._children:
+        for i, path, children in self._children:
             now = () if modules[i] is None else tuple(modules[i]._modules)
-            if now != names:
+            if now != children:
                 what = path or "the module"
-                if len(now) != len(names):
-                    return f"{what} has {len(now)} submodules, it had {len(names)}"
+                if len(now) != len(children):
+                    return f"{what} has {len(now)} submodules, it had {len(children)}"
                 return f"{what} has other submodules than the plan was made for"
         for i, path, name, cls, none in self._asked:
             child = None if modules[i] is None else modules[i]._modules.get(name)
             if (child is None) is not none:
-                return f"{_join(path, name)} is {describe(child)}, the plan was made for {'None' if none else 'a module'}"
+                return (
+                    f"{_join(path, name)} is {describe(child)}, the plan was made for {'None' if none else 'a module'}"
+                )
             if cls is not None and type(child) is not cls and not _like(child, cls):
                 return f"{_join(path, name)} is a {type(child).__name__}, it was a {cls.__name__}"
         for i, path, name, there in self._tensors:
@@ -207,9 +210,9 @@ class Guards:
         for function, code, defaults, kwdefaults, key in self._functions:
             if function.__code__ is not code or function.__defaults__ is not defaults:
                 return f"{function.__name__} is not what it was"
-            if kwdefaults is not None or (defaults and not all(map(is_atom, defaults))):
-                if not _same((function.__defaults__, function.__kwdefaults__), key):
-                    return f"{function.__name__} has other default values"
+            mutable = kwdefaults is not None or (defaults and not all(map(is_atom, defaults)))
+            if mutable and not _same((function.__defaults__, function.__kwdefaults__), key):
+                return f"{function.__name__} has other default values"
         for again, value, held in self._identical:
             if again() is not value and held.changed():
                 return f"{held.say} is another than the plan was made for"
@@ -235,7 +238,7 @@ class Guards:
             why_not = b.why_not(descend(root, b.names))
             if why_not is not None:
                 return why_not
-        for i, path, names in self._shadowed:
+        for _, path, names in self._shadowed:
             own = descend(root, names_of(path)).__dict__
             for name in names:
                 if name in own:
@@ -252,8 +255,8 @@ class Guards:
         for _, path, name, key in self._deep:
             if not matches(getattr(descend(root, names_of(path)), name, MISSING), key):
                 return f"{_join(path, name)} is another than the plan was made for, or cannot be guarded in a graph"
-        for _, path, names in self._children:
-            if tuple(descend(root, names_of(path))._modules) != names:
+        for _, path, children in self._children:
+            if tuple(descend(root, names_of(path))._modules) != children:
                 return f"{path or 'the module'} has other submodules than the plan was made for"
         for _, path, name, cls, none in self._asked:
             child = getattr(descend(root, names_of(path)), name)
@@ -278,16 +281,16 @@ def _is_plainly_projection(conv: Any) -> bool:
 
 
 def matches(now: Any, key: Any) -> bool:
-    """Whether a snapshot of ``now`` would have ``key``, for plain containers; in a form that the compiler can follow."""
+    """Whether a snapshot of ``now`` would have ``key``, for plain containers; the compiler can follow this."""
     cls = key[0] if isinstance(key, tuple) else None
     if cls is None or type(now) is not cls:
         return False
     if cls in (list, tuple):
-        return len(now) == len(key) - 1 and all(matches(a, b) for a, b in zip(now, key[1:]))
+        return len(now) == len(key) - 1 and all(matches(a, b) for a, b in zip(now, key[1:], strict=True))
     if cls is dict:
         items = list(now.items())
         return len(items) == len(key) - 1 and all(
-            matches(k, a) and matches(v, b) for (k, v), (a, b) in zip(items, key[1:])
+            matches(k, a) and matches(v, b) for (k, v), (a, b) in zip(items, key[1:], strict=True)
         )
     return cls in (bool, int, float, str, type(None)) and now == key[1]
 

@@ -189,7 +189,7 @@ def fused_class(cls: Any) -> type:
     mixin = FusedGraphModule if issubclass(cls, fx.GraphModule) else FusedForward
     fused: Any = type(cls.__name__, (mixin, cls), {**namespace, "forward": forward, "_fused_names": None})
     fused._fused_names = frozenset(fused.__dict__)
-    return fused  # type: ignore[no-any-return]
+    return fused
 
 
 def _forward_of(cls: type) -> Callable[..., Any]:

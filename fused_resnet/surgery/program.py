@@ -11,9 +11,9 @@ from typing import Any, cast
 from torch import fx, nn
 
 from .. import tails
+from ..pristine import DROPOUTS
 from .guards import Bypassed, Guards, descend, names_of
 from .match import Matcher, Tail
-from ..pristine import DROPOUTS
 from .reads import Reads
 from .rewrite import rewrite
 from .trace import Traced, trace
@@ -86,7 +86,9 @@ def make_plan(
 
 def _program(traced: Traced, residual: bool, opaque: dict[int, nn.Module]) -> Program:
     found = Matcher(traced).tails(residual)
-    bypassed = {path: Bypassed(path, names_of(path), type(traced.modules[path]), True) for path in traced.inlined if path}
+    bypassed = {
+        path: Bypassed(path, names_of(path), type(traced.modules[path]), True) for path in traced.inlined if path
+    }
     projections = {tail.projection[0] for tail in found if tail.projection}
     for path in (p for tail in found for p in tail.bypassed):
         for inner, module in traced.modules[path].named_modules(prefix=path):
@@ -116,7 +118,9 @@ def _classes(traced: Traced, bypassed: dict[str, Bypassed]) -> tuple[type, ...]:
     """The users' classes that count: of the modules that the program replaces, and of the functions that ran."""
     reads = traced.reads
     relevant = {c for b in bypassed.values() for c in b.cls.__mro__} | set(type(traced.modules[""]).__mro__)
-    relevant |= {cls for cls in reads.classes if any(f in reads.functions for f in map(_function, cls.__dict__.values()))}
+    relevant |= {
+        cls for cls in reads.classes if any(f in reads.functions for f in map(_function, cls.__dict__.values()))
+    }
     relevant |= {v.was for v in reads.outside.values() if isinstance(v.was, type)} | reads.seen
     return tuple(c for c in reads.classes if c in relevant)
 

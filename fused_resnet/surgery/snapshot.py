@@ -82,7 +82,7 @@ class Snapshot:
             value.__self__, (types.ModuleType, type(None), type)
         ):
             raise Unknown(f"a method of a {type(value.__self__).__name__}")
-        if isinstance(value, _BY_IDENTITY) or isinstance(value, enum.Enum):
+        if isinstance(value, (*_BY_IDENTITY, enum.Enum)):
             return _Same(value)
         if isinstance(value, types.MethodType):
             self.functions.append(value.__func__)

@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import parts
-from .reads import Reads, Recorder, Refused
+from .reads import Reads, Refused
+from .trace_reads import Recorder
 
 _HOOK_FIELDS = (
     "_forward_hooks",

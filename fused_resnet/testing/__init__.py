@@ -21,10 +21,11 @@ from torch import Tensor
 from ..problem import Problem, dtype_name
 from ..reference import ConvBN, Tail, reference
 from .one_accumulator import in_one_accumulator
-from .problems import PROBLEMS, RESNET_TAILS, Case, RealTail, in_dtype
+from .problems import DESCRIBED, PROBLEMS, RESNET_TAILS, Case, RealTail, in_dtype
 from .tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, OUTPUTS_SEEN, ROUNDING
 
 __all__ = [
+    "DESCRIBED",
     "PROBLEMS",
     "RESNET_TAILS",
     "Case",

@@ -64,6 +64,18 @@ PROBLEMS: tuple[Case, ...] = (
 )  # fmt: skip
 
 
+#: What only kernels that load through tensor descriptors take (C is a multiple of 64): boxes of pixels that do not
+#: fill the image, tails of filters, every way to build a descriptor.
+DESCRIBED: tuple[Case, ...] = (
+    _case("described_3x3", "n=3,h=9,w=7,c=64,k=37,padding=1,residual=1,relu=0", "boxes of pixels that overhang"),
+    _case("described_1x1", "n=3,h=9,w=7,c=128,k=70,r=1,residual=1,relu=0", "boxes of one long row"),
+    _case("described_1x1_stride2", "n=2,h=9,w=7,c=64,k=40,r=1,stride=2:1,residual=1,relu=0", "pixels left out"),
+    _case("described_dilation", "n=2,h=9,w=11,c=64,k=40,r=3,s=5,padding=2:1,dilation=2:1,relu=0", "taps far apart"),
+    _case("described_projection", "n=2,h=9,w=7,c=64,k=40,padding=1,proj=64x17x13x2,relu=0", "a strided second pair"),
+    _case("described_projection_1x1", "n=2,h=5,w=7,c=64,k=40,r=1,proj=128x5x7x1,relu=0", "rows of both pairs"),
+)  # fmt: skip
+
+
 def in_dtype(problem: Problem, dtype: torch.dtype, residual: torch.dtype | None = None, **changes: object) -> Problem:
     """``problem`` in another dtype; ``residual`` is the residual's dtype where there is one (default: ``dtype``)."""
     new_residual = None if problem.residual is None else (residual or dtype)

@@ -57,6 +57,15 @@ class Layout:
             flat = torch.randn(size, generator=generator, device=device).to(dtype)
         return flat.as_strided(self.shape, self.stride, lead)
 
+    def empty(self, device: torch.device) -> Tensor:
+        """A tensor of this layout with any values; on ``meta`` it has none, and no address either."""
+        dtype = getattr(torch, self.dtype)
+        extent = (
+            1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)) if 0 not in self.shape else 0
+        )
+        lead = self.offset // dtype.itemsize
+        return torch.empty(lead + extent, dtype=dtype, device=device).as_strided(self.shape, self.stride, lead)
+
     def hold(self, values: Tensor, device: torch.device) -> Tensor:
         """``values`` in this layout. Overlapping memory cannot hold arbitrary values; then they are left dense."""
         dtype = getattr(torch, self.dtype)
@@ -141,6 +150,26 @@ class Call:
         assert x is not None
         return parameters._replace(
             x=x, conv=main, residual=large("residual"), proj_x=large("proj_x"), proj=conv_bn("proj_", parameters.proj),
+            packed_weights=PackedWeights() if self.cache_weights else None,
+        )  # fmt: skip
+
+    def empty(self, device: torch.device) -> Tail:
+        """Tensors like the call's, of any values."""
+        layouts = dict(self.layouts)
+        options = make_tail(dataclasses.replace(self.problem, n=0))
+
+        def named(name: str) -> Tensor | None:
+            return layouts[name].empty(device) if name in layouts else None
+
+        def conv_bn(prefix: str, conv: ConvBN | None) -> ConvBN | None:
+            tensors: dict[str, Any] = {name: named(prefix + name) for name in _CONV}
+            return None if conv is None else ConvBN(**tensors, eps=conv.eps)
+
+        x, conv = named("x"), conv_bn("", options.conv)
+        assert x is not None
+        assert conv is not None
+        return options._replace(
+            x=x, conv=conv, residual=named("residual"), proj_x=named("proj_x"), proj=conv_bn("proj_", options.proj),
             packed_weights=PackedWeights() if self.cache_weights else None,
         )  # fmt: skip
 

@@ -73,7 +73,10 @@ def _decide(call: Call, tail: Tail, backend: str, store: Store, capturing: bool)
     device = tail.x.device
     ordered = in_order(call, device, backend, store, may_tune=not capturing)
     skipped: list[str] = []
+    turns = _candidates.Turns()
     for candidate in ordered:
+        if turns.why_ended(candidate) is not None:
+            continue
         verdict = "ok" if not (verify.enabled() and verify.needed(candidate, device)) else _verdict(
             candidate, call, device, store, capturing
         )  # fmt: skip
@@ -81,6 +84,7 @@ def _decide(call: Call, tail: Tail, backend: str, store: Store, capturing: bool)
             # A call decided while something better could not be verified is decided again.
             keep = not any(reason == UNVERIFIED for reason in skipped)
             return candidate.bind(call.problem, tail), keep
+        turns.take(candidate, verdict, call.problem)
         skipped.append(verdict)
     if backend == "auto":
         return backends.get("eager").bind(call.problem, tail), UNVERIFIED not in skipped
@@ -106,7 +110,7 @@ def _verdict(candidate: Candidate, call: Call, device: torch.device, store: Stor
             RuntimeWarning,
             stacklevel=2,
         )
-    elif verdict != "ok":
+    elif verdict != "ok" and not verdict.startswith(_candidates.UNCOMPILED):
         logger.warning("fused_resnet: %s cannot run %s here: %s", candidate.name, call.problem, verdict)
     return verdict
 
@@ -121,7 +125,7 @@ def in_order(call: Call, device: torch.device, backend: str, store: Store, may_t
         offered = _candidates.of_backend(backend, problem, device)
     elif device.type == "cuda":
         offered = _candidates.every(problem, device)
-        offered = rule.order(offered, problem, devices.of(device), call.cache_weights)
+        offered = rule.order(offered, problem, devices.of(device))
     else:
         offered = [Candidate(backends.choose(problem).name), Candidate("eager")]
     times = store.times(call.key)

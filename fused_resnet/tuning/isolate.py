@@ -10,6 +10,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ from .calls import Call
 #: Children that may die in a row without having found out anything, until a call is given up.
 PATIENCE = 3
 
+#: Why a call is unfinished that was not begun.
+NO_TIME = "not begun within the time given"
+
 COMMAND = (sys.executable, "-m", "fused_resnet.tuning.worker")
 
 
@@ -31,12 +35,14 @@ def tune_calls(
     options: dict[str, Any],
     report: Callable[[int, str], None],
     command: Sequence[str] = COMMAND,
+    seconds: float | None = None,
 ) -> dict[str, str]:
     """Tune ``calls`` in child processes. What could not be finished, by key, each with one sentence why.
 
     ``report(i, text)`` is told what happens to call number i. KeyboardInterrupt is passed on after the child has
-    ended; what it had found is in the store.
+    ended; what it had found is in the store. After ``seconds`` no further call is begun.
     """
+    end = None if seconds is None else time.monotonic() + seconds
     number = {call.key: i for i, call in enumerate(calls)}
     pending = list(calls)
     given_up: dict[str, str] = {}
@@ -44,7 +50,9 @@ def tune_calls(
     while pending:
         before = store.progress(pending[0].key)
         finished: set[str] = set()
-        child = _Child(command, {"calls": [c.as_json() for c in pending], "device": str(device), "options": options})
+        left = None if end is None else end - time.monotonic()
+        request = {"calls": [c.as_json() for c in pending], "device": str(device), "options": options, "seconds": left}
+        child = _Child(command, request)
         with child as messages:
             for message in messages:
                 if "finished" in message:
@@ -55,6 +63,8 @@ def tune_calls(
             raise KeyboardInterrupt
         pending = [call for call in pending if call.key not in finished]
         store.reload()
+        if child.status == 0:  # all done, or no time for the rest
+            given_up |= {call.key: f"{call.problem}: {NO_TIME}" for call in pending}
         if not pending or child.status == 0:
             break
         idle = 0 if finished or store.progress(pending[0].key) > before else idle + 1

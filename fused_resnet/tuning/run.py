@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from . import candidates as _candidates
-from . import choice, isolate, verify
+from . import choice, isolate, precompile, verify
 from .calls import Call
 from .collect import calls_of
-from .search import ROUNDS, Result, Timer, tune_call
+from .search import LIMIT, ROUNDS, Result, Timer, tune_call
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,7 +64,10 @@ def tune(
     example: Tensor | tuple[Any, ...],
     *,
     rounds: int = ROUNDS,
-    limit: int | None = None,
+    limit: int | None = LIMIT,
+    backends: Sequence[str] | None = None,
+    seconds: float | None = None,
+    jobs: int | None = None,
     force: bool = False,
     progress: bool | Progress | None = None,
     isolated: bool | None = None,
@@ -79,7 +83,10 @@ def tune(
         model: fused or not (then a fused copy is looked at), on the device to tune for.
         example: an input, or a tuple of inputs.
         rounds: alternating rounds of timing per call.
-        limit: look only at so many configurations of each backend, those that it prefers.
+        limit: look only at so many configurations of each backend, those that it prefers; None for all.
+        backends: look only at these, and at eager.
+        seconds: begin no call after so long; the next run goes on with the rest.
+        jobs: processes that compile Triton's kernels beforehand; default: one a core, at most 16.
         force: time again what is known.
         progress: False for silence, True for a bar on stderr, or a function ``(done, total, text)``; default: a bar
             where stderr is a terminal.
@@ -98,6 +105,7 @@ def tune(
     if isolated is None:
         isolated = device.type == "cuda" and timer is None
     known = {call.key for call in calls if store.times(call.key) and not force}
+    end = None if seconds is None else time.monotonic() + seconds
     with _reporter(progress) as report:
 
         def report_call(i: int, text: str) -> None:
@@ -105,13 +113,20 @@ def tune(
 
         try:
             if isolated:
-                options = {"rounds": rounds, "limit": limit, "force": force}
                 todo = [call for call in calls if call.key not in known]
-                tuning.unfinished = isolate.tune_calls(todo, device, store, options, report_call)
+                if not backends or "triton" in backends:
+                    compiling = None if end is None else (end - time.monotonic()) / 2
+                    precompile.on_device(todo, device, limit=limit, jobs=jobs, seconds=compiling, report=report)
+                options = {"rounds": rounds, "limit": limit, "backends": backends, "force": force}
+                left = None if end is None else end - time.monotonic()
+                tuning.unfinished = isolate.tune_calls(todo, device, store, options, report_call, seconds=left)
             else:
                 for i, call in enumerate(calls):
+                    if end is not None and time.monotonic() > end:
+                        tuning.unfinished[call.key] = f"{call.problem}: {isolate.NO_TIME}"
+                        continue
                     tune_call(
-                        call, device, store, timer=timer, rounds=rounds, limit=limit, force=force,
+                        call, device, store, timer=timer, rounds=rounds, limit=limit, backends=backends, force=force,
                         report=functools.partial(report_call, i),
                     )  # fmt: skip
         except KeyboardInterrupt:
@@ -142,15 +157,19 @@ def selftest(
     device: torch.device | str | None = None,
     calls: Sequence[Call] | None = None,
     backends: Sequence[str] | None = None,
-    limit: int | None = None,
+    limit: int | None = LIMIT,
+    seconds: float | None = None,
+    jobs: int | None = None,
     force: bool = False,
     progress: bool | Progress | None = None,
 ) -> list[Check]:
     """Verify every configuration beforehand, so that none has to be on its first use (or cannot, in a capture).
 
     For the calls of ``model(example)``; without a model, for the problems of :mod:`fused_resnet.testing` in the
-    dtypes of the device. The verdicts are kept like those of a first use. :func:`selftest_table` prints them.
+    dtypes of the device. The verdicts are kept like those of a first use. :func:`selftest_table` prints them. The
+    options are those of :func:`tune`; after ``seconds`` no further configuration is begun.
     """
+    end = None if seconds is None else time.monotonic() + seconds
     if calls is None:
         if model is not None and example is not None:
             calls = calls_of(model, example)
@@ -163,14 +182,21 @@ def selftest(
     store = choice.store_for(device)
     checks: list[Check] = []
     with _reporter(progress) as report:
+        if not backends or "triton" in backends:
+            compiling = None if seconds is None else seconds / 2
+            precompile.on_device(calls, device, limit=limit, jobs=jobs, seconds=compiling, report=report)
         for i, call in enumerate(calls):
-            for candidate in _candidates.every(call.problem, device, limit):
-                if candidate.backend == "eager" or (backends and candidate.backend not in backends):
+            turns = _candidates.Turns()
+            for candidate in _candidates.every(call.problem, device, limit, backends):
+                if candidate.backend == "eager" or turns.why_ended(candidate) is not None:
                     continue
+                if end is not None and time.monotonic() > end:
+                    break
                 report(i, len(calls), f"{candidate.name}: {call.problem}")
                 verdict = None if force else store.verdict(call.key, candidate.name)
                 if verdict is None:
                     verdict = verify.judge(candidate, call, device, store)
+                turns.take(candidate, verdict, call.problem)
                 checks.append(Check(call, candidate.name, verdict))
     choice.forget()
     return checks

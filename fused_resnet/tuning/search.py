@@ -27,6 +27,9 @@ logger = logging.getLogger("fused_resnet")
 SCREENING_ROUNDS, SCREENING_FACTOR, FINALISTS = 5, 1.5, 8
 ROUNDS = 30
 
+#: Configurations of each backend that are looked at: its first few hold the winner, and each takes a compilation.
+LIMIT = 6
+
 #: Closer than this is a tie, and the candidate that stands first wins (its backend's preference, fused before eager):
 #: it costs nothing and keeps the choice the same from run to run, however noisy the machine.
 TIE = 0.01
@@ -57,25 +60,32 @@ def tune_call(
     candidates: Sequence[Candidate] | None = None,
     timer: Timer | None = None,
     rounds: int = ROUNDS,
-    limit: int | None = None,
+    limit: int | None = LIMIT,
+    backends: Sequence[str] | None = None,
     force: bool = False,
     report: Report = lambda _: None,
 ) -> Result:
     """Find the fastest right candidate for ``call`` and keep the result in ``store``.
 
     A call that is in the store already is not timed again unless ``force``. ``limit`` is how many configurations
-    of each backend are looked at. A candidate that is wrong or raises is left out, logged and reported; one that
-    ends the process is known to the next run. An interrupt keeps the verdicts so far and the calls done before.
+    of each backend are looked at, ``backends`` which (eager always). A candidate that is wrong or raises is left out,
+    logged and reported; one that does not compile ends its backend's turn; one that ends the process is known to the
+    next run. An interrupt keeps the verdicts so far and the calls done before.
     """
     known = store.times(call.key)
     if known and not force:
         return Result(call, known, _rejected(store, call), resumed=True)
     if candidates is None:
-        candidates = _candidates.every(call.problem, device, limit)
+        candidates = _candidates.every(call.problem, device, limit, backends)
     right = []
+    turns = _candidates.Turns()
     for i, candidate in enumerate(candidates, 1):
+        if turns.why_ended(candidate) is not None:
+            continue
         report(f"verifying {i}/{len(candidates)} {candidate.name}")
-        if _is_right(candidate, call, device, store):
+        verdict = _verdict(candidate, call, device, store)
+        turns.take(candidate, verdict, call.problem)
+        if verdict == "ok":
             right.append(candidate)
     result = Result(call, {}, _rejected(store, call))
     if not right:
@@ -97,15 +107,15 @@ def tune_call(
     return result
 
 
-def _is_right(candidate: Candidate, call: Call, device: torch.device, store: Store) -> bool:
+def _verdict(candidate: Candidate, call: Call, device: torch.device, store: Store) -> str:
     verdict = store.verdict(call.key, candidate.name)
     if verdict is None or verdict.startswith("failed"):
         # what failed may have failed for want of memory or of a compiler that is there now: ask again when tuning
         verdict = "ok" if candidate.backend == "eager" else verify.judge(candidate, call, device, store)
-        if verdict != "ok":
+        if verdict != "ok" and not verdict.startswith(_candidates.UNCOMPILED):
             level = logging.INFO if verdict.startswith("failed") else logging.WARNING
             logger.log(level, "fused_resnet: %s is left out for %s: %s", candidate.name, call.problem, verdict)
-    return verdict == "ok"
+    return verdict
 
 
 def _rejected(store: Store, call: Call) -> dict[str, str]:

@@ -20,10 +20,10 @@ from ..testing import Kind, _eager, eager_error
 from ..testing.tolerances import FORWARD_FACTOR, OUTPUTS_SEEN, ROUNDING, WINOGRAD_F4_RMS_FACTOR
 from .cache import Store
 from .calls import Call
-from .candidates import Candidate, first_line
+from .candidates import UNCOMPILED, Candidate, first_line, is_compiler_error
 
 #: Backends that round between their steps or fold the weights: not bit-exact on integers, and need not be.
-_ROUNDS_BETWEEN = frozenset({"eager", "cudnn", "two_pass", "cpu"})
+ROUNDS_BETWEEN = frozenset({"eager", "cudnn", "two_pass", "cpu"})
 
 #: Largest float64 chunk of the reference, in bytes: the reference runs image by image where memory is short.
 _CHUNK_BYTES = 256 << 20
@@ -58,7 +58,7 @@ def judge(candidate: Candidate, call: Call, device: torch.device, store: Store) 
         store.forget(call.key, candidate.name)
         return f"failed: {first_line(error)}"
     except Exception as error:
-        verdict = f"failed: {first_line(error)}"
+        verdict = f"{UNCOMPILED if is_compiler_error(error) else 'failed'}: {first_line(error)}"
         if lost(device):
             store.set_verdict(call.key, candidate.name, verdict.replace("failed", "crashed", 1))
             raise DeviceLost(
@@ -89,7 +89,7 @@ def mismatch(candidate: Candidate, call: Call, device: torch.device) -> str | No
     Two runs: small integers, where nothing may round (every indexing mistake shows), and random values, whose
     error may be twice eager's own plus one rounding of the output.
     """
-    kinds: tuple[Kind, ...] = ("random",) if candidate.backend in _ROUNDS_BETWEEN else ("integers", "random")
+    kinds: tuple[Kind, ...] = ("random",) if candidate.backend in ROUNDS_BETWEEN else ("integers", "random")
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for kind in kinds:
             tail = call.tail(kind, 0, device)

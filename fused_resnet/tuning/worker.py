@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import sys
+import time
 from typing import Any
 
 import torch
@@ -23,7 +24,11 @@ def main() -> int:
     request = json.load(sys.stdin)
     device = torch.device(request["device"])
     store = choice.store_for(device)
+    seconds = request.get("seconds")
+    end = None if seconds is None else time.monotonic() + seconds
     for data in request["calls"]:
+        if end is not None and time.monotonic() > end:
+            break
         call = Call.from_json(data)
         torch.use_deterministic_algorithms(call.deterministic)
         if call.problem.dtype is torch.float32:

@@ -176,8 +176,7 @@ def direct(module: ModuleType, runtime: ctypes.CDLL) -> None:
     """The way past the dispatcher, and when it hands over to the operator."""
     from fused_resnet.backends import cuda
 
-    torch._C._cuda_getDevice = lambda: 0  # type: ignore[attr-defined]
-    torch._C._cuda_getCurrentRawStream = lambda index: 0  # type: ignore[attr-defined]
+    cuda._current_device, cuda._stream = (lambda: 0), (lambda index: 0)
     properties = module.device_properties(0)
     cuda._properties = lambda index: properties  # type: ignore[assignment]
     rng = random.Random(2)

@@ -1,0 +1,291 @@
+"""The recorder of one trace: what runs, what is read of modules, and whether all of it can be guarded."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from .bytecode import imports, stored_names
+from .code_kinds import kind_of, why_not_c_call, why_not_python_call
+from .outside import Outside, content_of
+from .reads import ON_THIS_THREAD, Reads, Refused, Value, intercepted, object_getattribute
+from .snapshot import MISSING, Snapshot, Unknown, is_atom
+
+
+class Recorder(Outside):
+    """Takes notice of what runs and what is read, while :meth:`watch` is entered; :meth:`finish` says the result."""
+
+    def __init__(self, root: nn.Module, paths: dict[int, str] | None = None) -> None:
+        self.paths = paths or {id(m): name for name, m in root.named_modules()}
+        self.modules = dict(root.named_modules())
+        super().__init__()
+        self._ran: dict[types.CodeType, set[int]] = {}
+        self._instances: dict[tuple[str, str], Any] = {}
+        self._on = False
+        for module in self.modules.values():
+            self._note_class(type(module))
+
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """What is read in this context is part of the forward again."""
+        on, self._on = self._on, True
+        try:
+            yield
+        finally:
+            self._on = on
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is read in this context is no part of the forward."""
+        on, self._on = self._on, False
+        try:
+            yield
+        finally:
+            self._on = on
+
+    # ---- running code -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Record on this thread until the context is left, whenever :meth:`resumed`."""
+        profile, trace, collecting = sys.getprofile(), sys.gettrace(), gc.isenabled()
+        with intercepted():
+            gc.disable()  # what finalizers run is no part of the forward
+            ON_THIS_THREAD.recorder = self
+            try:
+                sys.settrace(self._call)
+                sys.setprofile(self._profile)
+                yield
+            finally:
+                self._on = False
+                ON_THIS_THREAD.recorder = None
+                if profile is None or callable(profile):
+                    sys.setprofile(profile)
+                else:  # cProfile's has no function of Python's to be set again
+                    sys.setprofile(None)
+                    profile.enable()
+                sys.settrace(trace)
+                if collecting:
+                    gc.enable()
+
+    def read(self, module: Any, path: str, name: str) -> Any:
+        """The attribute ``name`` of the module at ``path``, recorded."""
+        caller = sys._getframe(2).f_code
+        if kind_of(caller) == "machinery":
+            return object_getattribute(module, name)
+        try:
+            value = object_getattribute(module, name)  # may run a property of the model's
+        except AttributeError:
+            with self.paused():
+                self._note_registered(object_getattribute(module, "__dict__"), path, name)
+            raise
+        with self.paused():
+            self._note(module, path, name, value, caller)
+        return value
+
+    def recording(self, module: Any) -> str | None:
+        """The path of ``module`` where what is done to it is recorded now."""
+        return self.paths.get(id(module)) if self._on else None
+
+    def refuse_assignment(self, module: nn.Module, name: str, value: Any) -> None:
+        if name.startswith("_tensor_constant"):
+            raise Refused("computes with a tensor that is neither its parameter nor its buffer")
+        made = f", a {type(value).__name__} made at each call," if isinstance(value, nn.Module) else ""
+        raise Refused(f"assigns self.{name}{made} in its forward")
+
+    def _profile(self, frame: types.FrameType, event: str, argument: Any) -> None:
+        if not self._on:
+            return
+        if event == "call":
+            caller = frame.f_back
+            problem = None if caller is None else why_not_python_call(caller.f_code, frame.f_code)
+        elif event == "c_call":
+            problem = why_not_c_call(frame.f_code, argument)
+        else:
+            return
+        if problem is not None:
+            self.problems[problem] = None
+
+    def _call(self, frame: types.FrameType, event: str, argument: Any) -> Any:
+        code = frame.f_code
+        if not self._on or kind_of(code) != "user":
+            return None
+        if code.co_filename == "<string>" and frame.f_back is not None and kind_of(frame.f_back.f_code) != "user":
+            return None  # what a namedtuple or dataclass of torch's generated
+        lines = self._ran.get(code)
+        if lines is None:
+            lines = self._ran[code] = set()
+            with self.paused():
+                self._enter(frame)
+        lines.add(frame.f_lineno)
+        return self._line
+
+    def _line(self, frame: types.FrameType, event: str, argument: Any) -> Any:
+        if event == "line":
+            self._ran[frame.f_code].add(frame.f_lineno)
+        return self._line
+
+    # ---- attributes of modules --------------------------------------------------------------------------------
+
+    def _note(self, module: nn.Module, path: str, name: str, value: Any, caller: types.CodeType) -> None:
+        own = object_getattribute(module, "__dict__")
+        if name in ("_modules", "_parameters", "_buffers"):
+            if name == "_modules":
+                self.reads.children.setdefault(path, tuple(value))
+            elif caller.co_name != "__getattr__":
+                self.problems["goes through its parameters or buffers as a collection"] = None
+        elif name.startswith("__"):
+            if name == "__dict__" and kind_of(caller) == "user":
+                self.problems["reads self.__dict__"] = None
+            if name == "__class__" and kind_of(caller) == "user":
+                self.reads.examined = True
+        elif name in own:
+            self._note_instance(path, name, own[name])
+        else:
+            self.reads.unshadowed[path, name] = None
+            self._note_class_value(type(module), name)
+
+    def _note_class_value(self, cls: type, name: str) -> None:
+        where = ("class", cls, name)
+        raw = next((c.__dict__[name] for c in cls.__mro__ if name in c.__dict__), MISSING)
+        if callable(raw) or hasattr(type(raw), "__get__") or where in self.reads.outside:
+            return
+        key = self._snapshot(raw, f"self.{name}", where)
+        if key is not MISSING:
+            again = functools.partial(getattr, cls, name, MISSING)
+            self.reads.outside[where] = Value(f"self.{name}", again, raw if is_atom(raw) else key, not is_atom(raw))
+
+    def _note_registered(self, own: dict[str, Any], path: str, name: str) -> None:
+        if name in own.get("_modules", ()):
+            child = own["_modules"][name]
+            self.reads.asked[path, name] = None if child is None else type(child)
+        elif name in own.get("_parameters", ()):
+            self.reads.tensors[path, name] = own["_parameters"][name] is not None
+        elif name in own.get("_buffers", ()):
+            self.reads.tensors[path, name] = own["_buffers"][name] is not None
+        else:
+            self.reads.values[path, name] = MISSING
+
+    def _note_instance(self, path: str, name: str, value: Any) -> None:
+        if (path, name) in self._instances:
+            return
+        if is_atom(value):
+            self.reads.values[path, name] = self._instances[path, name] = value
+            return
+        key = self._snapshot(value, f"self.{name}", ("attribute", path, name))
+        self._instances[path, name] = key
+        if key is not MISSING:
+            self.reads.deep[path, name] = key
+
+    # ---- the result ----------------------------------------------------------------------------------------------
+
+    def mark(self) -> Any:
+        """The state of the record, to which :meth:`rollback` returns."""
+        state = {name: copy.copy(value) for name, value in self.__dict__.items() if name not in ("paths", "modules")}
+        state["reads"] = Reads(**{k: copy.copy(v) for k, v in self.reads.__dict__.items()})
+        state["_ran"] = {code: set(lines) for code, lines in self._ran.items()}
+        state["_late"] = {k: (text, set(lines)) for k, (text, lines) in self._late.items()}
+        return state
+
+    def rollback(self, mark: Any) -> None:
+        """Forget what was recorded after ``mark``."""
+        on = self._on
+        self.__dict__.update(mark)
+        self._on = on
+
+    def forget_modes(self, mark: Any, paths: list[str]) -> None:
+        """No dependence on the mode of the modules at ``paths``, unless there was one before ``mark``."""
+        for path in paths:
+            if (path, "training") not in mark["reads"].values:
+                self.reads.values.pop((path, "training"), None)
+                self._instances.pop((path, "training"), None)
+
+    def why_not(self) -> str | None:
+        """None, or why what has been recorded so far cannot be guarded; undoes what the forward changed."""
+        on, self._on = self._on, False
+        try:
+            changed = self._why_not_unchanged()  # first, because it puts things back
+            return self._why_not_known() or self._why_not_code() or changed
+        finally:
+            self._on = on
+
+    def _why_not_known(self) -> str | None:
+        for text, lines in self._late.values():
+            if any(line in self._ran.get(code, ()) for code, line in lines):
+                return text
+        return next(iter(self.problems), None)
+
+    def _why_not_code(self) -> str | None:
+        nested = {c for code in self._ran for c in code.co_consts if isinstance(c, types.CodeType)}
+        for code, lines in self._ran.items():
+            for name in code.co_names:
+                if name in self._unknown:
+                    return self._unknown[name]
+            for line, name in imports(code):
+                if line in lines and name.split(".")[0] not in ("torch", "math"):
+                    return f"imports {name} in its forward"
+            for line, name in stored_names(code):
+                if line in lines:
+                    return f"assigns the variable {name}, which is not its own, in its forward"
+            function = self._found.get(code)
+            if function is None:
+                if code not in nested:
+                    return f"runs {code.co_name}, a function that cannot be found again to see whether it is the same"
+                continue
+            defaults = (function.__defaults__, function.__kwdefaults__)
+            try:
+                key = Snapshot(defaults).key
+            except Unknown as error:
+                return f"runs {code.co_name}, whose default values hold {error}"
+            self.reads.functions[function] = (code, *defaults, key)
+        return None
+
+    def _why_not_unchanged(self) -> str | None:
+        changed = None
+        for (path, name), key in self._instances.items():
+            own = object_getattribute(self.modules[path], "__dict__")
+            now = own.get(name, MISSING)
+            try:
+                same = now is key or Snapshot(now).key == (
+                    key if (path, name) in self.reads.deep else Snapshot(key).key
+                )
+            except Unknown:
+                same = False
+            if not same and key is not MISSING:
+                changed = changed or f"changes self.{name} in its forward"
+        for where, value in list(self.reads.outside.items()):
+            if where[0] == "closure":
+                function = self._found.get(where[1])
+                if function is None:  # defined while it ran, from values that are looked at where they come from
+                    del self.reads.outside[where]
+                    continue
+                cell = (function.__closure__ or ())[where[1].co_freevars.index(where[2])]
+                value = replace(value, again=functools.partial(content_of, cell))
+                self.reads.outside[where] = value
+            if value.changed():
+                changed = changed or f"changes {value.say} in its forward"
+        for cls, was in self.reads.classes.items():
+            if dict(cls.__dict__) != was:
+                changed = changed or f"changes the class {cls.__name__} in its forward"
+        if changed is not None:
+            self._restore()
+        return changed
+
+    def _restore(self) -> None:
+        for snapshot in self._snapshots:
+            snapshot.restore()
+        for cls, was in self.reads.classes.items():
+            for name in set(cls.__dict__) - set(was):
+                delattr(cls, name)
+            for name, value in was.items():
+                if cls.__dict__.get(name) is not value:
+                    setattr(cls, name, value)
