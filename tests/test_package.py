@@ -72,7 +72,8 @@ def test_version_is_the_metadata_version() -> None:
 LAYERS = {
     "layout": set(),
     "packed_weights": set(),
-    "reference": {"packed_weights"},
+    "convolution": {"layout"},
+    "reference": {"convolution", "packed_weights"},
     "problem": {"layout", "reference"},
     "timing": set(),
     "images": set(),
