@@ -6,7 +6,7 @@
 Measured on the CPU with the launch itself stubbed, so it needs no GPU: the Triton path ends where the compiled
 kernel's C launcher would be called, the extension's where ``cudaLaunchKernel`` would be. What the driver takes for
 the launch itself is the same for everyone and not in these figures. All paths take turns in one process; the figure
-is the best of many short rounds: what the code costs when nothing else runs. Bounds (issue 4): 15 microseconds for
+is the best of many short rounds: what the code costs when nothing else runs. Bounds: 15 microseconds for
 Triton, 10 for the extension, in inference mode.
 """
 

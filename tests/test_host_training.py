@@ -132,7 +132,7 @@ def test_an_empty_batch_launches_nothing() -> None:
         assert host().training.plan(TrainingCall(op, 0, 4, 4, 8), "sm_80").grid[0] == 0
 
 
-# ---- traffic: the figure of design.md, by counted sectors
+# ---- traffic, by counted sectors
 
 
 def traffic(call: TrainingCall) -> tuple[Statistics, Memory]:
