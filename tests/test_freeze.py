@@ -209,6 +209,10 @@ def test_it_is_not_trained() -> None:
 def test_what_cannot_be_frozen_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model: expected evaluation mode \(model.eval\(\)\), got training mode"):
         freeze(build("resnet").train())
+    model = build("resnet")
+    model.layer1[0].bn2.train()
+    with pytest.raises(ValueError, match=r"got training mode in layer1\.0\.bn2"):
+        freeze(model)
     with pytest.raises(TypeError, match=r"freeze: model: expected a torch\.nn\.Module, got a int"):
         freeze(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="example: expected a tensor or a tuple of tensors"):

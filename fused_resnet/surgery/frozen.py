@@ -47,7 +47,14 @@ class FrozenModel(nn.Module):
         self.refresh()
 
     def refresh(self) -> FrozenModel:
-        """Read the live model anew; what was prepared is forgotten. Returns self."""
+        """Read the live model anew; what was prepared is forgotten. Returns self.
+
+        ValueError where a module of it is in training mode.
+        """
+        for name, module in self.model.named_modules():
+            if module.training:
+                where = f" in {name}" if name else ""
+                raise ValueError(f"model: expected evaluation mode (model.eval()), got training mode{where}")
         with self._lock:
             self.__dict__["_copy"] = None
             self.__dict__["_prepared"] = OrderedDict()
@@ -210,7 +217,7 @@ def _private_copy(model: nn.Module, backend: str, winograd: str) -> nn.Module:
     from . import fuse
 
     copied = fuse(model, backend=backend, winograd=winograd)
-    copied.eval().requires_grad_(False)
+    copied.requires_grad_(False)
     device = next((p.device for p in copied.parameters()), torch.device("cpu"))
     if device.type == "cuda":
         return copied.to(memory_format=torch.channels_last)  # what the kernels read: a graph converts nothing
@@ -268,7 +275,7 @@ def freeze(
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: ``model`` is in training mode, ``backend`` or ``winograd`` is unknown.
+        ValueError: a module of ``model`` is in training mode, ``backend`` or ``winograd`` is unknown.
     """
     from . import check_options, require_module
 
@@ -276,8 +283,6 @@ def freeze(
     check_options(backend, winograd)
     if isinstance(model, FrozenModel):
         return model
-    if model.training:
-        raise ValueError("model: expected evaluation mode (model.eval()), got training mode")
     frozen = FrozenModel(model, backend, winograd)
     if example is not None:
         args = example if isinstance(example, tuple) else (example,)
