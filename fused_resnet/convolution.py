@@ -30,7 +30,7 @@ def pad_width(
     taps are further apart than ``x`` is wide.
     """
     high, wide = padding
-    if wide == 0 or not _by_onednn(x) or (wide <= dilation[1] * (window - 1) and dilation[1] <= x.shape[3]):
+    if wide == 0 or not _by_onednn(x) or (wide <= dilation[1] * (window - 1) and dilation[1] <= x.shape[-1]):
         return x, (high, wide)
     return F.pad(x, (wide, wide)), (high, 0)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from . import parts, pristine, tails
 from .packed_weights import PackedWeights
@@ -34,7 +35,7 @@ def _why_not_understood(role: str, module: nn.Module) -> str | None:
             return parts.why_not_fusable(module)  # type: ignore[arg-type]
         return f"is a {name}, which does not compute what nn.Conv2d does"
     if role.startswith("bn") or role.endswith(".1"):
-        if parts.is_plain_batch_norm(module) or parts.is_frozen_batch_norm(module):
+        if parts.is_plain_batch_norm(module) or parts.is_torchvisions_frozen_batch_norm(module):
             return None
         return f"is a {name}, not a batch norm"
     if role == "relu":
@@ -56,6 +57,7 @@ class _Fused(nn.Module):
     def options(self) -> tails.Options:
         return tails.Options(self.backend, self.winograd, self.packed_weights)
 
+    @tails.runs_inside
     def forward(self, x: Tensor) -> Any:
         if self.why_not_fused() is not None:
             return self._forward_unfused(x)
@@ -83,6 +85,8 @@ class _Fused(nn.Module):
         Hooks, parametrizations and norms other than batch norm are looked at on each call, because they may come
         and go after construction.
         """
+        if torch_module._has_any_global_hook():
+            return "a hook for all modules is registered"
         for name, module in self._bypassed():
             if module is None:
                 if not name.endswith(".1"):
@@ -298,6 +302,7 @@ class FusedConvBNReLU(_Fused):
         yield "conv", self.conv
         yield "bn", self.bn
 
+    @tails.runs_inside
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.why_not_fused() is not None:
             y = self.bn(self.conv(x))

@@ -11,6 +11,6 @@ def pair(name: str, value: Pair | Sequence[int]) -> tuple[int, int]:
     """``value`` as (height, width); TypeError names the argument ``name``."""
     if isinstance(value, int):
         return (value, value)
-    if isinstance(value, (tuple, list)) and len(value) == 2:
-        return (value[0], value[1])
+    if isinstance(value, (tuple, list)) and len(value) in (1, 2):
+        return (value[0], value[-1])
     raise TypeError(f"{name}: expected an int or a pair of ints, got {value!r}")

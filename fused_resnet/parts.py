@@ -56,6 +56,12 @@ def is_frozen_batch_norm(module: Any) -> bool:
     )
 
 
+def is_torchvisions_frozen_batch_norm(module: Any) -> bool:
+    """Whether ``module`` is a frozen batch norm that needs no comparison: torchvision's own forward."""
+    written = next((base for base in type(module).__mro__ if "forward" in vars(base)), object)
+    return written.__module__ == "torchvision.ops.misc" and is_frozen_batch_norm(module)
+
+
 def uses_batch_statistics(bn: nn.Module | None) -> bool:
     """Whether ``bn`` would normalise with the statistics of the batch now; the rule of ``nn.BatchNorm2d``."""
     if not isinstance(bn, _BatchNorm):

@@ -26,6 +26,14 @@ _HELD: tuple[tuple[Any, str], ...] = (
     *((nn.Sequential, "__iter__"), (nn.ModuleList, "__iter__"), (nn.Conv2d, "_conv_forward")),
     *((F, name) for name in ("conv2d", "batch_norm", "relu", "hardtanh", "max_pool2d")),
     *((torch, name) for name in ("relu", "relu_", "batch_norm")),
+    *(
+        (cls, name)
+        for cls in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.MaxPool2d, nn.Identity, nn.Sequential, *DROPOUTS)
+        for name in ("__call__", "_call_impl")
+    ),
+    *((F, name) for name in ("dropout", "relu6")),
+    *((torch.Tensor, name) for name in ("__add__", "__iadd__", "add", "add_", "relu", "relu_")),
+    (nn.BatchNorm2d, "_check_input_dim"),
 )
 _OWNERS = tuple(owner for owner, _ in _HELD)
 _NAMES = tuple(name for _, name in _HELD)

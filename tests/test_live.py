@@ -169,3 +169,105 @@ def test_a_batch_that_eager_refuses_is_refused_and_counted_as_by_eager(shape: tu
                 raised = True
             outcomes.append((raised, [int(b) for n, b in m.named_buffers() if n.endswith("num_batches_tracked")]))
         assert outcomes[0] == outcomes[1]
+
+
+class OwnCall(BasicBlock):
+    def __call__(self, *args: Any) -> Any:
+        return super().__call__(*args) * 2
+
+
+class OwnForward(fused_resnet.FusedBasicBlock):
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return super().forward(x) * 2
+
+
+def patched(block: Any) -> None:
+    own = type(block).forward
+    type(block).forward = lambda self, *args: own(self, *args) * 2
+
+
+def another_class(block: Any) -> None:
+    own = type(block).forward
+    block.__class__ = type("Other", (type(block),), {"forward": lambda self, *args: own(self, *args) * 2})
+
+
+@pytest.mark.parametrize("cls", [OwnCall, OwnForward])
+def test_a_call_or_forward_of_its_own_is_called(cls: Any) -> None:
+    model = randomise(nn.Sequential(nn.Sequential(BasicBlock(32, 32), cls(32, 32))), torch.float32).eval()
+    x = torch.randn(2, 32, 9, 9)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(fuse(model)(x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fused_resnet.freeze(model)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [patched, another_class])
+def test_another_forward_after_fuse_is_called(change: Callable[[Any], None]) -> None:
+    class Block(BasicBlock):  # a class of its own, since it is patched
+        pass
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.layer = nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.Sequential(Block(32, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(F.relu(self.bn(self.conv(x))))
+
+    model = randomise(Net(), torch.float32).eval()
+    fused, x = fuse(model), torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        expected = model(x) * 2
+        change(fused.layer[0])
+        torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-4)
+
+
+class Shared(nn.Module):
+    """A value with two readers, of which one writes to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32)
+        self.pre, self.act = nn.Sequential(nn.ReLU(inplace=True), BasicBlock(32, 32)), nn.ELU()
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.bn(self.conv(x))
+        return self.act(h) + self.pre(h), h
+
+
+@pytest.mark.parametrize("images", [FIRST, LAST])
+@pytest.mark.parametrize("change", [lambda m: None, lambda m: setattr(m.act, "inplace", True)])
+def test_a_reader_that_writes_is_seen_by_the_others(change: Callable[[Any], None], images: torch.memory_format) -> None:
+    model = randomise(Shared(), torch.float32).eval()
+    fused, x = fuse(model), torch.randn(2, 3, 9, 9).contiguous(memory_format=images)
+    with torch.no_grad():
+        for m in (model, fused):
+            change(m)
+        for got, expected in zip(fused(x), model(x), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_for_all_modules_reach_blocks_that_are_built_fused() -> None:
+    block, x = fused_resnet.FusedBasicBlock(32, 32).eval(), torch.randn(1, 32, 8, 8)
+    seen: list[str] = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, a, y: seen.append(type(m).__name__))
+    try:
+        block(x)
+    finally:
+        handle.remove()
+    assert "Conv2d" in seen
+
+
+def test_a_norm_that_only_looks_frozen_is_called() -> None:
+    class Centred(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.eps = 1e-5
+            for name, value in (("weight", 0.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+                self.register_buffer(name, torch.full((channels,), value))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(x, self.running_mean, self.running_var, 1 + self.weight, self.bias, False, 0, self.eps)
+
+    ours = fused_resnet.FusedBasicBlock(32, 32, norm_layer=Centred).eval()
+    assert ours.why_not_fused() == "bn1 is a Centred, not a batch norm"

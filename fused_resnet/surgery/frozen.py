@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .. import _extension
 from .. import nn as fused_nn
 from ..packed_weights import PackedWeights
-from ..parts import why_not_bypassed
+from ..tails import may_go_inside
 from .cuda_graph import CudaGraph
 from .plan import is_fused, original_class
 from .recorder import NotRecordable, Recorder
@@ -49,14 +50,12 @@ class FrozenModel(nn.Module):
     def refresh(self) -> FrozenModel:
         """Read the live model anew; what was prepared is forgotten. Returns self.
 
-        ValueError where a module of it is in training mode.
+        ValueError where it is in training mode; modules in it may be, and are then run as they are.
         """
-        for name, module in self.model.named_modules():
-            if module.training:
-                where = f" in {name}" if name else ""
-                raise ValueError(f"model: expected evaluation mode (model.eval()), got training mode{where}")
+        if self.model.training:
+            raise ValueError("model: expected evaluation mode (model.eval()), got training mode")
         with self._lock:
-            self.__dict__["_copy"] = None
+            self.__dict__["_copy"] = _private_copy(self.model, **self._options)
             self.__dict__["_prepared"] = OrderedDict()
         return self
 
@@ -82,6 +81,8 @@ class FrozenModel(nn.Module):
             return f"its inputs are on {' and '.join(sorted(kinds))}"
         if any(torch.is_autocast_enabled(kind) for kind in kinds):
             return "autocast is on"
+        if forward_ad.unpack_dual(tensors[0]).primal is not tensors[0]:
+            return "forward-mode differentiation is on"
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *self.model.parameters())):
             return "gradients are wanted; call it under torch.inference_mode() or torch.no_grad()"
         return None
@@ -106,30 +107,24 @@ class FrozenModel(nn.Module):
     @torch.inference_mode(False)  # what is made here also serves outside of it
     @torch.no_grad()
     def _prepare(self, args: tuple[Tensor, ...]) -> Callable[..., Any]:
-        args = tuple(t.clone() if t.is_inference() else t for t in args)
-        if self._copy is None:
-            self.__dict__["_copy"] = _private_copy(self.model, **self._options)
         if args[0].is_cuda:
-            return CudaGraph(self._copy, args)
+            return CudaGraph(self._copy, tuple(t.clone() for t in args))
         root: Any = self._copy.__dict__.get("forward")
-        if isinstance(root, _Piece):
-            return root.prepared(args) or self._copy
-        self._copy(*args)  # each piece is prepared for what reaches it
-        return self._copy
+        recording = root.prepared(args) if isinstance(root, _Piece) else None
+        return recording or self._copy  # whose pieces are prepared when something reaches them
 
     def prepared_for(self) -> Iterator[str]:
         """What has been prepared, a sentence for each frozen part and kind of input."""
         for key, run in list(self._prepared.items()):
             if isinstance(run, CudaGraph):
                 yield f"{list(key[0][0])}: {run}"
-        if self._copy is not None:
-            for name, module in self._copy.named_modules():
-                piece = module.__dict__.get("forward")
-                if isinstance(piece, _Piece):
-                    for (shape, *_), recording in list(piece.recordings.items()):
-                        yield f"{name or 'the model'} for {list(shape)}: {recording}"
+        for name, module in self._copy.named_modules():
+            piece = module.__dict__.get("forward")
+            if isinstance(piece, _Piece):
+                for (shape, *_), recording in list(piece.recordings.items()):
+                    yield f"{name or 'the model'} for {list(shape)}: {recording}"
 
-    # -- the live model's own --
+    # -- the live model's own, as a part of other modules too --
 
     def train(self, mode: bool = True) -> FrozenModel:
         """RuntimeError: what is frozen is not trained."""
@@ -145,6 +140,28 @@ class FrozenModel(nn.Module):
         result = self.model.load_state_dict(state_dict, strict=strict, assign=assign)
         self.refresh()
         return result
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any, unexpected_keys: Any,
+        error_msgs: Any,
+    ) -> None:  # fmt: skip
+        own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        result = self.load_state_dict(own, strict=False)
+        missing_keys += [prefix + key for key in result.missing_keys]
+        unexpected_keys += [prefix + key for key in result.unexpected_keys]
+
+    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+        yield prefix, self
+        yield from self.model.named_modules(memo, prefix, remove_duplicate)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "model":
+            self.__dict__["model"] = value
+            self.refresh()
+        elif name in self.__dict__ or name == "training":
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.model, name, value)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         return self.model.named_parameters(*args, **kwargs)
@@ -203,7 +220,8 @@ class _Piece:
 
     def _record(self, key: Any, x: Tensor) -> Recording | None:
         try:
-            recording = Recorder(self._kept).record(self._module, x)
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                recording = Recorder(self._kept).record(self._module, x)
         except NotRecordable:
             self._refused.add(key)
             return None
@@ -246,7 +264,7 @@ def _pieces(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_piece(module: nn.Module) -> bool:
-    if why_not_bypassed(module) is not None:
+    if not may_go_inside(module):
         return False
     if type(module) is nn.Sequential:
         return any(_is_piece(child) for child in module)
@@ -275,7 +293,7 @@ def freeze(
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: a module of ``model`` is in training mode, ``backend`` or ``winograd`` is unknown.
+        ValueError: ``model`` is in training mode, ``backend`` or ``winograd`` is unknown.
     """
     from . import check_options, require_module
 

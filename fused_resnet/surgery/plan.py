@@ -184,7 +184,7 @@ def original_class(module: Any) -> type:
 @functools.cache
 def fused_class(cls: Any) -> type:
     """The fused subclass of ``cls``; one for each class, so that equal blocks keep equal types."""
-    forward = functools.wraps(cls.forward)(_forward_of(cls))
+    forward = _marked(cls)
     namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     mixin = FusedGraphModule if issubclass(cls, fx.GraphModule) else FusedForward
     fused: Any = type(cls.__name__, (mixin, cls), {**namespace, "forward": forward, "_fused_names": None})
@@ -197,6 +197,10 @@ def _forward_of(cls: type) -> Callable[..., Any]:
         return FusedForward.forward(self, *args, **kwargs)
 
     return forward
+
+
+def _marked(cls: Any) -> Any:
+    return tails.runs_inside(functools.wraps(cls.forward)(_forward_of(cls)))
 
 
 def attach(module: nn.Module, fusion: Fusion) -> None:

@@ -183,14 +183,19 @@ class Recorder:
         """A call in each run; what it makes of the examples stands for its value."""
         self._open = None
         example_of = lambda v: v.example if isinstance(v, Slot) else v  # noqa: E731
+        hooked = isinstance(function, nn.Module) and any(map(why_not_bypassed, function.modules()))
+        if hooked:
+            raise NotRecordable  # a hook is called once for each call of the model
         example = function(*map_values(args, example_of), **map_values(kwargs, example_of))
+        if isinstance(example, Tensor) and example.numel() == 0:
+            raise NotRecordable  # its size depends on the values
         slot = self._slot(example)
         self._steps.append(Call(name, function, args, kwargs, slot.number))
         return slot
 
     def call(self, module: nn.Module, x: Any) -> Any:
         """See :func:`fused_resnet.tails.call`."""
-        if isinstance(x, Symbol) and why_not_bypassed(module) is None:
+        if isinstance(x, Symbol) and tails.may_go_inside(module):
             if type(module) is nn.Identity:
                 return x
             y = self._inside(module, x)
@@ -237,7 +242,10 @@ class Recorder:
             elif node.op == "output":
                 return args[0]
             elif is_value(node):
-                values[node] = node.target(*map_values(args, self._enter), **kwargs)
+                entered = map_values(args, self._enter)
+                if any(isinstance(argument, Slot) for argument in entered):
+                    raise NotRecordable  # no image, the operator's own error says so
+                values[node] = node.target(*entered, **kwargs)
             elif node.target is tails.enter:
                 values[node] = self._enter(args[0])
             elif node.target is tails.leave:
@@ -297,7 +305,8 @@ def _output_like(call: Tail, pool: Pool | None) -> Tensor:
     if pool is not None:
         window, stride, padding = pool
         p, q = ((size + 2 * padding[i] - window[i]) // stride[i] + 1 for i, size in enumerate((p, q)))
-    return torch.zeros(n, k, p, q).contiguous(memory_format=torch.channels_last)
+    y = torch.zeros(n, k, p, q, dtype=call.x.dtype, device=call.x.device)
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def _attribute(module: nn.Module, path: str) -> Any:

@@ -15,7 +15,8 @@ from .. import tails
 from .match import Tail
 from .trace import Traced
 
-_VALUES = (tails.conv_bn_act, tails.conv_bn_proj_act, tails.conv_bn_act_max_pool, tails.call)
+_TAILS = (tails.conv_bn_act, tails.conv_bn_proj_act, tails.conv_bn_act_max_pool)
+_VALUES = (*_TAILS, tails.call)
 
 
 def rewrite(traced: Traced, found: list[Tail], opaque: dict[int, nn.Module]) -> fx.Graph:
@@ -92,9 +93,14 @@ def _replace_tails(graph: fx.Graph, found: list[Tail], options: fx.Node, replace
 
 
 def _leave(graph: fx.Graph, value: fx.Node) -> None:
-    """Give every reader of ``value`` that is no tail a plain tensor, all of them the same one."""
-    readers = [user for user in value.users if not is_value(user) and not _returns(user, value)]
-    if not readers:
+    """Give the readers of ``value`` a plain tensor, all of them the same one, unless all are tails.
+
+    Whoever is no tail may write to what it reads, and the others must see that, as in eager. A module that is the only
+    reader, and may be made of tails, goes on with the value itself.
+    """
+    readers = list(value.users)
+    others = [user for user in readers if user.target not in _TAILS and not _returns(user, value)]
+    if not others or (len(readers) == 1 and is_value(readers[0])):
         return
     order = {node: i for i, node in enumerate(graph.nodes)}
     with graph.inserting_before(min(readers, key=lambda n: order[n])):
