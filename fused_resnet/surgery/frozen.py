@@ -231,6 +231,7 @@ class _Piece:
         return recording
 
 
+@torch.inference_mode(False)  # what is made here also serves outside of it
 def _private_copy(model: nn.Module, backend: str, winograd: str) -> nn.Module:
     from . import fuse
 
