@@ -303,8 +303,10 @@ def test_equal_blocks_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None
     original = discovery.difference
     monkeypatch.setattr(discovery, "_verdicts", {})
     monkeypatch.setattr(discovery, "difference", lambda m, p, o: calls.append(m) or original(m, p, o))
-    fuse(nn.Sequential(*(Block() for _ in range(6)), Block(channels=8)))
-    assert len(calls) == 2
+    other = Block()
+    other.conv2.bias = nn.Parameter(torch.zeros(6))
+    fuse(nn.Sequential(*(Block() for _ in range(6)), Block(channels=8), other))
+    assert len(calls) == 2, "blocks that differ in width alone are equal, a bias makes another"
 
 
 def test_a_module_in_several_places_has_one_entry() -> None:

@@ -84,11 +84,12 @@ def _difference(module: nn.Module, plan: Plan, opaque: dict[int, nn.Module]) -> 
 def _accepted_input(module: nn.Module) -> tuple[int, tuple[tuple[int, int], ...], str | None]:
     """Channels and sizes that the module's own forward takes, or a clause that says why none could be found.
 
-    Sizes at which a batch norm sees few pixels are left out: statistics of a handful of values magnify rounding.
+    Sizes at which a batch norm sees few pixels come last: statistics of a handful of values magnify rounding.
     """
     channels = list(dict.fromkeys(m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)))
     problem = None
     pixels: list[int] = []
+    otherwise: tuple[int, tuple[tuple[int, int], ...]] | None = None
 
     def count(_: nn.Module, args: Any) -> None:
         pixels.append(args[0].numel() // args[0].shape[1])
@@ -107,7 +108,9 @@ def _accepted_input(module: nn.Module) -> tuple[int, tuple[tuple[int, int], ...]
                     continue
                 if min(pixels, default=_PIXELS) >= _PIXELS:
                     return candidate, sizes, None
-                problem = problem or "a batch norm sees too few pixels"
+                otherwise = otherwise or (candidate, sizes)  # behind a global pool there are never more
+        if otherwise is not None:
+            return *otherwise, None
         return 0, (), f"cannot be compared: its own forward fails on a float64 copy ({problem})"
     finally:
         for handle in handles:
