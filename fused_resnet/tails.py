@@ -144,6 +144,12 @@ def bn_eps(bn: Any) -> float:
     return 1e-5 if bn is None else batch_norm_eps(bn)
 
 
+def pool_sizes(pool: Any) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Window, stride and padding of a max pool as they are now, two numbers each."""
+    stride = pool.kernel_size if pool.stride is None else pool.stride
+    return functional.max_pool_numbers(pool.kernel_size, stride, pool.padding)
+
+
 def _kept(conv: nn.Conv2d, options: Options) -> PackedWeights | None:
     # The weights of a convolution that is being trained are others at each call.
     return None if conv.training else options.packed_weights
@@ -192,10 +198,10 @@ def conv_bn_act_max_pool(
     if isinstance(x, Recorded):
         return x.tail(conv, bn, None, None, pool, activation, options)
     weight, bias, mean, var = bn_tensors(bn)
-    stride: Any = pool.kernel_size if pool.stride is None else pool.stride
+    window, stride, padding = pool_sizes(pool)
     y = functional.conv_bn_add_relu_max_pool(
         _tensor(enter(x)), conv.weight, conv.bias, weight, bias, mean, var,
-        window=pool.kernel_size, pool_stride=stride, pool_padding=pool.padding,
+        window=window, pool_stride=stride, pool_padding=padding,
         eps=bn_eps(bn), activation=activation, backend=options.backend, winograd=options.winograd,
         packed_weights=_kept(conv, options), **geometry(conv),
     )  # fmt: skip

@@ -21,8 +21,7 @@ from ..backends.cpu_program import NOTHING, Pool
 from ..layout import looks_channels_last
 from ..ops import plans
 from ..packed_weights import PackedWeights
-from ..pairs import pair
-from ..parts import batch_norm_eps, geometry, uses_batch_statistics, why_not_bypassed
+from ..parts import geometry, uses_batch_statistics, why_not_bypassed
 from ..reference import ConvBN, Tail
 from .plan import ATTRIBUTE, Fusion, is_fused
 from .recording import Call, Convolutions, Recording, Slot, map_values
@@ -128,7 +127,7 @@ class Recorder:
         elif residual is not None:
             call = call._replace(residual=residual.tensor)
         run = plans.find(_dense(call), options.backend)
-        pool_sizes = None if pool is None else _pool_sizes(pool)
+        pool_sizes = None if pool is None else tails.pool_sizes(pool)
         if pool_sizes is not None:
             run = _with_pool(run, pool_sizes)
         channels_last = x.channels_last or looks_channels_last(conv.weight.shape, conv.weight.stride())
@@ -261,7 +260,7 @@ def looks_channels_last_as(symbol: Symbol) -> bool:
 
 
 def _conv_bn(conv: nn.Conv2d, bn: Any) -> ConvBN:
-    return ConvBN(conv.weight, conv.bias, *tails.bn_tensors(bn), 1e-5 if bn is None else batch_norm_eps(bn))
+    return ConvBN(conv.weight, conv.bias, *tails.bn_tensors(bn), tails.bn_eps(bn))
 
 
 def _dense(call: Tail) -> Tail:
@@ -273,11 +272,6 @@ def _dense(call: Tail) -> Tail:
     x = dense(call.x)
     assert x is not None
     return call._replace(x=x, residual=dense(call.residual), proj_x=dense(call.proj_x))
-
-
-def _pool_sizes(pool: Any) -> Pool:
-    stride = pool.kernel_size if pool.stride is None else pool.stride
-    return pair("window", pool.kernel_size), pair("stride", stride), pair("padding", pool.padding)
 
 
 def _with_pool(run: Callable[[Tail], Tensor], pool: Pool) -> Callable[[Tail], Tensor]:
