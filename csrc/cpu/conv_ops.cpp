@@ -13,6 +13,7 @@
 
 #include "kernel_choice.h"
 #include "memory.h"
+#include "output_pool.h"
 #include "tensors.h"
 
 namespace fused_resnet::cpu {
@@ -106,23 +107,13 @@ void check_packed(const Tensor& packed, const Kernel& kernel, const ConvShape& s
         packed.numel(), " values");
 }
 
-Tensor empty_output(int64_t n, int64_t k, int64_t p, int64_t q, Workspace* workspace) {
-  if (workspace != nullptr) return workspace->take(n, k, p, q);
-  Tensor y = torch::stable::empty({n, k, p, q}, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
-                                  MemoryFormat::ChannelsLast);
-  // Large memory comes from the system anew for many a call: in pages of 4 KB its faults took a tenth of a
-  // ResNet-50's time at batch 8, and their translation 5 % at batch 1.
-  advise_huge_pages(y.mutable_data_ptr(), y.numel() * int64_t(sizeof(float)));
-  return y;
-}
-
 }  // namespace
 
 Tensor fused_convolution(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& filter, int64_t m,
                          const std::string& isa, const std::vector<int64_t>& stride,
                          const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                          const BatchNormArguments& bn_arguments, const OptionalTensor& residual,
-                         int64_t activation, WeightKind weights, Workspace* workspace) {
+                         int64_t activation, WeightKind weights) {
   ConvProblem problem = read_problem(x, packed, filter, stride, padding, dilation);
   const ConvShape& shape = problem.shape;
   const ConvKernel& kernel = conv_kernel(m, weights, isa, shape);
@@ -147,7 +138,7 @@ Tensor fused_convolution(const Tensor& x, const Tensor& packed, const std::vecto
   problem.shift = bn.shift();
   problem.activation = activation_from(activation);
 
-  Tensor y = empty_output(shape.n, shape.k, shape.p, shape.q, workspace);
+  Tensor y = empty_output(shape.n, shape.k, shape.p, shape.q);
   if (shape.n == 0) return y;
   problem.y = static_cast<float*>(y.mutable_data_ptr());
   problem.y_stride[0] = shape.p * shape.q * shape.k;
@@ -166,7 +157,7 @@ Tensor pooled_convolution(const Tensor& x, const Tensor& packed, const std::vect
                           const std::string& isa, const std::vector<int64_t>& stride,
                           const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                           const BatchNormArguments& bn_arguments, int64_t activation,
-                          const std::vector<int64_t>& pool_sizes, WeightKind weights, Workspace* workspace) {
+                          const std::vector<int64_t>& pool_sizes, WeightKind weights) {
   ConvProblem problem = read_problem(x, packed, filter, stride, padding, dilation);
   const ConvShape& shape = problem.shape;
   const PooledKernel& kernel = pooled_kernel(weights, isa, shape);
@@ -194,7 +185,7 @@ Tensor pooled_convolution(const Tensor& x, const Tensor& packed, const std::vect
   problem.shift = bn.shift();
   problem.activation = activation_from(activation);
 
-  Tensor y = empty_output(shape.n, shape.k, pool.p, pool.q, workspace);
+  Tensor y = empty_output(shape.n, shape.k, pool.p, pool.q);
   if (shape.n == 0) return y;
   problem.y = static_cast<float*>(y.mutable_data_ptr());
   // Parts of one image share a row or two of the convolution, so there are no more than the threads need.

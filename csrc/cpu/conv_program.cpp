@@ -85,11 +85,6 @@ std::vector<Tensor> conv_program(const std::vector<Tensor>& inputs, const std::v
   const auto made = [&](int64_t place) -> const Tensor& {
     return place >= 0 ? *outputs[place] : inputs[input_number(place)];
   };
-  // Outputs that nobody else will see; given back also where an argument is refused.
-  struct Lease {
-    Workspace& workspace = Workspace::mine();
-    ~Lease() { workspace.give_back_all(); }
-  } lease;
   Operands operands(tensors);
   std::vector<Tensor> results;
   for (int64_t i = 0; i < count; ++i) {
@@ -103,25 +98,21 @@ std::vector<Tensor> conv_program(const std::vector<Tensor>& inputs, const std::v
     for (int v = 0; v < 5; ++v) {
       if (link.present >> v & 1) vectors[v] = operands.take();
     }
-    Workspace* const workspace = link.returned ? nullptr : &lease.workspace;
     const BatchNormArguments bn{vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], link.eps};
     if (link.pool[0] != 0) {
       outputs[i] = pooled_convolution(made(link.source), packed, {link.k, link.r, link.s}, "",
                                       list(link.stride), list(link.padding), list(link.dilation), bn,
-                                      link.activation, list(link.pool), weight_kind(link.weights), workspace);
+                                      link.activation, list(link.pool), weight_kind(link.weights));
     } else {
       const OptionalTensor residual =
           link.residual == kNothing ? std::nullopt : OptionalTensor(made(link.residual));
       outputs[i] = fused_convolution(made(link.source), packed, {link.k, link.r, link.s}, link.m, "",
                                      list(link.stride), list(link.padding), list(link.dilation), bn, residual,
-                                     link.activation, weight_kind(link.weights), workspace);
+                                     link.activation, weight_kind(link.weights));
     }
     if (link.returned) results.push_back(*outputs[i]);
     for (const int64_t place : {link.source, link.residual}) {
-      if (place >= 0 && last_use[place] == i && outputs[place].has_value()) {
-        if (!links[place].returned) lease.workspace.give_back(*outputs[place]);
-        outputs[place].reset();
-      }
+      if (place >= 0 && last_use[place] == i) outputs[place].reset();
     }
   }
   return results;
