@@ -64,7 +64,7 @@ def bn_add_relu_train(
 
     Raises:
         ValueError: shapes, dtypes or names that do not fit; one value per channel only.
-        RuntimeError: the backend asked for cannot run; the result is differentiated twice.
+        RuntimeError: the backend asked for cannot run; a result with synchronised statistics is differentiated twice.
 
     Equivalent to::
 
@@ -172,7 +172,7 @@ def conv_bn_add_relu_train(
     Raises:
         ValueError, TypeError: an argument does not fit (the message names it, what was expected and what was got);
             one value per channel only.
-        RuntimeError: the backend asked for cannot run; the result is differentiated twice.
+        RuntimeError: the backend asked for cannot run; a result with synchronised statistics is differentiated twice.
 
     Equivalent to::
 

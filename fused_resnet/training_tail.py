@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends.training_eager import unpack_mask
 from .batch_statistics import BatchNormBranch, statistics
 from .layout import looks_channels_last
 from .reference import ACTIVATIONS
@@ -65,8 +66,9 @@ class _ApplyAddRelu(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            return _differentiable_backward(ctx, grad_out)
         mask, y, weight, mean, invstd, total, proj_y, proj_weight, proj_mean, proj_invstd, proj_total = (
             ctx.saved_tensors
         )
@@ -106,6 +108,51 @@ class _ApplyAddRelu(torch.autograd.Function):
         if proj_y is not None:
             grads += [d_second, *parameters(proj_weight, ctx.bias_dtypes[1], proj_sum), None, None, None]
         return tuple(grads)
+
+
+def _differentiable_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    """The same gradients in operators that can be differentiated again."""
+    mask, *saved = ctx.saved_tensors
+    options: _Options = ctx.options
+    if any(group is not None for group in options.groups):
+        raise RuntimeError(
+            "double backward of the training tail is not supported where statistics are synchronised; "
+            "unfuse(model) first"
+        )
+    y, weight, mean, invstd, _, *proj = saved
+    dz = grad_out.to(mean.dtype)
+    if mask.numel() != 0:
+        dz = dz * unpack_mask(mask, grad_out.shape)
+    grads: list[Tensor | None] = [None, None]
+    if ctx.needs_input_grad[1]:
+        grads[1] = dz.to(ctx.residual_dtype)
+    branches = [(y, weight, mean, invstd)] + ([] if proj[0] is None else [tuple(proj[:4])])
+    for i, (y, weight, mean, invstd) in enumerate(branches):
+        d_y, d_weight = _branch_gradients(dz, y, weight, mean, invstd, options.training[i])
+        bias_dtype = ctx.bias_dtypes[i]
+        d_bias = None if bias_dtype is None else dz.sum((0, 2, 3)).to(bias_dtype)
+        grads += [d_y, d_weight, d_bias, None, None, None]
+    return tuple(grads)
+
+
+def _branch_gradients(
+    dz: Tensor, y: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, training: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of ``z = bn(y)`` for y and gamma, from ``dz``, as expressions of all three."""
+    wide = y.to(mean.dtype)
+    if training:
+        # Eps is what the statistics used had over the variance.
+        var = wide.var((0, 2, 3), unbiased=False)
+        eps = (invstd.square().reciprocal() - var).detach()
+        mean, invstd = wide.mean((0, 2, 3)), torch.rsqrt(var + eps)
+    xhat = (wide - mean[:, None, None]) * invstd[:, None, None]
+    d_xhat = dz if weight is None else dz * weight.to(mean.dtype)[:, None, None]
+    d_y = d_xhat
+    if training:
+        means = d_xhat.mean((0, 2, 3), keepdim=True), (d_xhat * xhat).mean((0, 2, 3), keepdim=True)
+        d_y = d_xhat - means[0] - xhat * means[1]
+    d_weight = None if weight is None else (dz * xhat).sum((0, 2, 3)).to(weight.dtype)
+    return (d_y * invstd[:, None, None]).to(y.dtype), d_weight
 
 
 def training_tail(

@@ -103,12 +103,19 @@ def test_saved_for_backward_is_x_and_weight_only() -> None:
     assert {t.data_ptr() for t in seen} == {x.data_ptr(), weight.data_ptr()}
 
 
-def test_double_backward_and_forward_mode_are_refused() -> None:
+def test_double_backward_is_right() -> None:
+    x, weight, bias = (t.requires_grad_() for t in operands(torch.float64))
+    call = lambda *a: OPS.conv_bn_stats(*a, *GEOMETRIES["3x3"])  # noqa: E731
+    assert torch.autograd.gradgradcheck(lambda *a: call(*a)[0], (x, weight, bias))
+
+
+def test_a_gradient_op_and_forward_mode_refuse() -> None:
     x, weight, _ = operands(torch.float64)
-    x.requires_grad_()
     y = OPS.conv_bn_stats(x, weight, None, *GEOMETRIES["3x3"])[0]
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="conv_backward cannot be differentiated"):
+    grad = OPS.conv_backward(
+        y.requires_grad_(), x, weight, False, *GEOMETRIES["3x3"], [True, True, False]
+    )[0]  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"conv_backward cannot be differentiated.*unfuse"):
         grad.sum().backward()
     with pytest.raises((RuntimeError, NotImplementedError), match="forward-mode"):
         torch.func.jvp(

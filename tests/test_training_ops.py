@@ -99,7 +99,7 @@ def test_backward_ops_refuse_a_second_derivative() -> None:
     args = (y, *apply_arguments(t, "residual")[1:])
     out = OPS.bn_apply_add_relu(*args)[0]
     (grad,) = torch.autograd.grad(out.square().sum(), y, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward of the training tail"):
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated: double backward.*unfuse"):
         grad.sum().backward()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..backends import training_dispatch
 from ..backends.training_base import ConvGeometry, TrainingBackend, accumulate_dtype, conv_problem
+from ..convolution import convolution_backward
 from ..layout import empty_output, output_memory_format
 from .checks import check_not_empty, refuse_forward_mode
 from .schemas import LIBRARY, NAMESPACE
@@ -119,9 +120,13 @@ def _backward(ctx: Any, d_y: Tensor | None, d_mean: Tensor | None, d_var: Tensor
     needs = ctx.needs_input_grad
     if d_y is None:
         return (None,) * len(needs)
-    gradients = ops.conv_backward(
-        d_y, x, weight, ctx.has_bias, *ctx.geometry, [needs[0], needs[1], needs[2] and ctx.has_bias], *ctx.options
-    )
+    mask = [needs[0], needs[1], needs[2] and ctx.has_bias]
+    gradients: Any
+    if torch.is_grad_enabled():  # create_graph=True: aten's can be differentiated again
+        stride, padding, dilation, groups = ctx.geometry
+        gradients = convolution_backward(d_y, x, weight, ctx.has_bias, stride, padding, dilation, groups, mask)
+    else:
+        gradients = ops.conv_backward(d_y, x, weight, ctx.has_bias, *ctx.geometry, mask, *ctx.options)
     return *(g if need else None for g, need in zip(gradients, needs, strict=False)), *([None] * (len(needs) - 3))
 
 

@@ -103,7 +103,7 @@ def refuse(name: str) -> Any:
     """The backward of an op that is a gradient itself."""
 
     def backward(ctx: Any, *grads: Any) -> NoReturn:
-        raise RuntimeError(f"{name} cannot be differentiated: double backward of the training tail is not supported")
+        raise RuntimeError(f"{name} cannot be differentiated: double backward of it is not supported; unfuse(model)")
 
     return backward
 
