@@ -8,14 +8,16 @@ each call, so frozen and live ones may be mixed freely.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from . import parts, pristine, tails
+from .onlookers import watched
 from .packed_weights import PackedWeights
-from .reference import ACTIVATIONS
 
 __all__ = ["FusedBasicBlock", "FusedBottleneck", "FusedConvBNReLU"]
 
@@ -57,11 +59,16 @@ class _Fused(nn.Module):
     def options(self) -> tails.Options:
         return tails.Options(self.backend, self.winograd, self.packed_weights)
 
+    __jit_unused_properties__ = ("options",)
+
     @tails.runs_inside
-    def forward(self, x: Tensor) -> Any:
-        if self.why_not_fused() is not None:
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # which then does not look at the rest
             return self._forward_unfused(x)
-        return tails.leave(self._run(tails.enter(x)))
+        else:
+            if watched(x) or self.why_not_fused() is not None:
+                return self._forward_unfused(x)
+            return tails.leave(self._run(tails.enter(x)))
 
     def run_inside(self, x: Any) -> Any:
         """What the forward makes of ``x`` for :func:`fused_resnet.tails.call`; NotImplemented where it runs unfused."""
@@ -102,10 +109,11 @@ class _FusedBlock(_Fused):
     """A residual block of torchvision's layout: ``conv1, bn1, conv2, bn2(, conv3, bn3), relu, downsample``."""
 
     expansion: int
-    relu: nn.Module
-    downsample: nn.Module | None
     _convs: int
     _names: tuple[str, ...]
+    if TYPE_CHECKING:  # torch.jit.script takes no such annotation
+        relu: nn.Module
+        downsample: nn.Module | None
 
     @classmethod
     def from_block(cls, block: nn.Module) -> Any:
@@ -212,9 +220,13 @@ class FusedBasicBlock(_FusedBlock):
         return self._tail(self.conv2, self.bn2, h, x)
 
     def _forward_unfused(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
+        identity = x
         h = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(h)) + identity)
+        h = self.bn2(self.conv2(h))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        h += identity
+        return self.relu(h)
 
 
 class FusedBottleneck(_FusedBlock):
@@ -258,10 +270,14 @@ class FusedBottleneck(_FusedBlock):
         return self._tail(self.conv3, self.bn3, h, x)
 
     def _forward_unfused(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
+        identity = x
         h = self.relu(self.bn1(self.conv1(x)))
         h = self.relu(self.bn2(self.conv2(h)))
-        return self.relu(self.bn3(self.conv3(h)) + identity)
+        h = self.bn3(self.conv3(h))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        h += identity
+        return self.relu(h)
 
 
 class FusedConvBNReLU(_Fused):
@@ -304,11 +320,23 @@ class FusedConvBNReLU(_Fused):
 
     @tails.runs_inside
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.why_not_fused() is not None:
-            y = self.bn(self.conv(x))
-            return ACTIVATIONS[self.activation](y if residual is None else y + residual)
-        y = tails.conv_bn_act(self.conv, self.bn, tails.enter(x), residual, self.activation, self.options)
-        return tails.leave(y)
+        if torch.jit.is_scripting():
+            return self._forward_unfused(x, residual)
+        else:
+            if watched(x) or self.why_not_fused() is not None:
+                return self._forward_unfused(x, residual)
+            y = tails.conv_bn_act(self.conv, self.bn, tails.enter(x), residual, self.activation, self.options)
+            return tails.leave(y)
+
+    def _forward_unfused(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = self.bn(self.conv(x))
+        if residual is not None:
+            y = y + residual
+        if self.activation == "relu":
+            return F.relu(y)
+        if self.activation == "relu6":
+            return F.relu6(y)
+        return y
 
     def _run(self, x: Any) -> Any:
         return tails.conv_bn_act(self.conv, self.bn, x, None, self.activation, self.options)

@@ -54,7 +54,9 @@ def fuse(model: M, inplace: bool = False, *, backend: str = "auto", winograd: st
 
     The fused forward looks at its submodules at each call: in training mode batch statistics are used and updated
     as always, ``load_state_dict``, optimizer steps, frozen or synchronised batch norms are seen, and hooks or
-    parametrizations on a submodule make the block run its own forward.
+    parametrizations on a submodule make the block run its own forward. So does everybody who looks at the model to
+    export, trace or transform it (``torch.export``, ONNX, ``torch.jit``, ``make_fx``, ``torch.func``), and sees standard
+    operators; ``torch.compile`` sees the fused ones.
 
     Args:
         model: any module; torchvision's and timm's ResNets, detection and segmentation backbones, or your own.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .. import _extension
+from .. import _extension, pristine
 from .. import nn as fused_nn
+from ..onlookers import watched
 from ..packed_weights import PackedWeights
 from ..tails import may_go_inside
 from .cuda_graph import CudaGraph
@@ -42,10 +44,10 @@ class FrozenModel(nn.Module):
 
     def __init__(self, model: nn.Module, backend: str = "auto", winograd: str = "auto") -> None:
         super().__init__()
-        # Not registered: this module has no names of its own, its parameters and buffers are the live model's.
-        self.__dict__.update(model=model, _options={"backend": backend, "winograd": winograd}, _lock=threading.RLock())
+        self.__dict__.update(_options={"backend": backend, "winograd": winograd}, _lock=threading.RLock())
         self.training = False
-        self.refresh()
+        self.model = model
+        self.register_load_state_dict_post_hook(FrozenModel._loaded)
 
     def refresh(self) -> FrozenModel:
         """Read the live model anew; what was prepared is forgotten. Returns self.
@@ -62,6 +64,11 @@ class FrozenModel(nn.Module):
     # -- running --
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not args or watched(args[0]):
+            return self.model(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            _make_outside()
+            return _outside(self, *args, **kwargs)
         if kwargs or self.why_live(args) is not None:
             return self.model(*args, **kwargs)
         with torch.no_grad():
@@ -69,8 +76,6 @@ class FrozenModel(nn.Module):
 
     def why_live(self, args: tuple[Any, ...]) -> str | None:
         """None where a call with ``args`` runs frozen now, else why the live model runs it."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting():
-            return "it is being traced or compiled"
         tensors = [value for value in args if isinstance(value, Tensor)]
         if not tensors or len(tensors) < len(args):
             return "not all of its inputs are tensors"
@@ -141,14 +146,17 @@ class FrozenModel(nn.Module):
         self.refresh()
         return result
 
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any, unexpected_keys: Any,
-        error_msgs: Any,
-    ) -> None:  # fmt: skip
-        own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-        result = self.load_state_dict(own, strict=False)
-        missing_keys += [prefix + key for key in result.missing_keys]
-        unexpected_keys += [prefix + key for key in result.unexpected_keys]
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.model._load_from_state_dict(*args, **kwargs)
+
+    def _loaded(self, _: Any) -> None:
+        self.refresh()
+
+    def __prepare_scriptable__(self) -> Any:
+        raise TypeError(
+            "torch.jit.script: expected a live model, got a frozen one; "
+            "script a copy of its live model instead, unfuse(copy.deepcopy(frozen.model))"
+        )
 
     def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
         yield prefix, self
@@ -156,18 +164,15 @@ class FrozenModel(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "model":
-            self.__dict__["model"] = value
+            # Whoever walks through this module finds the live model's parameters, buffers and submodules under their
+            # own names, since the dictionaries are the live model's.
+            shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+            self.__dict__.update({"model": value, **{name: value.__dict__[name] for name in shared}})
             self.refresh()
         elif name in self.__dict__ or name == "training":
             object.__setattr__(self, name, value)
         else:
             setattr(self.model, name, value)
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.model.named_parameters(*args, **kwargs)
-
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        return self.model.named_buffers(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenModel:  # to(), half(), cuda() and the like
         self.model._apply(fn, recurse)
@@ -179,13 +184,42 @@ class FrozenModel(nn.Module):
         return getattr(self.model, name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenModel:
-        return FrozenModel(copy.deepcopy(self.model, memo), **self._options)
+        return _frozen(copy.deepcopy(self.model, memo), **self._options)
 
     def __reduce__(self) -> Any:
-        return FrozenModel, (self.model, *self._options.values())
+        return _frozen, (self.model, *self._options.values())
 
     def extra_repr(self) -> str:
         return f"{original_class(self.model).__name__}, {len(self._prepared)} kinds of input prepared"
+
+
+def _frozen(model: nn.Module, backend: str, winograd: str) -> FrozenModel:
+    cls: Any = type(model)
+    frozen: FrozenModel = _frozen_class(cls)(model, backend, winograd)
+    return frozen
+
+
+@functools.cache
+def _frozen_class(cls: Any) -> Any:
+    """The class of frozen models of a class: its forward has the arguments of theirs, under their names."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: FrozenModel, *args: Any, **kwargs: Any) -> Any:
+        return FrozenModel.forward(self, *args, **kwargs)
+
+    return type(FrozenModel.__name__, (FrozenModel,), {"__module__": __name__, "forward": forward})
+
+
+_outside: Any = None
+
+
+@pristine.constant
+def _make_outside() -> None:
+    """Make ``_outside``, which is ``FrozenModel.forward`` outside of a compiled graph; its import takes a second."""
+    global _outside
+    if _outside is None:
+        reason = "a frozen model runs as it is; for one full graph compile its live model, .model"
+        _outside = torch.compiler.disable(FrozenModel.forward, reason=reason)
 
 
 class _Piece:
@@ -290,7 +324,8 @@ def freeze(
 
     Returns:
         a module to be called under ``torch.inference_mode()`` or ``torch.no_grad()``. Calls that want gradients, run
-        under autocast or are being traced go to the live model, ``fast.model``. ``fast.refresh()`` reads it anew.
+        under autocast, or are being exported, traced or transformed go to the live model, ``fast.model``, of which
+        those who look see its own forward. ``torch.compile`` calls it as it is. ``fast.refresh()`` reads it anew.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -302,7 +337,7 @@ def freeze(
     check_options(backend, winograd)
     if isinstance(model, FrozenModel):
         return model
-    frozen = FrozenModel(model, backend, winograd)
+    frozen = _frozen(model, backend, winograd)
     if example is not None:
         args = example if isinstance(example, tuple) else (example,)
         if not args or not all(isinstance(value, Tensor) for value in args):

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,6 +21,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .. import tails
+from ..onlookers import watched
 from ..packed_weights import PackedWeights
 from .program import Plan
 
@@ -62,7 +65,7 @@ class FusedForward:
         fusion: Fusion = self.__dict__[ATTRIBUTE]
         if fusion.plan is not None and len(args) == 1 and not kwargs:
             x = args[0]
-            if isinstance(x, Tensor) and x.dim() == 4:
+            if isinstance(x, Tensor) and x.dim() == 4 and not watched(x):
                 program, _ = fusion.plan.choose(self)  # type: ignore[arg-type]
                 if program is not None:
                     return tails.leave(program.function(self, x, fusion.options))
@@ -192,11 +195,15 @@ def fused_class(cls: Any) -> type:
     return fused
 
 
-def _forward_of(cls: type) -> Callable[..., Any]:
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return FusedForward.forward(self, *args, **kwargs)
+def _forward_of(cls: Any) -> Callable[..., Any]:
+    run = FusedForward.forward
 
-    return forward
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return run(self, *args, **kwargs)
+
+    # torch.jit.script compiles what this wraps, and looks its names up here
+    names = getattr(inspect.unwrap(cls.forward), "__globals__", forward.__globals__)
+    return types.FunctionType(forward.__code__, names, "forward", None, forward.__closure__)
 
 
 def _marked(cls: Any) -> Any:
