@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import lazy_operators
+
 __version__ = "0.1.0"
 
 # Where each public name lives. Loaded on first use, so that `import fused_resnet` stays quick.
@@ -71,3 +73,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+lazy_operators.announce()

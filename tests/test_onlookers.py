@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -277,3 +281,31 @@ def test_a_transform_inside_of_a_compiled_function_is_right() -> None:
         for m in (model, fused)
     ]
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+# ---- programs that hold our operators ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("imports", ["import fused_resnet, torch", "import torch, fused_resnet"])
+def test_a_saved_program_with_our_operators_needs_the_package_alone(imports: str, tmp_path: Path) -> None:
+    class Tail(nn.Module):
+        def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+            return fused_resnet.functional.conv_bn_add_relu(x, weight, residual=x, padding=1)
+
+    arguments = (torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3, requires_grad=True))
+    program = torch.export.export(Tail(), arguments)
+    assert "fused_resnet" in _targets(program.graph)
+    torch.export.save(program, tmp_path / "program.pt2")
+    expected = Tail()(*arguments)
+    torch.save((arguments, expected.detach()), tmp_path / "call.pt")
+    code = (
+        f"{imports}\n"
+        "arguments, expected = torch.load('call.pt')\n"
+        "got = torch.export.load('program.pt2').module()(*arguments)\n"
+        "torch.testing.assert_close(got, expected)\n"
+        "got.sum().backward()\n"
+        "assert arguments[1].grad is not None\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(fused_resnet.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

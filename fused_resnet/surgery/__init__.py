@@ -54,8 +54,8 @@ def fuse(model: M, inplace: bool = False, *, backend: str = "auto", winograd: st
 
     The fused forward looks at its submodules at each call: in training mode batch statistics are used and updated
     as always, ``load_state_dict``, optimizer steps, frozen or synchronised batch norms are seen, and hooks or
-    parametrizations on a submodule make the block run its own forward. So does everybody who looks at the model to
-    export, trace or transform it (``torch.export``, ONNX, ``torch.jit``, ``make_fx``, ``torch.func``), and sees standard
+    parametrizations on a submodule make the block run its own forward. Whoever exports, traces or transforms
+    the model (``torch.export``, ONNX, ``torch.jit``, ``make_fx``, ``torch.func``) sees its own forward and standard
     operators; ``torch.compile`` sees the fused ones.
 
     Args:
