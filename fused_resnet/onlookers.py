@@ -31,8 +31,14 @@ def _is_looked_at() -> bool:
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()  # torch.func has no public word for it
         or forward_ad._current_level >= 0
-        or get_proxy_mode() is not None  # make_fx
+        or _is_made_into_a_graph()
     )
+
+
+def _is_made_into_a_graph() -> bool:
+    # make_fx holds a mode of one of the two kinds, which is quicker to ask
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    return bool(modes) and get_proxy_mode() is not None
 
 
 @pristine.constant  # asked in Python while a graph is made, where the compiler's own answers differ between versions

@@ -97,10 +97,12 @@ def _draft(model: nn.Module, x: Tensor) -> Seen:
     return _targets(program.graph), program.module()(x)
 
 
-def _made(mode: str) -> Callable[[nn.Module, Tensor], Seen]:
+def _made(mode: str, pre_dispatch: bool = False) -> Callable[[nn.Module, Tensor], Seen]:
     def look(model: nn.Module, x: Tensor) -> Seen:
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        made = make_fx(lambda s, x: torch.func.functional_call(model, s, (x,)), tracing_mode=mode)(state, x)
+        made = make_fx(
+            lambda s, x: torch.func.functional_call(model, s, (x,)), tracing_mode=mode, pre_dispatch=pre_dispatch
+        )(state, x)
         return _targets(made.graph), made(state, x)
 
     return look
@@ -136,6 +138,7 @@ GRAPHS: dict[str, Callable[[nn.Module, Tensor], Seen]] = {
     "make_fx real": _made("real"),
     "make_fx fake": _made("fake"),
     "make_fx symbolic": _made("symbolic"),
+    "make_fx before dispatch": _made("fake", pre_dispatch=True),
     "symbolic_trace": _symbolic,
     "jit.trace": _jit_traced,
 }
