@@ -22,7 +22,8 @@ def watched(x: Any) -> bool:
     """Whether a call with the input ``x`` must run the unfused forward."""
     if torch.compiler.is_compiling():
         return _watched_while_compiling()
-    return type(x) not in _PLAIN or _is_looked_at()
+    # Without a dual level there is nothing to unpack, and the very tensor comes back.
+    return type(x) not in _PLAIN or forward_ad.unpack_dual(x).primal is not x or _is_looked_at()
 
 
 def _is_looked_at() -> bool:
@@ -30,15 +31,8 @@ def _is_looked_at() -> bool:
         torch.compiler.is_exporting()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()  # torch.func has no public word for it
-        or forward_ad._current_level >= 0
-        or _is_made_into_a_graph()
+        or get_proxy_mode() is not None  # make_fx
     )
-
-
-def _is_made_into_a_graph() -> bool:
-    # make_fx holds a mode of one of the two kinds, which is quicker to ask
-    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    return bool(modes) and get_proxy_mode() is not None
 
 
 @pristine.constant  # asked in Python while a graph is made, where the compiler's own answers differ between versions
