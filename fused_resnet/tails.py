@@ -31,6 +31,8 @@ class Options(NamedTuple):
     backend: str = "auto"
     winograd: str = "auto"
     packed_weights: PackedWeights | None = None
+    expands: bool = True
+    """Whether a residual of another shape is added by eager; else the operator refuses it."""
 
 
 _DEFAULTS = Options()
@@ -176,7 +178,7 @@ def conv_bn_act(
     if isinstance(x, Recorded):
         return x.tail(conv, bn, residual, None, None, activation, options, residual_first)
     image, added = _tensor(enter(x)), _tensor(enter(residual))
-    if added is not None and broadcasts(conv, image, added):
+    if added is not None and options.expands and broadcasts(conv, image, added):
         y = leave(conv_bn_act(conv, bn, x, None, "none", options))
         added = leave(residual)
         return enter(ACTIVATIONS[activation](added + y if residual_first else y + added))
