@@ -26,6 +26,23 @@ def looks_channels_last(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return True
 
 
+def looks_contiguous(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether the dimensions lie in memory in the order N, C, H, W, as far as they have more than one entry."""
+    steps = [step for size, step in zip(shape, stride, strict=True) if size > 1]
+    return 0 not in steps and steps == sorted(steps, reverse=True)
+
+
+def sum_order(first: Tensor, second: torch.memory_format, shape: Sequence[int]) -> list[int]:
+    """The dimensions of eager's ``first + y``, outermost first, where ``y`` has that shape and memory format.
+
+    An elementwise operation lays its result out as its first operand, and where that has no order (it is expanded)
+    as the next one; ``meta`` tensors tell.
+    """
+    one = torch.empty_strided(first.shape, first.stride(), device="meta")
+    strides = (one + torch.empty(tuple(shape), device="meta", memory_format=second)).stride()
+    return sorted(range(len(strides)), key=lambda d: -strides[d])
+
+
 def output_memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     """The memory format of ``conv2d(x, weight)`` in eager PyTorch: channels_last if either argument is.
 

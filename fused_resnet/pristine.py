@@ -1,7 +1,8 @@
 """Whether torch's own functions, for which a program stands, are still torch's own.
 
 People exchange ``nn.Conv2d.forward``, ``F.conv2d`` and their like, to tile, to count or to inject faults. A program
-that replaces the call of a convolution is right only while the call would do what torch wrote.
+that replaces the call of a convolution is right only while the call would do what torch wrote. A TorchFunctionMode of
+the user's exchanges them too, for as long as it is active.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import has_torch_function
 
 TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -53,7 +55,25 @@ _OWN = tuple(f if is_torchs_own(f) else None for f in map(getattr, _OWNERS, _NAM
 
 def why_not() -> str | None:
     """None while torch's functions are its own, else a clause that names the one that is not."""
-    return _why_not_while_compiling() if torch.compiler.is_compiling() else _why_not()
+    return _why_not_while_compiling() if torch.compiler.is_compiling() else _why_not() or why_not_mode()
+
+
+# Without any mode, no function of torch's is overridden for a plain tensor.
+_PLAIN = (torch.empty(0, device="cpu"),)
+
+
+def why_not_mode() -> str | None:
+    """None, or a clause that names the TorchFunctionMode under which torch's functions may be others.
+
+    Torch's own modes (``torch.device`` as a context, ``torch.set_default_device``) leave convolutions alone.
+    """
+    if not has_torch_function(_PLAIN):
+        return None
+    stack = getattr(torch.overrides, "_get_current_function_mode_stack", None)
+    for mode in () if stack is None else stack():
+        if type(mode).__module__.split(".")[0] != "torch":
+            return f"a TorchFunctionMode is active, {type(mode).__name__}"
+    return "a TorchFunctionMode is active" if stack is None else None
 
 
 def constant(function: Any) -> Any:

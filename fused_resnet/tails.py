@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
-from .layout import looks_channels_last
+from .layout import looks_channels_last, looks_contiguous, sum_order
 from .packed_weights import PackedWeights
 from .parts import batch_norm_eps, geometry, is_plain_max_pool, uses_batch_statistics, why_not_bypassed
+from .reference import ACTIVATIONS
 
 
 class Options(NamedTuple):
@@ -30,6 +31,8 @@ class Options(NamedTuple):
     backend: str = "auto"
     winograd: str = "auto"
     packed_weights: PackedWeights | None = None
+    expands: bool = True
+    """Whether a residual of another shape is added by eager; else the operator refuses it."""
 
 
 _DEFAULTS = Options()
@@ -41,19 +44,24 @@ class Value(NamedTuple):
     tensor: Tensor
     channels_last: bool
     """Whether eager's would be in channels_last here."""
+    original: Tensor | None = None
+    """What eager has here, where it is not ``tensor``, or strided in a way that neither format describes."""
 
 
 def enter(x: Any) -> Any:
     """``x`` as a :class:`Value`; anything that is not an image in a plain floating-point tensor stays what it is."""
     if not isinstance(x, Tensor) or x.dim() != 4:
         return x
-    return Value(x.contiguous(memory_format=torch.channels_last), looks_channels_last(x.shape, x.stride()))
+    tensor, channels_last = x.contiguous(memory_format=torch.channels_last), looks_channels_last(x.shape, x.stride())
+    return Value(tensor, channels_last, None if channels_last and tensor is x else x)
 
 
 def leave(x: Any) -> Any:
     """The tensor of a :class:`Value`, strided as eager's would be; anything else stays what it is."""
     if not isinstance(x, Value):
         return x
+    if x.original is not None:
+        return x.original
     wanted = torch.channels_last if x.channels_last else torch.contiguous_format
     return x.tensor.contiguous(memory_format=wanted)
 
@@ -62,8 +70,9 @@ class Recorded:
     """Stands for a :class:`Value` while a network is frozen: tails are noted instead of run."""
 
     def tail(
-        self, conv: nn.Conv2d, bn: Any, residual: Any, projection: Any, pool: Any, activation: str, options: Options
-    ) -> Any:
+        self, conv: nn.Conv2d, bn: Any, residual: Any, projection: Any, pool: Any, activation: str, options: Options,
+        residual_first: bool = False,
+    ) -> Any:  # fmt: skip
         """The value of ``pool(act(bn(conv(self)) + residual))``, or with ``projection(residual)`` added."""
         raise NotImplementedError
 
@@ -159,12 +168,20 @@ def _kept(conv: nn.Conv2d, options: Options) -> PackedWeights | None:
 
 
 def conv_bn_act(
-    conv: nn.Conv2d, bn: Any, x: Any, residual: Any = None, activation: str = "relu", options: Options = _DEFAULTS
-) -> Any:
-    """``act(bn(conv(x)) + residual)`` from the modules ``conv`` and ``bn`` (or None); one launch where BN is fixed."""
+    conv: nn.Conv2d, bn: Any, x: Any, residual: Any = None, activation: str = "relu", options: Options = _DEFAULTS,
+    *, residual_first: bool = False,
+) -> Any:  # fmt: skip
+    """``act(bn(conv(x)) + residual)`` from the modules ``conv`` and ``bn`` (or None); one launch where BN is fixed.
+
+    ``residual_first`` is for ``residual + bn(conv(x))``, which eager lays out as its first operand.
+    """
     if isinstance(x, Recorded):
-        return x.tail(conv, bn, residual, None, None, activation, options)
+        return x.tail(conv, bn, residual, None, None, activation, options, residual_first)
     image, added = _tensor(enter(x)), _tensor(enter(residual))
+    if added is not None and options.expands and broadcasts(conv, image, added):
+        y = leave(conv_bn_act(conv, bn, x, None, "none", options))
+        added = leave(residual)
+        return enter(ACTIVATIONS[activation](added + y if residual_first else y + added))
     if uses_batch_statistics(bn):
         y = batch_statistics_tail(conv, bn, image, added, activation, options.winograd)
     else:
@@ -174,7 +191,35 @@ def conv_bn_act(
             eps=bn_eps(bn), residual=added, activation=activation, backend=options.backend,
             winograd=options.winograd, packed_weights=_kept(conv, options), **geometry(conv),
         )  # fmt: skip
-    return _value(y, x, conv)
+    value = _value(y, x, conv)
+    return _laid_out_as(residual, value) if residual_first else value
+
+
+def broadcasts(conv: nn.Conv2d, image: Any, added: Any) -> bool:
+    """Whether eager would have to expand the residual, or the convolution's output: no operator of ours does."""
+    if not isinstance(added, Tensor) or not isinstance(image, Tensor) or image.dim() != 4:
+        return False
+    if added.dim() != 4 or added.shape[0] != image.shape[0] or added.shape[1] != conv.out_channels:
+        return True
+    (u, v), (a, b), (d, e) = geometry(conv)["stride"], geometry(conv)["padding"], geometry(conv)["dilation"]
+    r, s = conv.weight.shape[2:]
+    p = (image.shape[2] + 2 * a - d * (r - 1) - 1) // u + 1
+    q = (image.shape[3] + 2 * b - e * (s - 1) - 1) // v + 1
+    return bool(added.shape[2] != p or added.shape[3] != q)
+
+
+def _laid_out_as(first: Any, y: Value) -> Any:
+    """``y``, a sum, in the layout of its first operand; a tensor where that is neither NCHW nor NHWC."""
+    if isinstance(first, Value):
+        if first.original is None:
+            return Value(y.tensor, first.channels_last)
+        first = first.original
+    shape, stride = first.shape, first.stride()
+    if looks_channels_last(shape, stride) or looks_contiguous(shape, stride):
+        return Value(y.tensor, looks_channels_last(shape, stride))
+    order = sum_order(first, torch.channels_last if y.channels_last else torch.contiguous_format, y.tensor.shape)
+    dense = y.tensor.permute(order).contiguous()
+    return dense.permute([order.index(d) for d in range(4)])
 
 
 def _tensor(x: Any) -> Any:
@@ -217,20 +262,23 @@ def conv_bn_proj_act(
     proj_x: Any,
     activation: str = "relu",
     options: Options = _DEFAULTS,
+    *,
+    residual_first: bool = False,
 ) -> Any:
     """``act(bn(conv(x)) + proj_bn(proj_conv(proj_x)))``, in one launch where both BNs are fixed."""
     main_batch, proj_batch = uses_batch_statistics(bn), uses_batch_statistics(proj_bn)
     if main_batch != proj_batch:  # one of the two BNs is frozen: the projection by itself, then the tail
         identity = conv_bn_act(proj_conv, proj_bn, proj_x, None, "none", options)
-        return conv_bn_act(conv, bn, x, identity, activation, options)
+        return conv_bn_act(conv, bn, x, identity, activation, options, residual_first=residual_first)
     if isinstance(x, Recorded):
-        return x.tail(conv, bn, proj_x, (proj_conv, proj_bn), None, activation, options)
+        return x.tail(conv, bn, proj_x, (proj_conv, proj_bn), None, activation, options, residual_first)
+    first = (proj_x, proj_conv) if residual_first else (x, conv)
     image, proj_image = _tensor(enter(x)), _tensor(enter(proj_x))
     if main_batch:
         branch = functional.conv_bn_branch(
             proj_image, **_training_arguments(proj_conv, proj_bn, proj_image), winograd=options.winograd
         )
-        return _value(batch_statistics_tail(conv, bn, image, branch, activation, options.winograd), x, conv)
+        return _value(batch_statistics_tail(conv, bn, image, branch, activation, options.winograd), *first)
     weight, bias, mean, var = bn_tensors(bn)
     p_weight, p_bias, p_mean, p_var = bn_tensors(proj_bn)
     y = functional.conv_bn_proj_add_relu(
@@ -241,7 +289,7 @@ def conv_bn_proj_act(
         activation=activation, backend=options.backend, winograd=options.winograd,
         packed_weights=_kept(conv, options), **geometry(conv),
     )  # fmt: skip
-    return _value(y, x, conv)
+    return _value(y, *first)
 
 
 # ---- batch statistics: the one place where a training tail is computed -------------------------------------

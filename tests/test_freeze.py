@@ -379,6 +379,23 @@ def test_a_pool_behind_a_tail_that_has_no_kernel_for_it() -> None:
         assert_close(freeze(model)(x), model(x))
 
 
+def test_a_functional_call_uses_what_it_is_given() -> None:
+    model, x = build("resnet"), image("resnet")
+    fast = freeze(model, x)
+    others = {name: t * 1.2 if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    one = {"layer1.0.conv1.weight": others["layer1.0.conv1.weight"]}
+    with torch.inference_mode():
+        before = fast(x)
+        for given in (others, one):
+            expected = torch.func.functional_call(model, given, (x,))
+            assert not torch.allclose(expected, before)
+            assert_close(torch.func.functional_call(fast, given, (x,)), expected)
+        assert torch.equal(fast(x), before)
+        stacked = torch.stack([others["conv1.weight"], 2 * others["conv1.weight"]])
+        call = lambda m: torch.vmap(lambda w: torch.func.functional_call(m, {"conv1.weight": w}, (x,)))(stacked)  # noqa: E731
+        assert_close(call(fast), call(model))
+
+
 def test_the_copy_is_made_at_once() -> None:
     model, x = build("resnet"), image("resnet")
     with torch.inference_mode():

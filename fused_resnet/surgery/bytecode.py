@@ -5,7 +5,9 @@ from __future__ import annotations
 import dis
 import functools
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 _STORES = ("STORE_ATTR", "DELETE_ATTR")
@@ -76,6 +78,37 @@ def imports(code: types.CodeType) -> tuple[tuple[int, str], ...]:
     """Line and module of each import statement in ``code``."""
     lines = _line_table(code)
     return tuple((lines.get(i.offset, -1), i.argval) for i in dis.get_instructions(code) if i.opname == "IMPORT_NAME")
+
+
+@functools.lru_cache(maxsize=1024)
+def attributes(code: types.CodeType) -> tuple[tuple[int, str], ...]:
+    """Line and name of each attribute that ``code`` reads."""
+    lines = _line_table(code)
+    return tuple((lines.get(i.offset, -1), i.argval) for i in dis.get_instructions(code) if i.opname in _ATTRIBUTES)
+
+
+@functools.lru_cache(maxsize=1024)
+def names(code: types.CodeType) -> frozenset[str]:
+    """All names that ``code`` may read as attributes: those written out, and every part of a string."""
+    strings = [c for c in _flat(code.co_consts) if isinstance(c, str)]
+    return frozenset((*code.co_names, *(part for string in strings for part in string.split("."))))
+
+
+def _flat(constants: Any) -> Iterator[Any]:
+    for constant in constants:
+        if isinstance(constant, (tuple, frozenset)):
+            yield from _flat(constant)
+        else:
+            yield constant
+
+
+@functools.lru_cache(maxsize=1024)
+def compares(code: types.CodeType) -> bool:
+    """Whether ``code`` may ask if two objects are one."""
+    return any(
+        i.opname in ("IS_OP", "CONTAINS_OP") or (i.opname == "COMPARE_OP" and str(i.argval) in ("==", "!="))
+        for i in dis.get_instructions(code)
+    )
 
 
 @functools.lru_cache(maxsize=1024)

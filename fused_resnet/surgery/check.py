@@ -57,7 +57,7 @@ def _difference(module: nn.Module, plan: Plan, opaque: dict[int, nn.Module]) -> 
     try:
         original = randomised(module, {key: StandIn(m) for key, m in opaque.items()})
         twin = copy.deepcopy(original)
-        attach(twin, Fusion(plan, backend="eager"))
+        attach(twin, Fusion(plan, backend="eager", expands=False))
     except Exception as error:
         return f"cannot be copied for the comparison ({_first_line(error)})"
     channels, sizes, problem = _accepted_input(original)

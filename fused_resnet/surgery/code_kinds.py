@@ -83,23 +83,36 @@ def why_not_python_call(caller: types.CodeType, callee: types.CodeType) -> str |
             return None
         return f"calls torch's {_name(callee)}, {_OUTSIDE}"
     if kind == "stdlib" and kind_of(caller) == "user":
-        module = os.path.relpath(os.path.realpath(callee.co_filename), _STDLIB[0]).split(os.sep)[0]
-        if module.removesuffix(".py") not in _PURE_STDLIB and not callee.co_filename.startswith("<frozen "):
-            return f"calls {module.removesuffix('.py')}'s {_name(callee)}, {_OUTSIDE}"
+        module = _standard_module(callee.co_filename)
+        if module not in _PURE_STDLIB:
+            return f"calls {module}'s {_name(callee)}, {_OUTSIDE}"
     return None
+
+
+def _standard_module(filename: str) -> str:
+    if filename.startswith("<frozen "):
+        return filename[len("<frozen ") : -1].split(".")[0]
+    return os.path.relpath(os.path.realpath(filename), _STDLIB[0]).split(os.sep)[0].removesuffix(".py")
 
 
 _PURE_MODULES = frozenset(
     "math cmath operator _operator itertools _functools functools _collections _abc _typing".split()  # noqa: SIM905
 )
 _IMPURE_BUILTINS = frozenset(
-    ("print", "open", "input", "exec", "eval", "globals", "locals", "vars", "breakpoint", "compile", "__import__")
+    "print open input exec eval globals locals vars breakpoint compile __import__ id dir hash".split()  # noqa: SIM905
 )
 _VALUE_TYPES: tuple[type, ...] = (
     str, bytes, int, float, complex, bool, list, tuple, dict, set, frozenset, range, slice, types.MappingProxyType,
     type(None), type({}.keys()), type({}.values()), type({}.items()),
 )  # fmt: skip
 _TORCH_STATE = re.compile(r"^_?_?(is|are|get|set|has|use|autocast|clear|current|default|initial|manual|log)_")
+_FACTORIES = frozenset(
+    (
+        *("tensor", "as_tensor", "asarray", "from_numpy", "frombuffer", "scalar_tensor", "empty", "empty_strided"),
+        *("zeros", "ones", "full", "eye", "arange", "range", "linspace", "logspace", "complex", "polar"),
+        *("rand", "randn", "randint", "randperm", "normal"),
+    )
+)
 _TORCH_PURE = re.compile(
     r"^_?has_torch_function|^is_(floating_point|complex|nonzero|same_size|conj|neg|signed|tensor)$"
 )
@@ -123,6 +136,8 @@ def why_not_c_call(caller: types.CodeType, function: Any) -> str | None:
             return f"calls {name}() in its forward" if name in _IMPURE_BUILTINS else None
         if module in _PURE_MODULES:
             return None
+        if name in _FACTORIES and module.split(".")[0] == "torch":
+            return f"makes a tensor by torch.{name} in its forward, which the default dtype and device may decide"
         if module.split(".")[0] in ("torch", "") or owner is None:
             return _clause(function) if _TORCH_STATE.match(name) and not _TORCH_PURE.match(name) else None
         return _clause(function)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -36,7 +37,8 @@ class FrozenModel(nn.Module):
 
     It runs a private copy, as the model was when it was frozen (or last refreshed): until :meth:`refresh`, changes of
     the model do not show. Parameters, buffers and the state_dict are those of ``model``, the live model, which also
-    runs every call that asks for more than the answer: gradients, autocast, tracing, tensor subclasses.
+    runs every call that asks for more than the answer: gradients, autocast, tracing, tensor subclasses; and those for
+    which it has been given other tensors, as ``torch.func.functional_call`` does.
     """
 
     model: nn.Module
@@ -59,6 +61,13 @@ class FrozenModel(nn.Module):
         with self._lock:
             self.__dict__["_copy"] = _private_copy(self.model, **self._options)
             self.__dict__["_prepared"] = OrderedDict()
+            places = [
+                (held, name, tensor)
+                for module in self.model.modules()
+                for held in (module._parameters, module._buffers)
+                for name, tensor in held.items()
+            ]
+            self.__dict__["_places"] = tuple(zip(*places, strict=True)) or ((), (), ())
         return self
 
     # -- running --
@@ -84,6 +93,11 @@ class FrozenModel(nn.Module):
         kinds = {t.device.type for t in tensors}
         if len(kinds) > 1 or not kinds <= {"cpu", "cuda"}:
             return f"its inputs are on {' and '.join(sorted(kinds))}"
+        holders, names, were = self._places
+        if not all(map(operator.is_, map(dict.get, holders, names), were)):
+            return "a Parameter or buffer of the live model is another tensor (functional_call?); refresh() reads it"
+        if (why_not := pristine.why_not_mode()) is not None:
+            return why_not
         if any(torch.is_autocast_enabled(kind) for kind in kinds):
             return "autocast is on"
         if forward_ad.unpack_dual(tensors[0]).primal is not tensors[0]:

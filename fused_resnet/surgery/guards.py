@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_module
 
 from .. import parts, pristine
 from .reads import Reads
-from .snapshot import MISSING, Snapshot, Unknown, describe, is_atom
+from .snapshot import MISSING, Snapshot, Unknown, describe, is_atom, is_same_class
 
 _OWN_CALL = frozenset(("forward", "_conv_forward", "_call_impl", "_wrapped_call_impl", "__call__"))
 
@@ -74,7 +74,9 @@ class Guards:
         bypassed: tuple[Bypassed, ...],
         same: tuple[tuple[str, str], ...],
         classes: tuple[type, ...],
+        called: frozenset[str] = frozenset(),
     ) -> None:
+        """``called`` are the submodules of which nothing counts but that the program calls them too."""
         self.bypassed = bypassed
         self._same = tuple((names_of(a), names_of(b)) for a, b in same)
         paths = ["", *(b.path for b in bypassed)]
@@ -94,16 +96,17 @@ class Guards:
             for b in bypassed
         )
         self._shadowed = tuple((index[path], path, frozenset(names)) for path, names in shadowed.items())
-        self._root_names = frozenset(name for path, name in (*reads.unshadowed, *reads.values) if not path)
         self._values = tuple((index[path], path, name, value) for (path, name), value in reads.values.items())
         self._deep = tuple((index[path], path, name, key) for (path, name), key in reads.deep.items())
         self._children = tuple((index[path], path, names) for path, names in reads.children.items())
         self._asked = tuple(
-            (index[path], path, name, cls if reads.examined else None, cls is None)
+            (index[path], path, name, cls if reads.examined or _join(path, name) not in called else None, cls is None)
             for (path, name), cls in reads.asked.items()
         )
+        self._distinct = reads.distinct
         self._tensors = tuple((index[path], path, name, there) for (path, name), there in reads.tensors.items())
-        self._classes = tuple((c.__dict__, reads.classes[c], c) for c in classes)
+        self._classes = tuple((c, reads.classes[c], c.__mro__) for c in classes)
+        self._attributes = tuple(reads.attributes.items())
         self._functions = tuple((f, *was) for f, was in reads.functions.items())
         self._outside = tuple(reads.outside.values())
         self._identical = tuple((v.again, v.was, v) for v in self._outside if not v.deep)
@@ -120,7 +123,7 @@ class Guards:
         """All that is compared, for the question whether two programs have the same guards."""
         return (
             tuple((b.path, b.cls, b.inlined) for b in self.bypassed), self._same, self._shadowed, self._values_key,
-            self._deep, self._children, self._asked, self._tensors, tuple(c for _, _, c in self._classes),
+            self._deep, self._children, self._asked, self._tensors, tuple(c for c, _, _ in self._classes),
             tuple(f[0] for f in self._functions), tuple((v.say, v.was if v.deep else id(v.was)) for v in self._outside),
         )  # fmt: skip
 
@@ -174,9 +177,10 @@ class Guards:
             now = MISSING if modules[i] is None else modules[i].__dict__.get(name, MISSING)
             if not _same(now, key):
                 return f"{_join(path, name)} is another than the plan was made for"
-        for i, path, children in self._children:
-            now = () if modules[i] is None else tuple(modules[i]._modules)
-            if now != children:
+        for i, path, (children, absent) in self._children:
+            held = {} if modules[i] is None else modules[i]._modules
+            now = tuple(held)
+            if now != children or ((absent or None in held.values()) and absent != _absent(held)):
                 what = path or "the module"
                 if len(now) != len(children):
                     return f"{what} has {len(now)} submodules, it had {len(children)}"
@@ -189,6 +193,10 @@ class Guards:
                 )
             if cls is not None and type(child) is not cls and not _like(child, cls):
                 return f"{_join(path, name)} is a {type(child).__name__}, it was a {cls.__name__}"
+        if self._distinct is not None:
+            asked = [None if modules[i] is None else modules[i]._modules.get(name) for i, _, name, _, _ in self._asked]
+            if len(set(map(id, asked))) != self._distinct:
+                return "some of its submodules are, or are no longer, the same one"
         for i, path, name, there in self._tensors:
             now = None if modules[i] is None else getattr(modules[i], name, None)
             if (now is not None) is not there:
@@ -201,11 +209,11 @@ class Guards:
     def _why_not_outside(self, root: Any) -> str | None:
         own = type(root).__dict__
         if "_fused_names" in own and own.keys() - own["_fused_names"]:
-            names = self._root_names & (own.keys() - own["_fused_names"])
+            names = [name for name in own.keys() - own["_fused_names"] if not name.startswith("__")]
             if names:
                 return f"{min(names)} has been set on its class"
-        for now, was, cls in self._classes:
-            if now != was:
+        for cls, was, mro in self._classes:
+            if cls.__mro__ is not mro or not is_same_class(cls, was):
                 return f"the class {cls.__name__} is not what it was"
         for function, code, defaults, kwdefaults, key in self._functions:
             if function.__code__ is not code or function.__defaults__ is not defaults:
@@ -213,6 +221,11 @@ class Guards:
             mutable = kwdefaults is not None or (defaults and not all(map(is_atom, defaults)))
             if mutable and not _same((function.__defaults__, function.__kwdefaults__), key):
                 return f"{function.__name__} has other default values"
+        for function, attributes in self._attributes:
+            if function.__dict__ and (attributes is None or not _same(function.__dict__, attributes)):
+                return f"{function.__name__} has other attributes"
+            if attributes is not None and not function.__dict__:
+                return f"{function.__name__} has lost its attributes"
         for again, value, held in self._identical:
             if again() is not value and held.changed():
                 return f"{held.say} is another than the plan was made for"
@@ -255,8 +268,9 @@ class Guards:
         for _, path, name, key in self._deep:
             if not matches(getattr(descend(root, names_of(path)), name, MISSING), key):
                 return f"{_join(path, name)} is another than the plan was made for, or cannot be guarded in a graph"
-        for _, path, children in self._children:
-            if tuple(descend(root, names_of(path))._modules) != children:
+        for _, path, (children, absent) in self._children:
+            held = descend(root, names_of(path))._modules
+            if tuple(held) != children or _absent(held) != absent:
                 return f"{path or 'the module'} has other submodules than the plan was made for"
         for _, path, name, cls, none in self._asked:
             child = getattr(descend(root, names_of(path)), name)
@@ -293,6 +307,10 @@ def matches(now: Any, key: Any) -> bool:
             matches(k, a) and matches(v, b) for (k, v), (a, b) in zip(items, key[1:], strict=True)
         )
     return cls in (bool, int, float, str, type(None)) and now == key[1]
+
+
+def _absent(modules: Any) -> tuple[str, ...]:
+    return tuple(name for name, module in modules.items() if module is None)
 
 
 def _same(now: Any, key: Any) -> bool:

@@ -42,6 +42,8 @@ class Tail:
     nodes: list[fx.Node] = field(repr=False, compare=False, default_factory=list)
     source: fx.Node | None = field(repr=False, compare=False, default=None)
     residual: fx.Node | None = field(repr=False, compare=False, default=None)
+    residual_first: bool = False
+    """Whether the residual, or the projection, is the first operand of the addition."""
     pool: str | None = None
     """The max pool right after it, which joins the pass on the CPU."""
 
@@ -247,7 +249,10 @@ class Matcher:
             projection, residual = (other.conv, other.bn), other.source
             nodes += [n for n in other.nodes if n not in nodes]
             bypassed += other.bypassed
-        return Tail(main.conv, main.bn, activation, True, projection, tuple(bypassed), nodes, main.source, residual)
+        return Tail(
+            main.conv, main.bn, activation, True, projection, tuple(bypassed), nodes, main.source, residual,
+            residual_first=main_index == 1,
+        )  # fmt: skip
 
     def _is_projection(self, branch: _Branch) -> bool:
         conv = self.modules[branch.conv]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import types
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,11 @@ from .snapshot import MISSING, Snapshot, Unknown, is_atom
 
 _MODULE_CLASSES = frozenset(nn.Module.__mro__)
 _EXAMINERS = frozenset(("isinstance", "issubclass", "type", "callable"))
+_OF_EVERY_CLASS = frozenset(("__dict__", "__weakref__", "__slots__", "__annotations__", "__abstractmethods__"))
+_FUNCTIONS = (
+    types.FunctionType, types.MemberDescriptorType, types.GetSetDescriptorType, types.BuiltinFunctionType,
+    types.MethodDescriptorType, types.WrapperDescriptorType,
+)  # fmt: skip
 
 
 class Outside:
@@ -28,7 +32,9 @@ class Outside:
         self._snapshots: list[Snapshot] = []
         self._found: dict[types.CodeType, types.FunctionType] = {}
         self._looked_into: set[int] = set()
+        self._members: dict[Any, Value] = {}  # what classes hold, by class and name
         self._unknown: dict[str, str] = {}
+        self._any_name = False  # whether names of attributes are made while it runs
 
     def _snapshot(self, value: Any, say: str, where: Any, line: tuple[types.CodeType, int] | None = None) -> Any:
         """The key of ``value``, MISSING (and a problem) where it cannot be taken apart."""
@@ -41,37 +47,49 @@ class Outside:
             else:
                 self._late.setdefault(where, (text, set()))[1].add(line)
             return MISSING
+        self._keep(snapshot)
+        for cls in snapshot.instances:
+            self.reads.seen.update(cls.__mro__)
+        return snapshot.key
+
+    def _note_class(self, cls: type) -> None:
+        """Hold what ``cls``, its bases and the classes in it, as far as a user wrote them, are defined as."""
+        metaclass: type = type(cls)
+        for c in cls.__mro__ + metaclass.__mro__:
+            if c in _MODULE_CLASSES or not _is_users(c) or c in self.reads.classes:
+                continue
+            self.reads.classes[c] = dict(c.__dict__)
+            for name, value in list(c.__dict__.items()):
+                self._look_into(value)
+                if (
+                    name not in _OF_EVERY_CLASS
+                    and not is_atom(part := _part(value))
+                    and not isinstance(part, _FUNCTIONS)
+                ):
+                    self._note_member(c, name, part)
+
+    def _note_member(self, cls: type, name: str, value: Any) -> None:
+        # `type(self).options["x"]` reads what a class holds without asking an instance for it. Whether anything does
+        # is known at the end, by the name.
+        if isinstance(value, type):
+            self._note_class(value)
+            return
+        say = f"{cls.__name__}.{name}"
+        try:
+            snapshot = Snapshot(value)
+        except Unknown as error:
+            self._unknown[name] = f"reads {say}, which holds {error} and cannot be compared at each call"
+            return
+        self._keep(snapshot)
+        again = functools.partial(_member, cls.__dict__, name)
+        self._members["class", cls, name] = Value(say, again, snapshot.key, True)
+
+    def _keep(self, snapshot: Snapshot) -> None:
         self._snapshots.append(snapshot)
         for function in snapshot.functions:
             self._look_into(function)
         for cls in snapshot.instances:
             self._note_class(cls)
-            self.reads.seen.update(cls.__mro__)
-        return snapshot.key
-
-    def _note_class(self, cls: type) -> None:
-        """Hold what ``cls`` and its bases, as far as a user wrote them, are defined as."""
-        for c in cls.__mro__:
-            if c in _MODULE_CLASSES or not _is_users(c):
-                continue
-            if c not in self.reads.classes:
-                self.reads.classes[c] = dict(c.__dict__)
-                for name, value in list(c.__dict__.items()):
-                    self._look_into(value)
-                    if not name.startswith("__") and isinstance(value, (list, dict, set, deque)):
-                        self._note_container(c, name, value)
-
-    def _note_container(self, cls: type, name: str, value: Any) -> None:
-        # `type(self).options["x"]` reads what a class holds without asking an instance for it.
-        try:
-            self._snapshots.append(snapshot := Snapshot(value))
-        except Unknown as error:
-            self._unknown[name] = (
-                f"reads {cls.__name__}.{name}, which holds {error} and cannot be compared at each call"
-            )
-            return
-        again = functools.partial(getattr, cls, name, MISSING)
-        self.reads.outside["class", cls, name] = Value(f"{cls.__name__}.{name}", again, snapshot.key, True)
 
     def _look_into(self, value: Any) -> None:
         """Find the functions behind ``value``: itself, what it wraps, what its closure holds."""
@@ -87,6 +105,7 @@ class Outside:
             return
         self._looked_into.add(id(value))
         self._found.setdefault(value.__code__, value)
+        self._note_attributes(value)
         self._look_into(getattr(value, "__wrapped__", None))
         for cell in value.__closure__ or ():
             try:
@@ -94,6 +113,17 @@ class Outside:
             except ValueError:
                 continue
             self._look_into(content)
+
+    def _note_attributes(self, function: types.FunctionType) -> None:
+        """Hold the attributes that somebody gave a function (``helper.gain = 2``)."""
+        try:
+            snapshot = Snapshot(function.__dict__)
+        except Unknown as error:
+            for name in function.__dict__:
+                self._unknown[name] = f"reads {function.__name__}.{name}, which holds {error}"
+            return
+        self._keep(snapshot)
+        self.reads.attributes[function] = snapshot.key if function.__dict__ else None
 
     def _enter(self, frame: types.FrameType) -> None:
         """Look at the globals and closure variables of a function that is about to run for the first time."""
@@ -105,8 +135,8 @@ class Outside:
                     self._note_closure(code, reference, local.get(reference.name, MISSING))
             elif reference.name in scope:
                 self._note_global(code, reference, scope)
-            elif reference.name in _EXAMINERS:
-                self.reads.examined = True
+            else:
+                self._note_absent(reference.name, scope, frame.f_builtins)
         if opcodes(code) & {"MATCH_CLASS"}:
             self.reads.examined = True
 
@@ -116,6 +146,13 @@ class Outside:
 
     def _note_global(self, code: types.CodeType, reference: Reference, scope: dict[str, Any]) -> None:
         self._note_item(scope, reference.name, reference, code, reference.attributes)
+
+    def _note_absent(self, name: str, scope: dict[str, Any], builtins: dict[str, Any]) -> None:
+        """A builtin, or no variable at all: one day there may be a global of this name."""
+        self.reads.examined |= name in _EXAMINERS
+        self._any_name |= name in ("getattr", "hasattr")
+        again = functools.partial(_global, scope, builtins, name)
+        self.reads.outside["global", id(scope), name] = Value(name, again, builtins.get(name, MISSING), False)
 
     def _note_item(
         self, scope: dict[str, Any], name: str, reference: Reference, code: types.CodeType, rest: tuple[str, ...]
@@ -138,8 +175,11 @@ class Outside:
                     (code, reference.line)
                 )
                 return
-            if rest[0] in value.__dict__:
+            if rest[0] in value.__dict__ and not value.__name__.startswith("numpy.random"):
                 self._note_item(value.__dict__, rest[0], reference, code, rest[1:])
+            else:
+                text = f"reads {reference}, which the module {value.__name__} does not simply hold"
+                self._late.setdefault((*where, rest[0]), (text, set()))[1].add((code, reference.line))
             return
         self._note_value(where, reference, code, functools.partial(scope.get, name, MISSING), value, rest)
 
@@ -153,6 +193,11 @@ class Outside:
         rest: tuple[str, ...],
     ) -> None:
         line = (code, reference.line)
+        self._any_name |= value is getattr or value is hasattr
+        if isinstance(value, types.ModuleType) and value.__name__.split(".")[0] not in ("torch", "math"):
+            text = f"reads {reference}, of a module that is no global"
+            self._late.setdefault(where, (text, set()))[1].add(line)
+            return
         if where not in self.reads.outside and where not in self._late:
             if is_atom(value) or _is_torchs(value) or isinstance(value, (type, types.BuiltinFunctionType)):
                 self.reads.outside[where] = Value(str(reference), again, value, False)
@@ -184,6 +229,24 @@ def _is_users(cls: type) -> bool:
     )
 
 
+def _part(value: Any) -> Any:
+    """What is behind a member of a class: its function, which may be an object of any kind."""
+    if isinstance(value, (staticmethod, classmethod)):
+        return value.__func__
+    if isinstance(value, property):
+        return value.fget
+    return value.func if isinstance(value, functools.cached_property) else value
+
+
+def _member(own: Any, name: str) -> Any:
+    return _part(own.get(name, MISSING))
+
+
+def _global(scope: dict[str, Any], builtins: dict[str, Any], name: str) -> Any:
+    value = scope.get(name, MISSING)
+    return builtins.get(name, MISSING) if value is MISSING else value
+
+
 def content_of(cell: Any) -> Any:
     try:
         return cell.cell_contents
@@ -196,4 +259,6 @@ def _is_torchs(value: Any) -> bool:
     if isinstance(value, nn.Module):
         return False
     module = getattr(value, "__module__", None) or type(value).__module__
-    return isinstance(module, str) and module.split(".")[0] in ("torch", "numpy") and callable(value)
+    if not isinstance(module, str) or "numpy.random" in (module, type(getattr(value, "__self__", None)).__module__):
+        return False
+    return module.split(".")[0] in ("torch", "numpy") and callable(value) and not module.startswith("numpy.random")

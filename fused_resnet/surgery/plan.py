@@ -41,13 +41,15 @@ class Fusion:
     problem: str | None = None
     """Why there is no plan (a loaded module whose code has changed since it was saved)."""
 
+    expands: bool = True
+    """See :class:`fused_resnet.tails.Options`; a plan whose sums always expand is none."""
     graphs: list[tuple[str, dict[str, Any]]] = field(default_factory=list, repr=False, compare=False)
     """The code of the graphs that the plan was made from, where the module is an ``fx.GraphModule``."""
     packed_weights: PackedWeights = field(default_factory=PackedWeights, repr=False, compare=False)
 
     @property
     def options(self) -> tails.Options:
-        return tails.Options(self.backend, self.winograd, self.packed_weights)
+        return tails.Options(self.backend, self.winograd, self.packed_weights, self.expands)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fusion:
         # A plan is never changed: copies share it. Packed weights are each module's own.

@@ -94,7 +94,8 @@ def _program(traced: Traced, residual: bool, opaque: dict[int, nn.Module]) -> Pr
         for inner, module in traced.modules[path].named_modules(prefix=path):
             bypassed[inner] = Bypassed(inner, names_of(inner), type(module), False, inner in projections)
             _add_fields(module, inner, traced.reads)
-    guards = Guards(traced.reads, tuple(bypassed.values()), _aliases(traced), _classes(traced, bypassed))
+    called = frozenset(str(n.target) for n in traced.graph.nodes if n.op == "call_module") - _examined(traced.reads)
+    guards = Guards(traced.reads, tuple(bypassed.values()), _aliases(traced), _classes(traced, bypassed), called)
     graph = rewrite(traced, found, opaque)
     left = tuple(_name(n) for n in graph.nodes if _is_work(n))
     source = graph.python_code("self")
@@ -107,6 +108,11 @@ def _add_fields(module: nn.Module, path: str, reads: Reads) -> None:
         reads.values[path, "min_val"], reads.values[path, "max_val"] = module.min_val, module.max_val
     elif isinstance(module, DROPOUTS):
         reads.values[path, "training"] = False
+
+
+def _examined(reads: Reads) -> set[str]:
+    """Paths of the modules of which something was read."""
+    return {path for path, _ in (*reads.values, *reads.deep, *reads.asked, *reads.unshadowed)} | set(reads.children)
 
 
 def _aliases(traced: Traced) -> tuple[tuple[str, str], ...]:

@@ -12,6 +12,7 @@ Whatever was read is looked at again when the trace is over: a forward that chan
 
 from __future__ import annotations
 
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -21,12 +22,11 @@ from typing import Any
 
 from torch import nn
 
+from .code_kinds import kind_of
 from .snapshot import Snapshot, Unknown, is_atom
 
-_INTERNAL = {"_compiled_call_impl", *nn.Module().__dict__} - {"training", "_modules", "_parameters", "_buffers"}
-_MODULE_CLASSES = frozenset(nn.Module.__mro__)
+INTERNAL = {"_compiled_call_impl", *nn.Module().__dict__} - {"training", "_modules", "_parameters", "_buffers"}
 object_getattribute = object.__getattribute__
-_EXAMINERS = frozenset(("isinstance", "issubclass", "type", "callable"))
 
 
 class Refused(Exception):
@@ -64,8 +64,8 @@ class Reads:
     """(path, attribute) of an instance -> the key of a snapshot."""
     unshadowed: dict[tuple[str, str], None] = field(default_factory=dict)
     """(path, name) found on the class, which the instance must not hide."""
-    children: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """path -> names of the submodules, where they were iterated over."""
+    children: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
+    """path -> names of the submodules, where they were iterated over, and of those that are None."""
     asked: dict[tuple[str, str], type | None] = field(default_factory=dict)
     """(path, name) -> class of the submodule that was asked for by name, None where there is None."""
     tensors: dict[tuple[str, str], bool] = field(default_factory=dict)
@@ -76,8 +76,12 @@ class Reads:
     """The classes of objects that were read."""
     functions: dict[types.FunctionType, tuple[Any, ...]] = field(default_factory=dict)
     """A function that ran -> its code and defaults."""
+    attributes: dict[types.FunctionType, Any] = field(default_factory=dict)
+    """A function in reach -> the key of a snapshot of the attributes it has been given, None where it has none."""
     outside: dict[Any, Value] = field(default_factory=dict)
     """Globals, closures and what classes hold."""
+    distinct: int | None = None
+    """How many modules were asked for, where the code compares objects; None where it does not."""
     examined: bool = False
     """Whether the code asked for the class of anything."""
 
@@ -91,7 +95,7 @@ _depth = 0
 
 def _getattribute(module: Any, name: str) -> Any:
     recorder = getattr(ON_THIS_THREAD, "recorder", None)
-    if recorder is not None and name not in _INTERNAL:
+    if recorder is not None and (name not in INTERNAL or kind_of(sys._getframe(1).f_code) == "user"):
         path = recorder.recording(module)
         if path is not None:
             return recorder.read(module, path, name)

@@ -18,7 +18,7 @@ from .. import nn as fused_nn
 from .. import tails
 from ..backends.cpu_fused import FewChannels, FusedConvolution
 from ..backends.cpu_program import NOTHING, Pool
-from ..layout import looks_channels_last
+from ..layout import looks_channels_last, looks_contiguous
 from ..ops import plans
 from ..packed_weights import PackedWeights
 from ..parts import geometry, uses_batch_statistics, why_not_bypassed
@@ -42,9 +42,9 @@ class Symbol(tails.Recorded):
 
     def tail(
         self, conv: nn.Conv2d, bn: Any, residual: Any, projection: Any, pool: Any, activation: str,
-        options: tails.Options,
+        options: tails.Options, residual_first: bool = False,
     ) -> Any:  # fmt: skip
-        return self.recorder.tail(self, conv, bn, residual, projection, pool, activation, options)
+        return self.recorder.tail(self, conv, bn, residual, projection, pool, activation, options, residual_first)
 
     def call(self, module: nn.Module) -> Any:
         return self.recorder.call(module, self)
@@ -67,7 +67,8 @@ class Recorder:
 
     def record(self, module: nn.Module, x: Tensor) -> Recording:
         """The steps of ``module(x)``, whatever forward has been set on the module itself."""
-        example = torch.zeros_like(x, memory_format=torch.preserve_format)
+        held = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+        example = torch.zeros(held, dtype=x.dtype, device=x.device).as_strided(x.shape, x.stride())
         output = self._inside(module, self._enter(self._slot(example)))
         if output is NotImplemented:
             raise NotRecordable
@@ -114,23 +115,25 @@ class Recorder:
 
     def tail(
         self, x: Symbol, conv: nn.Conv2d, bn: Any, residual: Any, projection: Any, pool: Any, activation: str,
-        options: tails.Options,
+        options: tails.Options, residual_first: bool = False,
     ) -> Any:  # fmt: skip
         """See :meth:`fused_resnet.tails.Recorded.tail`."""
         if uses_batch_statistics(bn):  # a batch norm without running statistics
-            return self._live_tail(x, conv, bn, residual, projection, activation, options)
+            return self._live_tail(x, conv, bn, residual, projection, activation, options, residual_first)
         call = Tail(x.tensor, _conv_bn(conv, bn), **geometry(conv), activation=activation, winograd=options.winograd)
         if projection is not None:
             proj_conv, proj_bn = projection
             stride = geometry(proj_conv)["stride"]
             call = call._replace(proj_x=residual.tensor, proj=_conv_bn(proj_conv, proj_bn), proj_stride=stride)
         elif residual is not None:
+            if tails.broadcasts(conv, x.tensor, residual.tensor):
+                raise NotRecordable
             call = call._replace(residual=residual.tensor)
         run = plans.find(_dense(call), options.backend)
         pool_sizes = None if pool is None else tails.pool_sizes(pool)
         if pool_sizes is not None:
             run = _with_pool(run, pool_sizes)
-        channels_last = x.channels_last or looks_channels_last(conv.weight.shape, conv.weight.stride())
+        channels_last = _sum_is_channels_last(x, conv, residual, projection, residual_first)
         if isinstance(run, FusedConvolution):
             return self._links(run, call, x, residual, pool_sizes, channels_last)
         inputs = [self._kept_slot(x)] + ([] if residual is None else [self._kept_slot(residual)])
@@ -165,13 +168,17 @@ class Recorder:
 
     def _live_tail(
         self, x: Symbol, conv: nn.Conv2d, bn: Any, residual: Any, projection: Any, activation: str,
-        options: tails.Options,
+        options: tails.Options, residual_first: bool,
     ) -> Any:  # fmt: skip
         def run(image: Tensor, added: Tensor | None = None) -> Any:
             if projection is None:
-                return tails.leave(tails.conv_bn_act(conv, bn, image, added, activation, options))
-            proj_conv, proj_bn = projection
-            return tails.leave(tails.conv_bn_proj_act(conv, bn, image, proj_conv, proj_bn, added, activation, options))
+                y = tails.conv_bn_act(conv, bn, image, added, activation, options, residual_first=residual_first)
+            else:
+                proj_conv, proj_bn = projection
+                y = tails.conv_bn_proj_act(
+                    conv, bn, image, proj_conv, proj_bn, added, activation, options, residual_first=residual_first
+                )
+            return tails.leave(y)
 
         inputs = [self._leave(x)] + ([] if residual is None else [self._leave(residual)])
         return self._enter(self._emit(str(conv), run, tuple(inputs), {}))
@@ -257,6 +264,22 @@ class Recorder:
 def looks_channels_last_as(symbol: Symbol) -> bool:
     """Whether the slot of ``symbol`` holds a tensor strided as eager's is."""
     return looks_channels_last(symbol.tensor.shape, symbol.tensor.stride()) == symbol.channels_last
+
+
+def _sum_is_channels_last(
+    x: Symbol, conv: nn.Conv2d, residual: Symbol | None, projection: Any, residual_first: bool
+) -> bool:
+    """As the live functions of ``tails`` say it: by the first operand."""
+    if residual_first and residual is not None:
+        if projection is None:
+            tensor = residual.tensor
+            if residual.slot is not None and not (
+                residual.channels_last or looks_contiguous(tensor.shape, tensor.stride())
+            ):
+                raise NotRecordable  # neither NCHW nor NHWC
+            return residual.channels_last
+        x, conv = residual, projection[0]
+    return x.channels_last or looks_channels_last(conv.weight.shape, conv.weight.stride())
 
 
 def _conv_bn(conv: nn.Conv2d, bn: Any) -> ConvBN:

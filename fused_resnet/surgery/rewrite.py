@@ -63,9 +63,9 @@ def _replace_calls(traced: Traced, opaque: dict[int, nn.Module], replaced: dict[
 
 
 def _replace_tails(graph: fx.Graph, found: list[Tail], options: fx.Node, replaced: dict[Any, fx.Node]) -> None:
-    order = {node: i for i, node in enumerate(graph.nodes)}
+    place = {node: i for i, node in enumerate(graph.nodes)}
     for tail in found:
-        end = max(tail.nodes, key=lambda n: order[n])
+        end = max(tail.nodes, key=lambda n: place[n])
         source, residual = replaced.get(tail.source, tail.source), replaced.get(tail.residual, tail.residual)
         with graph.inserting_before(end):
 
@@ -84,11 +84,12 @@ def _replace_tails(graph: fx.Graph, found: list[Tail], options: fx.Node, replace
             else:
                 call = tails.conv_bn_act
                 args = (get(tail.conv), get(tail.bn), source, residual)
-            new = graph.call_function(call, (*args, tail.activation, options))
+            order: dict[str, Any] = {"residual_first": True} if tail.residual_first else {}
+            new = graph.call_function(call, (*args, tail.activation, options), order)
         end.replace_all_uses_with(new)
-        order[new] = order[end]
+        place[new] = place[end]
         replaced[end] = new
-        for node in sorted(tail.nodes, key=lambda n: order[n], reverse=True):
+        for node in sorted(tail.nodes, key=lambda n: place[n], reverse=True):
             graph.erase_node(node)
 
 

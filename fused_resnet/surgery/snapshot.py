@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import operator
 import types
 from collections import OrderedDict, defaultdict, deque
 from typing import Any
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 _ATOMS = frozenset((bool, int, float, complex, str, bytes, type(None), type(...), type(NotImplemented)))
 _COMPARABLE = frozenset((torch.dtype, torch.device, torch.layout, torch.memory_format, range, slice))
-_BY_IDENTITY = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType,
-                types.ModuleType, type)  # fmt: skip
+_BY_IDENTITY = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+_CONSTANT_MODULES = frozenset(("torch", "math", "cmath", "operator", "itertools"))
 _MAX_ITEMS = 128
 _MAX_DEPTH = 8
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class made by a class statement
@@ -74,7 +75,14 @@ class Snapshot:
         self._path[id(value)] = len(self._path)
         if isinstance(value, types.FunctionType):
             self.functions.append(value)
+            return (_Same(value), self._attributes(value, depth)) if value.__dict__ else _Same(value)
+        if isinstance(value, types.ModuleType) and value.__name__.split(".")[0] not in _CONSTANT_MODULES:
+            raise Unknown(f"the module {value.__name__}")
+        if isinstance(value, types.ModuleType):
             return _Same(value)
+        if isinstance(value, enum.Enum):
+            self.instances.append(cls)
+            return _Same(value), self._attributes(value, depth)
         if isinstance(value, type):
             self.instances.append(value)
             return _Same(value)
@@ -82,7 +90,7 @@ class Snapshot:
             value.__self__, (types.ModuleType, type(None), type)
         ):
             raise Unknown(f"a method of a {type(value.__self__).__name__}")
-        if isinstance(value, (*_BY_IDENTITY, enum.Enum)):
+        if isinstance(value, _BY_IDENTITY):
             return _Same(value)
         if isinstance(value, types.MethodType):
             self.functions.append(value.__func__)
@@ -97,6 +105,11 @@ class Snapshot:
         if isinstance(value, (Tensor, nn.Module)):
             raise Unknown(f"a {cls.__name__}")
         return self._contents(value, cls, depth)
+
+    def _attributes(self, value: Any, depth: int) -> Any:
+        own = value.__dict__
+        self.containers.append((own, dict(own)))
+        return tuple((name, self._take(part, depth + 1)) for name, part in own.items())
 
     def _contents(self, value: Any, cls: type, depth: int) -> Any:
         def take(part: Any) -> Any:
@@ -123,10 +136,8 @@ class Snapshot:
             self.containers.append((value, value.copy() if base is not defaultdict else dict(value)))
         if base is not cls:
             self.instances.append(cls)
-        own = getattr(value, "__dict__", None)
-        if isinstance(own, dict):
-            self.containers.append((own, dict(own)))
-            parts.append(tuple((k, take(v)) for k, v in own.items()))
+        if isinstance(getattr(value, "__dict__", None), dict):
+            parts.append(self._attributes(value, depth))
         for c in cls.__mro__:
             slots = c.__dict__.get("__slots__", ())
             for name in (slots,) if isinstance(slots, str) else slots:
@@ -159,11 +170,18 @@ _KNOWN_BASES = (
 def _known_base(cls: type) -> type:
     """The builtin type under ``cls``, when the classes above it are written in Python; the first unknown one else."""
     for c in cls.__mro__:
-        if c in _KNOWN_BASES or c is object:
-            return c
-        if not c.__flags__ & _HEAP_TYPE:
+        if c in _KNOWN_BASES or c is object or not _is_pythons(c):
             return c
     return object
+
+
+def _is_pythons(cls: type) -> bool:
+    """Whether a class statement made ``cls``: of what C keeps in an object nothing is known."""
+    own = cls.__dict__
+    slots = own.get("__slots__", ())
+    added = (1 if isinstance(slots, str) else len(tuple(slots))) + ("__dict__" in own) + ("__weakref__" in own)
+    base = max((b.__basicsize__ for b in cls.__bases__), default=0)
+    return bool(cls.__flags__ & _HEAP_TYPE) and cls.__module__ != "os" and cls.__basicsize__ - base <= 8 * added
 
 
 def _numpy_scalar(value: Any) -> Any:
@@ -171,6 +189,23 @@ def _numpy_scalar(value: Any) -> Any:
     if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and not hasattr(value, "__setitem__"):
         return str(value.dtype), value.tobytes()
     return None
+
+
+def raw_attribute(cls: type, name: str) -> Any:
+    """What ``cls`` holds under ``name``, itself or by a base, without binding it."""
+    for c in cls.__mro__:
+        if name in c.__dict__:
+            return c.__dict__[name]
+    return MISSING
+
+
+def is_same_class(cls: type, was: dict[str, Any]) -> bool:
+    """Whether ``cls`` holds the very objects that it did. (What copying and pickling note in it does not count.)"""
+    now = cls.__dict__
+    if len(now) == len(was) and all(map(operator.is_, now.values(), was.values())):
+        return True
+    names = (now.keys() | was.keys()) - {"__slotnames__"}
+    return all(now.get(name, MISSING) is was.get(name, MISSING) for name in names)
 
 
 def describe(value: Any) -> str:

@@ -150,6 +150,7 @@ def trace(module: nn.Module, opaque: dict[int, nn.Module], training: bool) -> Tr
     for name, m in copied.named_modules(remove_duplicate=False):
         aliases.setdefault(id(m), []).append(name)
     names = recorder.paths
+    recorder.close()
     if isinstance(copied, fx.GraphModule):
         recorder.reads.values["", "training"] = training  # which graph it has may depend on that
     return Traced(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 import functools
 import gc
 import sys
@@ -14,11 +15,30 @@ from typing import Any
 
 from torch import nn
 
+from . import bytecode
 from .bytecode import imports, stored_names
 from .code_kinds import kind_of, why_not_c_call, why_not_python_call
 from .outside import Outside, content_of
-from .reads import ON_THIS_THREAD, Reads, Refused, Value, intercepted, object_getattribute
-from .snapshot import MISSING, Snapshot, Unknown, is_atom
+from .reads import INTERNAL, ON_THIS_THREAD, Reads, Refused, Value, intercepted, object_getattribute
+from .snapshot import MISSING, Snapshot, Unknown, is_atom, is_same_class, raw_attribute
+
+# Ways around the attributes of an object, and names that a fused class, or a copy of a module, has another time.
+_REFLECTION = frozenset(
+    (
+        *("__dict__", "__getattribute__", "__dir__", "__getstate__", "__reduce__", "__reduce_ex__", "__hash__"),
+        *(
+            "__globals__",
+            "__closure__",
+            "__code__",
+            "__defaults__",
+            "__kwdefaults__",
+            "__builtins__",
+            "__annotations__",
+        ),
+        *("__name__", "__qualname__", "__mro__", "__bases__", "__base__", "__subclasses__"),
+        *("f_globals", "f_locals", "f_back", "gi_frame", "cr_frame", "tb_frame"),
+    )
+)
 
 
 class Recorder(Outside):
@@ -29,6 +49,7 @@ class Recorder(Outside):
         self.modules = dict(root.named_modules())
         super().__init__()
         self._ran: dict[types.CodeType, set[int]] = {}
+        self._ran_standard: set[types.CodeType] = set()
         self._instances: dict[tuple[str, str], Any] = {}
         self._on = False
         for module in self.modules.values():
@@ -86,7 +107,7 @@ class Recorder(Outside):
             value = object_getattribute(module, name)  # may run a property of the model's
         except AttributeError:
             with self.paused():
-                self._note_registered(object_getattribute(module, "__dict__"), path, name)
+                self._note_registered(module, path, name)
             raise
         with self.paused():
             self._note(module, path, name, value, caller)
@@ -108,12 +129,20 @@ class Recorder(Outside):
         if event == "call":
             caller = frame.f_back
             problem = None if caller is None else why_not_python_call(caller.f_code, frame.f_code)
+            if caller is not None and kind_of(frame.f_code) == "stdlib" and self._serves(caller.f_code):
+                self._ran_standard.add(frame.f_code)
         elif event == "c_call":
+            if (argument is getattr or argument is hasattr) and self._serves(frame.f_code):
+                self._any_name = True
             problem = why_not_c_call(frame.f_code, argument)
         else:
             return
         if problem is not None:
             self.problems[problem] = None
+
+    def _serves(self, code: types.CodeType) -> bool:
+        """Whether ``code`` is the forward's own, or runs in the standard library on its behalf."""
+        return code in self._ran_standard or kind_of(code) == "user"
 
     def _call(self, frame: types.FrameType, event: str, argument: Any) -> Any:
         code = frame.f_code
@@ -140,14 +169,18 @@ class Recorder(Outside):
         own = object_getattribute(module, "__dict__")
         if name in ("_modules", "_parameters", "_buffers"):
             if name == "_modules":
-                self.reads.children.setdefault(path, tuple(value))
+                self.reads.children.setdefault(path, (tuple(value), tuple(n for n, m in value.items() if m is None)))
             elif caller.co_name != "__getattr__":
                 self.problems["goes through its parameters or buffers as a collection"] = None
+        elif name in INTERNAL:
+            self.problems[f"reads self.{name}"] = None
         elif name.startswith("__"):
-            if name == "__dict__" and kind_of(caller) == "user":
+            if name == "__dict__" and caller.co_name != "__getattr__":
                 self.problems["reads self.__dict__"] = None
-            if name == "__class__" and kind_of(caller) == "user":
+            if name == "__class__":
                 self.reads.examined = True
+                if caller.co_name == "_get_name":
+                    self.problems["asks a module for the name of its class"] = None
         elif name in own:
             self._note_instance(path, name, own[name])
         else:
@@ -155,16 +188,26 @@ class Recorder(Outside):
             self._note_class_value(type(module), name)
 
     def _note_class_value(self, cls: type, name: str) -> None:
-        where = ("class", cls, name)
-        raw = next((c.__dict__[name] for c in cls.__mro__ if name in c.__dict__), MISSING)
-        if callable(raw) or hasattr(type(raw), "__get__") or where in self.reads.outside:
+        owner = next((c for c in cls.__mro__ if name in c.__dict__), None)
+        if owner in self.reads.classes:
+            self.reads.seen.add(owner)
+            return
+        if name in ("forward", "_call_impl", "_conv_forward"):
+            return  # looked at for each module that is bypassed
+        # One of torch's: a method, or whatever somebody has put there.
+        where, raw = ("class", cls, name), raw_attribute(cls, name)
+        if where in self.reads.outside or where in self._late:
+            return
+        again = functools.partial(raw_attribute, cls, name)
+        if raw is MISSING or is_atom(raw) or callable(raw) or hasattr(type(raw), "__get__"):
+            self.reads.outside[where] = Value(f"self.{name}", again, raw, False)
             return
         key = self._snapshot(raw, f"self.{name}", where)
         if key is not MISSING:
-            again = functools.partial(getattr, cls, name, MISSING)
-            self.reads.outside[where] = Value(f"self.{name}", again, raw if is_atom(raw) else key, not is_atom(raw))
+            self.reads.outside[where] = Value(f"self.{name}", again, key, True)
 
-    def _note_registered(self, own: dict[str, Any], path: str, name: str) -> None:
+    def _note_registered(self, module: nn.Module, path: str, name: str) -> None:
+        own = object_getattribute(module, "__dict__")
         if name in own.get("_modules", ()):
             child = own["_modules"][name]
             self.reads.asked[path, name] = None if child is None else type(child)
@@ -174,6 +217,7 @@ class Recorder(Outside):
             self.reads.tensors[path, name] = own["_buffers"][name] is not None
         else:
             self.reads.values[path, name] = MISSING
+            self._note_class_value(type(module), name)
 
     def _note_instance(self, path: str, name: str, value: Any) -> None:
         if (path, name) in self._instances:
@@ -193,6 +237,7 @@ class Recorder(Outside):
         state = {name: copy.copy(value) for name, value in self.__dict__.items() if name not in ("paths", "modules")}
         state["reads"] = Reads(**{k: copy.copy(v) for k, v in self.reads.__dict__.items()})
         state["_ran"] = {code: set(lines) for code, lines in self._ran.items()}
+        state["_ran_standard"] = set(self._ran_standard)
         state["_late"] = {k: (text, set(lines)) for k, (text, lines) in self._late.items()}
         return state
 
@@ -208,6 +253,33 @@ class Recorder(Outside):
             if (path, "training") not in mark["reads"].values:
                 self.reads.values.pop((path, "training"), None)
                 self._instances.pop((path, "training"), None)
+
+    def close(self) -> None:
+        """Take what classes hold into the reads, as far as a name in the code that ran may have led to it."""
+        names = self._names()
+
+        def read(name: str, cls: type) -> bool:
+            return names is None or name in names or isinstance(cls, enum.EnumMeta)
+
+        for (kind, cls, name), value in self._members.items():
+            if read(name, cls):
+                self.reads.outside.setdefault((kind, cls, name), value)
+        for cls, own in self.reads.classes.items():
+            data = (n for n, v in own.items() if not isinstance(v, types.FunctionType))
+            if self.reads.examined or any(read(name, cls) for name in data):
+                self.reads.seen.add(cls)
+            for name, function in own.items():  # what a method was given is out of reach without its name
+                if isinstance(function, types.FunctionType) and not read(name, cls):
+                    self.reads.attributes.pop(function, None)
+        if any(bytecode.compares(code) for code in self._ran):
+            asked = [self.modules[path]._modules[name] for path, name in self.reads.asked]
+            self.reads.distinct = len({id(module) for module in asked})
+
+    def _names(self) -> frozenset[str] | None:
+        """All names of attributes in the code that ran; None where they cannot be listed."""
+        if self._any_name:
+            return None
+        return frozenset().union(*map(bytecode.names, (*self._ran, *self._ran_standard)))
 
     def why_not(self) -> str | None:
         """None, or why what has been recorded so far cannot be guarded; undoes what the forward changed."""
@@ -226,10 +298,17 @@ class Recorder(Outside):
 
     def _why_not_code(self) -> str | None:
         nested = {c for code in self._ran for c in code.co_consts if isinstance(c, types.CodeType)}
+        names = self._names()
+        for name, text in self._unknown.items():
+            if names is None or name in names:
+                return text
         for code, lines in self._ran.items():
-            for name in code.co_names:
-                if name in self._unknown:
-                    return self._unknown[name]
+            for line, name in bytecode.attributes(code):
+                explicit = name == "__getattr__" and code.co_name != name
+                if line in lines and (explicit or name in _REFLECTION):
+                    return f"reads {name} in its forward"
+            if bytecode.compares(code) and {"type", "__class__"} & set(code.co_names):
+                return "compares classes, of which a fused module has one of its own"
             for line, name in imports(code):
                 if line in lines and name.split(".")[0] not in ("torch", "math"):
                     return f"imports {name} in its forward"
@@ -273,8 +352,11 @@ class Recorder(Outside):
                 self.reads.outside[where] = value
             if value.changed():
                 changed = changed or f"changes {value.say} in its forward"
+        for value in self._members.values():
+            if value.changed():
+                changed = changed or f"changes {value.say} in its forward"
         for cls, was in self.reads.classes.items():
-            if dict(cls.__dict__) != was:
+            if not is_same_class(cls, was):
                 changed = changed or f"changes the class {cls.__name__} in its forward"
         if changed is not None:
             self._restore()
