@@ -178,7 +178,8 @@ def conv_bn_act(
     if isinstance(x, Recorded):
         return x.tail(conv, bn, residual, None, None, activation, options, residual_first)
     image, added = _tensor(enter(x)), _tensor(enter(residual))
-    if added is not None and options.expands and broadcasts(conv, image, added):
+    sizes = geometry(conv)
+    if added is not None and options.expands and broadcasts(conv, sizes, image, added):
         y = leave(conv_bn_act(conv, bn, x, None, "none", options))
         added = leave(residual)
         return enter(ACTIVATIONS[activation](added + y if residual_first else y + added))
@@ -189,19 +190,22 @@ def conv_bn_act(
         y = functional.conv_bn_add_relu(
             image, conv.weight, conv.bias, weight, bias, mean, var,
             eps=bn_eps(bn), residual=added, activation=activation, backend=options.backend,
-            winograd=options.winograd, packed_weights=_kept(conv, options), **geometry(conv),
+            winograd=options.winograd, packed_weights=_kept(conv, options), **sizes,
         )  # fmt: skip
     value = _value(y, x, conv)
     return _laid_out_as(residual, value) if residual_first else value
 
 
-def broadcasts(conv: nn.Conv2d, image: Any, added: Any) -> bool:
-    """Whether eager would have to expand the residual, or the convolution's output: no operator of ours does."""
+def broadcasts(conv: nn.Conv2d, sizes: dict[str, Any], image: Any, added: Any) -> bool:
+    """Whether eager would have to expand the residual, or the convolution's output: no operator of ours does.
+
+    ``sizes`` is the :func:`geometry` of ``conv``.
+    """
     if not isinstance(added, Tensor) or not isinstance(image, Tensor) or image.dim() != 4:
         return False
     if added.dim() != 4 or added.shape[0] != image.shape[0] or added.shape[1] != conv.out_channels:
         return True
-    (u, v), (a, b), (d, e) = geometry(conv)["stride"], geometry(conv)["padding"], geometry(conv)["dilation"]
+    (u, v), (a, b), (d, e) = sizes["stride"], sizes["padding"], sizes["dilation"]
     r, s = conv.weight.shape[2:]
     p = (image.shape[2] + 2 * a - d * (r - 1) - 1) // u + 1
     q = (image.shape[3] + 2 * b - e * (s - 1) - 1) // v + 1

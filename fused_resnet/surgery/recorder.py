@@ -126,7 +126,7 @@ class Recorder:
             stride = geometry(proj_conv)["stride"]
             call = call._replace(proj_x=residual.tensor, proj=_conv_bn(proj_conv, proj_bn), proj_stride=stride)
         elif residual is not None:
-            if tails.broadcasts(conv, x.tensor, residual.tensor):
+            if tails.broadcasts(conv, geometry(conv), x.tensor, residual.tensor):
                 raise NotRecordable
             call = call._replace(residual=residual.tensor)
         run = plans.find(_dense(call), options.backend)
