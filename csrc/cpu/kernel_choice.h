@@ -10,7 +10,7 @@ namespace fused_resnet::cpu {
 // `isa` is empty for the best instruction set; tests name others.
 const Kernels& kernels_called(const std::string& isa);
 
-// What is kept of the weights, by name and by number as fused_resnet/backends/chain.py has them.
+// What is kept of the weights, by name and by number as fused_resnet/backends/cpu_program.py has them.
 enum class WeightKind {
   kWhole,       // the values that are multiplied, made once and for all
   kFresh,       // the weights themselves, transformed in each call (Winograd)
