@@ -35,7 +35,8 @@ os.environ.setdefault("FUSED_RESNET_CACHE", str(Path(tempfile.gettempdir()) / f"
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-TWIN = ("primitives.cuh", "runtime.h", "runtime.cpp", "runner.cpp", "probes.cpp")
+RUNTIME = ("runtime.cpp", "fibers.cpp", "traffic.cpp", "runner.cpp")
+TWIN = ("primitives.cuh", "runtime.h", "fibers.h", "traffic.h", *RUNTIME, "probes.cpp")
 
 
 class HostCudaError(RuntimeError):
@@ -143,7 +144,7 @@ class HostCuda:
         twin = self.folder / "host_cuda"
         # The loader tells libraries apart by name alone, and a process may hold the builds of several source trees.
         name = f"libruntime-{self.folder.name}.so"
-        path = self._build(name, [twin / "runtime.cpp", twin / "runner.cpp"], (f"-Wl,-soname,{name}",))
+        path = self._build(name, [twin / source for source in RUNTIME], (f"-Wl,-soname,{name}",))
         library = ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
         library.host_cuda_launch.restype = library.host_cuda_statistics.restype = ctypes.c_char_p
         library.host_cuda_tensor.argtypes = [ctypes.c_char_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int]
