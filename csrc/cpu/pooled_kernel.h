@@ -29,6 +29,7 @@ struct PooledRows {
   static FR_INLINE V maximum(V a, V b) {
     if constexpr (kNonNegative) {
       // As unsigned integers floats from +0 on have their own order, and NaNs of either sign are above them.
+      // (So is -0: Bounds::before_max_pool leaves none.)
       return (Bits)b > (Bits)a ? b : a;
     } else {
       return ((b > a) | (b != b)) ? b : a;

@@ -186,7 +186,7 @@ struct SplitImpl {
     const BFloat16* inputs_of(int64_t group) const { return x + group * kGroup * kTileDepth; }
     Pending pending(const float* of_sums, int64_t stride, int64_t group, int64_t k_begin,
                     int64_t k_end) const {
-      return {&problem, OutputBounds(problem.activation), of_sums, stride, outputs + group * kGroup,
+      return {&problem, Bounds(problem.activation), of_sums, stride, outputs + group * kGroup,
               k_begin,  std::min(k_end, shape.k)};
     }
   };

@@ -98,7 +98,7 @@ struct SplitRows {
       : problem_(problem),
         shape_(problem.shape),
         layout_(problem.shape),
-        bounds_(problem.activation),
+        bounds_(Bounds::before_max_pool(problem.activation)),
         x_(problem.x + image * problem.x_stride[0]),
         first_top_(top_of(first_row)),
         sums_(scratch),
@@ -234,7 +234,7 @@ struct SplitRows {
     const float* sums;  // [pixels][width]
     int64_t width, pixels, count, k;
     const float *scale, *shift;
-    OutputBounds bounds{Activation::kNone};
+    Bounds bounds{Activation::kNone};
     float* y;
 
     FR_INLINE void finish(int64_t begin, int64_t end) const {
@@ -252,13 +252,9 @@ struct SplitRows {
         const float* from = sums + row * width;
         float* to = y + row * k;
         for (int64_t j = 0; j < count; j += kLanes) {
-          const V value = bounds.apply<kLanes>(load<kLanes>(from + j) * load<kLanes>(scale + j) +
-                                               load<kLanes>(shift + j));
-          if (kWhole || count - j >= kLanes) {
-            store<kLanes>(to + j, value);
-          } else {
-            store_partial<kLanes>(to + j, value, count - j);
-          }
+          cpu::finish<AllSteps<Residual::kNone>, kLanes>(
+              load<kLanes>(from + j), load<kLanes>(scale + j), load<kLanes>(shift + j), bounds,
+              static_cast<const float*>(nullptr), to + j, kWhole ? kLanes : count - j);
         }
       }
     }
@@ -331,7 +327,7 @@ struct SplitRows {
   const ConvProblem& problem_;
   const ConvShape& shape_;
   const Layout layout_;
-  const OutputBounds bounds_;
+  const Bounds bounds_;
   const float* const x_;
   const int64_t first_top_;
   float* const sums_;  // of two groups
