@@ -8,7 +8,7 @@ from instruction_sets import ALL, need
 from test_cpu_kernels import ALGORITHMS, CODES, OPS, algorithms, name_of, run
 from torch import Tensor
 
-from fused_resnet.backends.cpu_rule import DIRECT, SPLIT_ROWS, Algorithm
+from fused_resnet.backends.cpu_rule import BF16X3_STEM, DIRECT, Algorithm
 from fused_resnet.reference import ConvBN, Tail
 
 #: The largest panel and a part of one; with lanes left over for each number of lanes.
@@ -82,13 +82,13 @@ def test_without_an_activation_all_stays(algorithm: Algorithm, isa: str) -> None
 
 @activations
 @every_isa
-@pytest.mark.parametrize("weights", ["whole", SPLIT_ROWS.weights])
+@pytest.mark.parametrize("weights", ["whole", BF16X3_STEM.weights])
 @pytest.mark.parametrize(("c", "stride"), [(3, 2), (3, 1), (4, 1)])  # row by row, and gathered
 def test_max_pool(c: int, stride: int, weights: str, isa: str, activation: str) -> None:
     """The pool takes -0 for +0, as does eager's comparison; it must not take it for the largest, as its integer is."""
     need(isa)
     tail = negated((1, 23, 21), c, residual=False, stride=(stride, stride))
-    if weights == SPLIT_ROWS.weights:
+    if weights == BF16X3_STEM.weights:
         if isa not in ("amx", "portable"):
             pytest.skip(f"{isa} has no matrix tiles")
         if c * 9 < 32:

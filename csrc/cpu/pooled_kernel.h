@@ -2,7 +2,7 @@
 // output, the largest tensor of the whole network, is never written to memory: a ring of its rows stays in
 // the cache until the windows that need them are done.
 //
-// Rows computes the convolution row by row: DirectRows (row_kernel.h) or SplitRows (split_rows.h).
+// Rows computes the convolution row by row: DirectRows (row_kernel.h) or Bf16x3Stem (bf16x3_stem.h).
 #pragma once
 
 #include "row_kernel.h"

@@ -9,7 +9,7 @@ namespace fused_resnet::cpu {
 
 // Sums of a group that wait to be finished: scale, shift, residual, activation, store.
 template <int kLanes>
-struct PendingSums {
+struct Bf16x3Pending {
   const ConvProblem* problem;
   Bounds bounds;
   const float* sums;  // [kGroup][sums_stride], nullptr: nothing to do
