@@ -1,8 +1,8 @@
 """Build of the extensions; all metadata is in pyproject.toml.
 
-``_C`` (CPU kernels) needs a C++ compiler, ``_C_cuda`` (CUDA kernels) nvcc as well. Never asks for a GPU. Without a
-C++ compiler the package installs as pure Python, and where _C_cuda does not compile without it, each with one printed
-line. Environment variables:
+``_C`` (CPU kernels, launch planner) needs a C++ compiler, ``_C_cuda`` (CUDA kernels) nvcc as well. Never asks for a
+GPU. Without a C++ compiler the package installs as pure Python, and where _C_cuda does not compile without it, each
+with one printed line. Environment variables:
 
     FUSED_RESNET_CUDA=auto|0|1        auto (default): build _C_cuda where nvcc is found and compiles it; 1: or fail
     FUSED_RESNET_CUDART=static|shared the CUDA runtime in _C_cuda (default: static)
@@ -103,7 +103,7 @@ def cuda_extension(build: CudaBuild) -> Any:
         f"building _C_cuda with nvcc {toolkit.version} ({toolkit.nvcc}) for {', '.join('sm_' + a for a in archs)} and "
         f"PTX of compute_{archs[0]}, CUDA runtime {cudart}, {os.environ.get('MAX_JOBS', 'all')} jobs"
     )
-    files = sources("csrc/bindings_cuda.cpp", "csrc/cuda/*.cpp")
+    files = sources("csrc/bindings_cuda.cpp", "csrc/bindings_planner.cpp", "csrc/cuda/*.cpp")
     files.remove("csrc/cuda/c_api.cpp")  # for the library without Python
     built = extension(
         "fused_resnet._C_cuda",
@@ -129,7 +129,7 @@ class BuildPy(build_py):
         super().run()
         if self.editable_mode:  # the source tree itself is there
             return
-        for path in [*ROOT.glob("csrc/*.h"), ROOT / "csrc/cuda_build.py", *ROOT.glob("csrc/cuda/*")]:
+        for path in [ROOT / "csrc/cuda_build.py", *map(ROOT.joinpath, sources("csrc/*.h", "csrc/cuda/*.*h"))]:
             target = Path(self.build_lib) / "fused_resnet" / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
@@ -153,6 +153,7 @@ def setup_arguments() -> dict[str, Any]:
                 self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
 
         def build_extension(self, ext: Any) -> None:
+            whole, self.build_temp = self.build_temp, str(Path(self.build_temp) / ext.name.rpartition(".")[2])
             try:
                 if hasattr(ext, "cuda"):
                     out_dir = Path(self.build_temp) / "cuda_kernels"
@@ -166,17 +167,20 @@ def setup_arguments() -> dict[str, Any]:
                 self.failed = True
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 say(f"going on without _C_cuda, which does not compile ({reason}); FUSED_RESNET_CUDA=1 insists on it")
+            finally:
+                self.build_temp = whole
 
         def copy_extensions_to_source(self) -> None:
             if getattr(self, "failed", False):  # what an earlier build left there belongs to other sources
                 (ROOT / self.get_ext_filename("fused_resnet._C_cuda")).unlink(missing_ok=True)
             super().copy_extensions_to_source()
 
-    files = sources("csrc/bindings.cpp", "csrc/cpu/*.cpp")
+    planner = [str(path.relative_to(ROOT)) for path in cuda_build.PLANNER]
+    files = sources("csrc/bindings.cpp", "csrc/bindings_planner.cpp", "csrc/cpu/*.cpp", *planner)
     extensions = []
     if "csrc/bindings.cpp" in files:
         say(f"building _C from {len(files)} files")
-        extensions.append(extension("fused_resnet._C", files, depends=sources("csrc/*.h", "csrc/cpu/*.h")))
+        extensions.append(extension("fused_resnet._C", files, depends=sources("csrc/*.h", "csrc/*/*.h")))
     cuda = cuda_build_plan()
     if cuda is not None:
         extensions.append(cuda_extension(cuda))

@@ -1,11 +1,12 @@
-// The module fused_resnet._C and the list of CPU implementation operators. Each operator is implemented and
-// registered in the file named beside it.
+// The module fused_resnet._C: the launch planner of the CUDA kernels, which needs no CUDA, and the list of
+// CPU implementation operators. Each operator is implemented and registered in the file named beside it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
 #include <string>
 
+#include "bindings_planner.h"
 #include "cpu/isa.h"
 
 STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
@@ -51,6 +52,7 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
 }
 
 PYBIND11_MODULE(_C, m) {
+  fused_resnet::bind_planner(m);
   m.def(
       "build_info",
       [] {

@@ -1,12 +1,12 @@
-// The Python module `_C_cuda`: the planner, the kernel catalogue, and launching on raw addresses. The
-// operator is registered beside its implementation (cuda/conv_bn_add_relu.cpp).
+// The Python module `_C_cuda`: the planner, and launching on raw addresses. The operators are registered
+// beside their implementations (cuda/conv_bn_add_relu.cpp and others).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstddef>
 #include <stdexcept>
 #include <string>
 
+#include "bindings_planner.h"
 #include "cuda/launch.h"
 #include "cuda/plan.h"
 #include "cuda/workspace.h"
@@ -17,92 +17,6 @@ using namespace fused_resnet;
 namespace {
 
 constexpr int kErrorBytes = 512;
-
-// The keyword arguments of plan(), by the names of PlanRequest.
-struct Field {
-  const char* name;
-  size_t offset;
-  int default_value;
-  bool is_float = false;
-};
-#define FIELD(name, default_value) {#name, offsetof(PlanRequest, name), default_value}
-const Field kFields[] = {
-    FIELD(n, 1),
-    FIELD(h, 0),
-    FIELD(w, 0),
-    FIELD(c, 0),
-    FIELD(k, 0),
-    FIELD(r, 3),
-    FIELD(s, 3),
-    FIELD(stride_h, 1),
-    FIELD(stride_w, 1),
-    FIELD(padding_h, 0),
-    FIELD(padding_w, 0),
-    FIELD(dilation_h, 1),
-    FIELD(dilation_w, 1),
-    FIELD(groups, 1),
-    FIELD(dtype, kFloat16),
-    FIELD(tf32, 0),
-    FIELD(residual_dtype, kAbsent),
-    FIELD(activation, kActivationRelu),
-    FIELD(projection, 0),
-    FIELD(proj_c, 0),
-    FIELD(proj_h, 0),
-    FIELD(proj_w, 0),
-    FIELD(proj_stride_h, 1),
-    FIELD(proj_stride_w, 1),
-    FIELD(alignment, 16),
-    FIELD(tile_m, 0),
-    FIELD(tile_n, 0),
-    FIELD(splits, 0),
-    FIELD(statistics, 0),
-    {"bias_dtype", offsetof(PlanRequest, norm.bias_dtype), kAbsent},
-    {"norm_dtype", offsetof(PlanRequest, norm.norm_dtype), kAbsent},
-    {"affine", offsetof(PlanRequest, norm.affine), 1},
-    {"eps", offsetof(PlanRequest, norm.eps), 0, true},
-    {"proj_bias_dtype", offsetof(PlanRequest, proj_norm.bias_dtype), kAbsent},
-    {"proj_norm_dtype", offsetof(PlanRequest, proj_norm.norm_dtype), kAbsent},
-    {"proj_affine", offsetof(PlanRequest, proj_norm.affine), 1},
-    {"proj_eps", offsetof(PlanRequest, proj_norm.eps), 0, true},
-};
-#undef FIELD
-
-PlanRequest request_of(const py::kwargs& arguments) {
-  PlanRequest request = {};
-  char* const base = reinterpret_cast<char*>(&request);
-  size_t used = 0;
-  for (const Field& field : kFields) {
-    const bool given = arguments.contains(field.name);
-    used += given;
-    if (field.is_float) {
-      *reinterpret_cast<float*>(base + field.offset) = given ? arguments[field.name].cast<float>() : 0.0f;
-    } else {
-      *reinterpret_cast<int32_t*>(base + field.offset) =
-          given ? arguments[field.name].cast<int32_t>() : field.default_value;
-    }
-  }
-  if (used != arguments.size()) {
-    for (const auto& [name, value] : arguments) {
-      bool known = false;
-      for (const Field& field : kFields) known = known || name.cast<std::string>() == field.name;
-      if (!known) throw py::type_error("plan: unknown argument " + name.cast<std::string>());
-    }
-  }
-  return request;
-}
-
-DeviceProperties device_of(const py::dict& device) {
-  return {device["sm_count"].cast<int32_t>(), device["capability"].cast<int32_t>(),
-          device["shared_bytes_per_block"].cast<int32_t>(), device["shared_bytes_per_sm"].cast<int32_t>()};
-}
-
-Plan plan(const py::dict& device, const py::kwargs& arguments) {
-  Plan result;
-  char error[kErrorBytes];
-  if (make_plan(request_of(arguments), device_of(device), result, error, kErrorBytes))
-    throw py::value_error(error);
-  return result;
-}
 
 py::dict device_properties(int index) {
   DeviceProperties device;
@@ -187,32 +101,6 @@ class Launcher {
   const int device_;
 };
 
-constexpr const char* kMathNames[] = {"float16", "bfloat16", "tf32", "float32"};
-
-py::dict kernel_dict(const KernelInfo& kernel) {
-  py::dict d;
-  d["symbol"] = kernel.symbol;
-  d["tile"] = std::to_string(kernel.tile_m) + "x" + std::to_string(kernel.tile_n);
-  d["tile_m"] = kernel.tile_m;
-  d["tile_n"] = kernel.tile_n;
-  d["depth_bytes"] = kernel.depth_bytes;
-  d["stages"] = kernel.stages;
-  d["threads"] = kernel.threads;
-  d["blocks_per_sm"] = kernel.blocks_per_sm;
-  d["shared_bytes"] = kernel.shared_bytes;
-  d["park_bytes"] = kernel.park_bytes;
-  d["math"] = kMathNames[static_cast<int>(kernel.math)];
-  d["load"] = kernel.load == Load::kVector ? "vector" : "gather";
-  d["epilogue"] = kernel.epilogue == Epilogue::kTail ? "tail" : "statistics";
-  return d;
-}
-
-py::list catalogue() {
-  py::list kernels;
-  for (int i = 0; i < kernel_count(); ++i) kernels.append(kernel_dict(kernel_info(i)));
-  return kernels;
-}
-
 py::dict build_info() {
   py::dict info;
   info["architectures"] = FUSED_RESNET_ARCHITECTURES;
@@ -223,55 +111,11 @@ py::dict build_info() {
   return info;
 }
 
-py::tuple triple(const int32_t (&v)[3]) {
-  return py::make_tuple(v[0], v[1], v[2]);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "CUDA kernels of fused_resnet: plan, launch, and what was built.";
-  py::class_<Plan>(m, "Plan", "Everything one launch needs except addresses.")
-      .def_property_readonly("kernel", [](const Plan& p) { return kernel_info(p.kernel).symbol; })
-      .def_property_readonly("configuration",
-                             [](const Plan& p) { return kernel_dict(kernel_info(p.kernel)); })
-      .def_property_readonly("grid", [](const Plan& p) { return triple(p.grid); })
-      .def_property_readonly("block", [](const Plan& p) { return triple(p.block); })
-      .def_readonly("dynamic_shared_bytes", &Plan::dynamic_shared_bytes)
-      .def_readonly("workspace_bytes", &Plan::workspace_bytes)
-      .def_readonly("counter_bytes", &Plan::counter_bytes,
-                    "First bytes of the workspace: zero before the first launch.")
-      .def_property_readonly("splits", [](const Plan& p) { return p.params.splits; })
-      .def_property_readonly(
-          "steps",
-          [](const Plan& p) {
-            return p.params.source[0].steps + (p.params.sources == 2 ? p.params.source[1].steps : 0);
-          },
-          "Steps of the sum: splitting it further leaves blocks idle.")
-      .def_property_readonly(
-          "argument",
-          [](const Plan& p) { return py::bytes(reinterpret_cast<const char*>(&p.params), sizeof(p.params)); },
-          "Bytes of the kernel's only parameter, every address zero.")
-      .def_property_readonly(
-          "pointers",
-          [](const Plan& p) {
-            py::dict d;
-            for (int i = 0; i < kTensorCount; ++i) {
-              if (p.alignment[i]) d[py::int_(tensor_offset(i))] = tensor_name(i);
-            }
-            return d;
-          },
-          "Offset in `argument` of each tensor's address.")
-      .def_property_readonly(
-          "alignment",
-          [](const Plan& p) {
-            py::dict d;
-            for (int i = 0; i < kTensorCount; ++i) {
-              if (p.alignment[i]) d[tensor_name(i)] = p.alignment[i];
-            }
-            return d;
-          },
-          "Bytes that each tensor's address must be a multiple of.");
+  bind_planner(m);
   py::class_<Launcher>(m, "Launcher", "One plan on one device, for many launches.")
       .def(py::init<const Plan&, int>(), py::arg("plan"), py::arg("device"))
       .def(
@@ -280,19 +124,10 @@ PYBIND11_MODULE(_C_cuda, m) {
           "stream "
           "of the device, which must be the current one; False, and no launch, where one was not planned, is "
           "missing or less aligned.");
-  m.def("plan", &plan, py::arg("device"),
-        "plan(device, **request) -> Plan, by the fields of PlanRequest (csrc/cuda/plan.h); ValueError with "
-        "the reason.");
   m.def("launch", &launch, py::arg("plan"), py::arg("addresses"), py::arg("stream") = 0,
         py::arg("device") = 0,
         "Launch on {tensor name: address} and a stream of a device; no synchronisation.");
-  m.def("catalogue", &catalogue, "Every kernel that was built.");
   m.def("device_properties", &device_properties, py::arg("index") = 0,
         "What plan() needs to know of a device.");
   m.def("build_info", &build_info, "Architectures, CUDA runtime and compiler of this build.");
-  m.attr("DTYPES") = py::dict(py::arg("float16") = int(kFloat16), py::arg("bfloat16") = int(kBFloat16),
-                              py::arg("float32") = int(kFloat32));
-  m.attr("ACTIVATIONS") =
-      py::dict(py::arg("none") = int(kActivationNone), py::arg("relu") = int(kActivationRelu),
-               py::arg("relu6") = int(kActivationRelu6));
 }

@@ -24,10 +24,10 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
 KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
-#: Planner and launcher; neither needs Torch, the planner not even CUDA.
-HOST_SOURCES = [
-    CSRC / "cuda" / name for name in ("plan.cpp", "schedule.cpp", "launch.cpp", "bn_plan.cpp", "bn_launch.cpp")
-]
+#: The planner: needs neither Torch nor CUDA, so _C has it as well.
+PLANNER = [CSRC / "cuda" / name for name in ("plan.cpp", "schedule.cpp", "bn_plan.cpp")]
+#: Planner and launcher, without Torch.
+HOST_SOURCES = [*PLANNER, CSRC / "cuda" / "launch.cpp", CSRC / "cuda" / "bn_launch.cpp"]
 DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 OLDEST = 80
 

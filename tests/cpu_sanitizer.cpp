@@ -12,15 +12,15 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/bf16x3_direct.h"
+#include "cpu/bf16x3_stem.h"
+#include "cpu/bf16x3_winograd.h"
 #include "cpu/direct_kernel.h"
 #include "cpu/epilogue_kernel.h"
 #include "cpu/pooled_kernel.h"
-#include "cpu/split_kernel.h"
-#include "cpu/split_rows.h"
 #include "cpu/weight_gradient_kernel.h"
 #include "cpu/winograd_fresh.h"
 #include "cpu/winograd_kernel.h"
-#include "cpu/winograd_split.h"
 
 #ifndef FR_LANES
   #define FR_LANES 8
@@ -264,10 +264,10 @@ void run_all(const char* name) {
                    f4 = WinogradImpl<Block, Winograd<4>>::kernel();
   const ConvKernel fresh2 = FreshWinogradImpl<Block, Winograd<2>>::kernel(),
                    fresh4 = FreshWinogradImpl<Block, Winograd<4>>::kernel();
-  const ConvKernel split = SplitImpl<PlainTiles, Block::kLanes, false>::kernel(),
-                   fresh_split = SplitImpl<PlainTiles, Block::kLanes, true>::kernel();
-  const ConvKernel split2 = SplitWinogradImpl<PlainTiles, Block::kLanes, Winograd<2>>::kernel(),
-                   split4 = SplitWinogradImpl<PlainTiles, Block::kLanes, Winograd<4>>::kernel();
+  const ConvKernel bf16x3 = Bf16x3Direct<PlainTiles, Block::kLanes, false>::kernel(),
+                   fresh_bf16x3 = Bf16x3Direct<PlainTiles, Block::kLanes, true>::kernel();
+  const ConvKernel bf16x3_f2 = Bf16x3Winograd<PlainTiles, Block::kLanes, Winograd<2>>::kernel(),
+                   bf16x3_f4 = Bf16x3Winograd<PlainTiles, Block::kLanes, Winograd<4>>::kernel();
   const WeightGradientKernel gradient2 = WeightGradientImpl<GradientBlock, Winograd<2>>::kernel(),
                              gradient4 = WeightGradientImpl<GradientBlock, Winograd<4>>::kernel();
   const int64_t shapes[][7] = {// n, h, w, c, k, pad_h, pad_w
@@ -281,12 +281,12 @@ void run_all(const char* name) {
         run(name, direct, s, residual, threads, 0);
         run(name, f2, s, residual, threads, 0);
         run(name, f4, s, residual, threads, 1e-3f);
-        run(name, split, s, residual, threads, 0);
-        run(name, fresh_split, s, residual, threads, 0);
+        run(name, bf16x3, s, residual, threads, 0);
+        run(name, fresh_bf16x3, s, residual, threads, 0);
         run(name, fresh2, s, residual, threads, 0);
         run(name, fresh4, s, residual, threads, 1e-3f);
-        run(name, split2, s, residual, threads, 0);
-        run(name, split4, s, residual, threads, 1e-3f);
+        run(name, bf16x3_f2, s, residual, threads, 0);
+        run(name, bf16x3_f4, s, residual, threads, 1e-3f);
       }
       if (a[5] > 2 || a[6] > 2) continue;  // beyond the filter: left to torch in training
       const ConvShape s{a[0], a[1], a[2], a[3], a[4], 3, 3, 0, 0, 1, 1, a[5], a[6], 1, 1};
@@ -304,7 +304,7 @@ void run_all(const char* name) {
       {2, 5, 9, 320, 100, 3, 3, 0, 0, 1, 1, 1, 1, 1, 1},  // slabs of weights beyond the cache
   };
   for (const ConvShape& s : others) {
-    for (const ConvKernel& kernel : {direct, split, fresh_split}) run(name, kernel, s, true, 2, 0);
+    for (const ConvKernel& kernel : {direct, bf16x3, fresh_bf16x3}) run(name, kernel, s, true, 2, 0);
   }
   const ConvShape stems[] = {
       {2, 21, 19, 3, 20, 7, 7, 0, 0, 2, 2, 3, 3, 1, 1}, {1, 9, 12, 3, 33, 3, 3, 0, 0, 1, 1, 1, 1, 1, 1},
@@ -319,17 +319,17 @@ void run_all(const char* name) {
 
 // The stem on matrix tiles. Small integers lose nothing in their first part.
 template <int kLanes>
-void run_split_stems() {
-  const PooledKernel kernel = PooledRows<SplitRows<PlainTiles, kLanes>>::kernel();
+void run_bf16x3_stems() {
+  const PooledKernel kernel = PooledRows<Bf16x3Stem<PlainTiles, kLanes>>::kernel();
   const ConvShape stems[] = {
       {2, 21, 19, 3, 20, 7, 7, 0, 0, 2, 2, 3, 3, 1, 1},  {1, 9, 80, 3, 70, 5, 7, 0, 0, 1, 1, 2, 2, 1, 1},
       {1, 12, 9, 4, 33, 3, 3, 0, 0, 3, 1, 2, 0, 1, 1},   {1, 9, 9, 1, 16, 6, 6, 0, 0, 1, 2, 2, 2, 1, 1},
       {1, 10, 150, 9, 40, 3, 3, 0, 0, 2, 2, 1, 1, 1, 1}, {1, 9, 34, 16, 96, 1, 2, 0, 0, 1, 1, 0, 0, 1, 1},
   };
   for (const ConvShape& s : stems) {
-    if (!kernel.can_run(s)) std::printf("split stem: refused\n"), ++failures;
-    run_pooled("split stem", kernel, s, {3, 3, 2, 2, 1, 1, 0, 0});
-    run_pooled("split stem", kernel, s, {2, 1, 3, 1, 0, 0, 0, 0});
+    if (!kernel.can_run(s)) std::printf("bf16x3 stem: refused\n"), ++failures;
+    run_pooled("bf16x3 stem", kernel, s, {3, 3, 2, 2, 1, 1, 0, 0});
+    run_pooled("bf16x3 stem", kernel, s, {2, 1, 3, 1, 0, 0, 0, 0});
   }
 }
 
@@ -337,7 +337,7 @@ void run_split_stems() {
 
 int main() {
   run_all<RegisterBlock<FR_LANES, FR_ROWS, 2>, RegisterBlock<FR_LANES, FR_GRADIENT_ROWS, 2>>("kernels");
-  run_split_stems<FR_LANES>();
+  run_bf16x3_stems<FR_LANES>();
   run_epilogues<FR_LANES>();
   std::printf("%d failures\n", failures);
   return failures != 0;

@@ -271,18 +271,18 @@ def test_the_rule_that_chooses(text: str, algorithm: tuple[int, str]) -> None:
 @pytest.mark.parametrize(
     ("text", "algorithm"),
     [
-        ("n=1,h=56,w=56,c=64,k=64", (4, "split")),
+        ("n=1,h=56,w=56,c=64,k=64", (4, "bf16x3")),
         ("n=1,h=28,w=28,c=128,k=128", (4, "whole")),
-        ("n=8,h=56,w=56,c=64,k=64", (4, "split")),
-        ("n=8,h=28,w=28,c=128,k=128", (4, "whole")),  # split, they do not stay in the cache
-        ("n=1,h=14,w=14,c=256,k=256", (0, "split")),
-        ("n=8,h=14,w=14,c=256,k=256", (0, "split")),
-        ("n=1,h=7,w=7,c=512,k=512", (0, "fresh split")),  # its weights come from memory
-        ("n=8,h=7,w=7,c=512,k=512", (0, "split")),
-        ("n=1,h=56,w=56,c=64,k=128,stride=2", (0, "split")),
-        ("n=1,h=14,w=14,c=512,k=512,stride=2", (0, "fresh split")),
-        ("n=1,h=56,w=56,c=64,k=256,r=1,padding=0", (0, "split")),
-        ("n=1,h=7,w=7,c=512,k=2048,r=1,padding=0", (0, "fresh split")),
+        ("n=8,h=56,w=56,c=64,k=64", (4, "bf16x3")),
+        ("n=8,h=28,w=28,c=128,k=128", (4, "whole")),  # in bf16x3 they do not stay in the cache
+        ("n=1,h=14,w=14,c=256,k=256", (0, "bf16x3")),
+        ("n=8,h=14,w=14,c=256,k=256", (0, "bf16x3")),
+        ("n=1,h=7,w=7,c=512,k=512", (0, "fresh bf16x3")),  # its weights come from memory
+        ("n=8,h=7,w=7,c=512,k=512", (0, "bf16x3")),
+        ("n=1,h=56,w=56,c=64,k=128,stride=2", (0, "bf16x3")),
+        ("n=1,h=14,w=14,c=512,k=512,stride=2", (0, "fresh bf16x3")),
+        ("n=1,h=56,w=56,c=64,k=256,r=1,padding=0", (0, "bf16x3")),
+        ("n=1,h=7,w=7,c=512,k=2048,r=1,padding=0", (0, "fresh bf16x3")),
         ("n=1,h=32,w=32,c=1,k=64", (0, "whole")),  # a chunk of 32 channels would be empty but for one
     ],
 )

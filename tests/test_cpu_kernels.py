@@ -13,7 +13,7 @@ from instruction_sets import ALL, TILES, need
 from torch import Tensor
 
 from fused_resnet import _extension
-from fused_resnet.backends.cpu_rule import DIRECT, FRESH_SPLIT_DIRECT, SPLIT_DIRECT, Algorithm, has_tiles
+from fused_resnet.backends.cpu_rule import BF16X3_DIRECT, DIRECT, FRESH_BF16X3_DIRECT, Algorithm, has_tiles
 from fused_resnet.reference import ConvBN, Tail, reference
 from fused_resnet.testing import assert_bitexact, assert_within_bar, make_tail
 from fused_resnet.testing.problems import Problem
@@ -24,10 +24,10 @@ if _extension.cpu() is None:
 
 OPS = torch.ops.fused_resnet_C
 CODES = {"none": 0, "relu": 1, "relu6": 2}
-F2 = [Algorithm(2), Algorithm(2, "fresh"), Algorithm(2, "split")]
-F4 = [Algorithm(4), Algorithm(4, "fresh"), Algorithm(4, "split")]
-SPLIT = [SPLIT_DIRECT, FRESH_SPLIT_DIRECT]
-EXACT = [DIRECT, *SPLIT, *F2]
+F2 = [Algorithm(2), Algorithm(2, "fresh"), Algorithm(2, "bf16x3")]
+F4 = [Algorithm(4), Algorithm(4, "fresh"), Algorithm(4, "bf16x3")]
+BF16X3 = [BF16X3_DIRECT, FRESH_BF16X3_DIRECT]
+EXACT = [DIRECT, *BF16X3, *F2]
 ALGORITHMS = [*EXACT, *F4]
 
 
@@ -49,7 +49,7 @@ def isa(request: pytest.FixtureRequest) -> str:
 def run(tail: Tail, algorithm: Algorithm, isa: str = "") -> Tensor:
     """The kernel's result; on matrix tiles in plain C++ where the processor has none and ``isa`` names none."""
     conv, (m, weights) = tail.conv, algorithm
-    if "split" in weights and isa not in TILES:
+    if "bf16x3" in weights and isa not in TILES:
         if isa:
             pytest.skip(f"{isa} has no matrix tiles")
         isa = "amx" if has_tiles() else "portable"
@@ -89,7 +89,7 @@ DIRECT_PROBLEMS = [
     "n=1,h=13,w=11,c=16,k=24,stride=2:1,padding=2:1,dilation=1:2,residual=1",
     "n=1,h=9,w=10,c=48,k=24,r=3,s=1,padding=1:0,residual=1",
     "n=1,h=9,w=10,c=12,k=20,r=5,s=2,stride=3,padding=4,residual=1",
-    # 33 to 64 positions, which fresh split weights pass once: many steps, one step, a last panel of few channels
+    # 33 to 64 positions, which fresh bf16x3 weights pass once: many steps, one step, a last panel of few channels
     "n=1,h=7,w=7,c=600,k=40,r=1,residual=1",
     "n=1,h=6,w=8,c=8,k=20,r=1,residual=1",
     "n=1,h=5,w=9,c=40,k=81,r=3,padding=1,activation=relu6",
@@ -112,7 +112,7 @@ def test_f2_is_bit_exact_on_integers(text: str, algorithm: Algorithm, isa: str) 
     assert_bitexact(run(tail, algorithm, isa), reference(tail.to(torch.float64)), text)
 
 
-@pytest.mark.parametrize("algorithm", [DIRECT, *SPLIT], ids=name_of)
+@pytest.mark.parametrize("algorithm", [DIRECT, *BF16X3], ids=name_of)
 @pytest.mark.parametrize("text", DIRECT_PROBLEMS)
 def test_direct_is_bit_exact_on_integers(text: str, algorithm: Algorithm, isa: str) -> None:
     tail = make_tail(problem(text), "integers")
@@ -128,9 +128,9 @@ def test_large_weights_lie_in_pages_of_their_own() -> None:
     assert small.untyped_storage().nbytes() == small.nbytes
 
 
-@pytest.mark.parametrize("algorithm", SPLIT, ids=name_of)
+@pytest.mark.parametrize("algorithm", BF16X3, ids=name_of)
 @pytest.mark.parametrize("isa", TILES)
-def test_split_products_have_all_their_bits(algorithm: Algorithm, isa: str) -> None:
+def test_bf16x3_products_have_all_their_bits(algorithm: Algorithm, isa: str) -> None:
     """One product per output, of factors with 12 bits each: exact only with all six products of parts."""
     need(isa)
     g = torch.Generator().manual_seed(0)
@@ -261,7 +261,7 @@ def test_infinity_is_exact_in_direct_and_never_finite_in_winograd() -> None:
     tail = with_pixel(torch.inf)
     expected = reference(tail)
     assert torch.equal(run(tail, DIRECT).isinf(), expected.isinf())
-    for algorithm in SPLIT:  # NaN in every output that has part in it
+    for algorithm in BF16X3:  # NaN in every output that has part in it
         assert torch.equal(run(tail, algorithm).isnan(), reference(with_pixel(torch.nan)).isnan())
     for algorithm in (*F2, *F4):  # infinity minus infinity: NaN
         assert not bool(run(tail, algorithm)[expected.isinf()].isfinite().any())
@@ -290,10 +290,10 @@ def test_onednn_finds_the_matrix_tiles_as_it_left_them() -> None:
     g = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(shape, generator=g).bfloat16() for shape in ((2, 64, 14, 14), (64, 64, 3, 3)))
     tail = make_tail(problem("n=2,h=14,w=14,c=64,k=64,padding=1,residual=1"), "random")
-    bfloat16, ours = torch.conv2d(x, weight, padding=1), run(tail, SPLIT_DIRECT)
+    bfloat16, ours = torch.conv2d(x, weight, padding=1), run(tail, BF16X3_DIRECT)
     for _ in range(3):
         assert torch.equal(torch.conv2d(x, weight, padding=1), bfloat16)
-        assert torch.equal(run(tail, SPLIT_DIRECT), ours)
+        assert torch.equal(run(tail, BF16X3_DIRECT), ours)
 
 
 def with_environment(isa: str, code: str) -> subprocess.CompletedProcess[str]:
@@ -331,9 +331,9 @@ def test_relu6_and_none() -> None:
     ("change", "message"),
     [
         ({"m": 3}, "m: expected 0, 2 or 4, got 3"),
-        ({"weights": "halved"}, "weights: expected whole, fresh, split, fresh split or split rows, got halved"),
+        ({"weights": "halved"}, "weights: expected whole, fresh, bf16x3, fresh bf16x3 or bf16x3 stem, got halved"),
         ({"weights": "fresh"}, 'weights: expected a kind that this kernel has, got "fresh" for m = 0 with '),
-        ({"weights": "split", "isa": "portable"}, "packed: expected what conv_pack made for this filter"),
+        ({"weights": "bf16x3", "isa": "portable"}, "packed: expected what conv_pack made for this filter"),
         ({"isa": "mmx"}, "isa: expected an instruction set of this CPU, got mmx"),
         ({"filter": [8, 3]}, "filter: expected K, R and S, got 2 numbers"),
         ({"stride": [2, 2], "m": 2}, "m: expected 0 unless stride and dilation are 1, got 2"),

@@ -48,7 +48,7 @@ def test_no_stray_access_and_no_undefined_behaviour(tmp_path: Path) -> None:
 @needs_cross_compiler
 @pytest.mark.skipif(shutil.which(EMULATOR) is None, reason=f"needs {EMULATOR} (Debian: apt install qemu-user)")
 def test_the_portable_kernels_are_right_on_aarch64(tmp_path: Path) -> None:
-    """With the register blocks of isa_portable.cpp and training_portable.cpp, by NEON."""
+    """With the register blocks of target_portable.h and training_portable.cpp, by NEON."""
     program = tmp_path / "kernels"
     flags = ["-std=c++17", "-O1", "-g0", "-Wno-psabi", "-static", "-DFR_LANES=4", "-DFR_ROWS=6", "-DFR_GRADIENT_ROWS=4"]
     built = subprocess.run(

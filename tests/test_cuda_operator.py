@@ -79,7 +79,7 @@ def _compile(folder: Path, csrc: Path) -> Path:
     )
     # The stand-in's constructors must run before those that register kernels with it: it is linked first.
     host = [ptxi_home / "fake_cudart" / "cudart.cpp", HERE / "host_cuda" / "capture.cpp", folder / "empty.cpp"]
-    host += [sources / "bindings_cuda.cpp"]
+    host += [sources / "bindings_cuda.cpp", sources / "bindings_planner.cpp"]
     host += [sources / "cuda" / f"{name}.cpp" for name in SOURCES]
     commands = [["g++", *flags, *includes, "-c", str(f), "-o", str(folder / f"{f.stem}.o")] for f in host]
     kernels = [sources / "cuda" / f"{name}.cu" for name in COMPILED]

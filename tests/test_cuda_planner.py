@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from toolchain import why_not
 
-if reason := why_not("g++"):
+if reason := why_not("_C"):
     pytest.skip(reason, allow_module_level=True)
 
-from fused_resnet.aot.planner import Plan, PlanRequest, device_for, planner, request_for
+from fused_resnet.aot.planner import device_for, planner
 from fused_resnet.problem import Problem, Projection
 from fused_resnet.testing import RESNET_TAILS, in_dtype
 
@@ -28,20 +28,17 @@ SMALL = Problem(1, 8, 8, 16, 16, 3, 3, padding=(1, 1), dtype=torch.float16, devi
 _PIXELS = 2 * 112 + 2 * 56 + 6 * 8
 
 
-def request(problem: Problem, **changes: int) -> PlanRequest:
-    made = request_for(problem, torch.float32, 1e-5, 1e-5, 16)
-    for name, value in changes.items():
-        setattr(made, name, value)
-    return made
+def request(problem: Problem, **changes: int) -> dict[str, int | float]:
+    return planner().request(problem, torch.float32, 1e-5, 1e-5, 16) | changes
 
 
 def outcome(problem: Problem) -> tuple[int, int] | str:
     """Height and width of the output, or the sentence."""
     try:
-        plan: Plan = planner().ask(request(problem), H100)
+        plan = planner().ask(request(problem), H100)
     except ValueError as refusal:
         return str(refusal)
-    pixels, p, q = struct.unpack_from("<3i", bytes(plan.params), _PIXELS)
+    pixels, p, q = struct.unpack_from("<3i", plan.argument, _PIXELS)
     assert pixels == problem.n * p * q
     assert plan.grid[0] > 0
     return p, q
@@ -112,6 +109,13 @@ def test_a_device_without_multiprocessors_is_refused() -> None:
         planner().ask(request(SMALL), dataclasses.replace(H100, sm_count=0))
 
 
+def test_requests_of_other_fields_or_of_no_32_bits_are_refused() -> None:
+    with pytest.raises(TypeError, match="plan: unknown argument colour"):
+        planner().ask(request(SMALL, colour=1), H100)
+    with pytest.raises(ValueError, match=f"n: expected a number of 32 bits, got {1 << 31}"):
+        planner().ask(request(SMALL, n=1 << 31), H100)
+
+
 def test_counters_are_no_more_than_a_launch_counts() -> None:
     for k, splits in itertools.product((16, 200, 5000), (2, 7)):
         plan = planner().ask(request(dataclasses.replace(SMALL, k=k), splits=splits, tile_m=32, tile_n=32), H100)
@@ -121,9 +125,7 @@ def test_counters_are_no_more_than_a_launch_counts() -> None:
 
 
 def _blocks_per_sm(symbol: str, shared: int) -> int:
-    kernel = next(i for i, name in enumerate(planner().kernels) if name == symbol)
-    info = planner().library.fused_resnet_kernel_info(kernel).contents
-    return min(info.blocks_per_sm, H100.shared_per_sm // (shared + 1024))
+    return min(planner().kernels[symbol].blocks_per_sm, H100.shared_per_sm // (shared + 1024))
 
 
 def test_what_memory_bounds_does_not_run_alone_on_an_sm() -> None:

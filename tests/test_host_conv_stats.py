@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from toolchain import why_not
 
-if reason := why_not("g++"):
+if reason := why_not("_C", "g++"):
     pytest.skip(reason, allow_module_level=True)
 
 from conv_stats_cases import ConvCase, cases, check_statistics, problem_of, symbols

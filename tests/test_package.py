@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,27 @@ def test_lower_layers_import_nothing_above_them(layer: str) -> None:
                 modules = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
                 above = set(modules) - LAYERS[layer]
                 assert not above, f"{file.relative_to(ROOT)}:{node.lineno} imports {', '.join(sorted(above))}"
+
+
+def includes_of(path: Path, csrc: Path) -> list[Path]:
+    """The files of csrc that this one includes; every quoted name must be one."""
+    found = []
+    for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE):
+        file = next((base / name for base in (path.parent, csrc) if (base / name).is_file()), None)
+        assert file is not None, f'{path.relative_to(csrc)}: there is no "{name}"'
+        found.append(file.resolve())
+    return found
+
+
+def test_no_circle_of_includes() -> None:
+    csrc = ROOT.parent / "csrc"
+    if not csrc.exists():
+        pytest.skip("not in a source tree")
+    files = [path.resolve() for path in csrc.rglob("*") if path.suffix in (".h", ".cpp", ".cuh", ".cu")]
+    left = {path: set(includes_of(path, csrc)) for path in files}
+    while leaves := {path for path, included in left.items() if not included}:
+        left = {path: included - leaves for path, included in left.items() if path not in leaves}
+    assert not left, f"include one another: {', '.join(sorted(path.name for path in left))}"
 
 
 def test_files_stay_readable() -> None:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from toolchain import why_not
 
-if reason := why_not("g++", "nvcc"):
+if reason := why_not("_C", "g++", "nvcc"):
     pytest.skip(reason, allow_module_level=True)
 
 from host_cuda.host import locked
@@ -38,7 +38,6 @@ from fused_resnet.aot.launch_json import Launch, default_bn_dtype, write
 from fused_resnet.aot.planner import (
     cache_directory,
     planner,
-    request_for,
     source_directory,
     sources_key,
 )
@@ -207,19 +206,18 @@ def launch_through_the_runtime(problem: Problem, directory: Path, splits: int = 
     """Plan and launch (host_cuda/launch_path.py); adds y to the answer."""
     tail = make_tail(problem, "integers")
     proj_eps = tail.proj.eps if tail.proj else 1e-5
-    request = request_for(problem, default_bn_dtype(problem), tail.conv.eps, proj_eps, 16)
-    request.splits = splits
     # The short catalogue has one tile, so name it where the buffers (the workspace's size) are made.
     launch = planner().plan(
         problem, "sm_80", tile="32x32", splitk=splits or 1, eps=tail.conv.eps, proj_eps=proj_eps
     )  # fmt: skip
-    request.splits = splits or 1
+    fields = planner().request(problem, default_bn_dtype(problem), tail.conv.eps, proj_eps, 16)
+    request = planner().extension.plan_request(**fields, splits=splits or 1)
     memory = Memory(launch, tail)
     buffers = {}
     for name, spec in launch.tensors.items():
         (directory / name).write_bytes(memory.content(name))
         buffers[name] = {"file": str(directory / name), "alignment": spec.alignment, "writable": name in WRITABLE}
-    answer = run_job({"request": bytes(request).hex(), "buffers": buffers, **changes}, directory)
+    answer = run_job({"request": request.hex(), "buffers": buffers, **changes}, directory)
     memory.replace("y", (directory / "y").read_bytes())
     answer |= {"y": memory.y, "exact": reference(tail.to(torch.float64)), "symbol": launch.kernel}
     return answer

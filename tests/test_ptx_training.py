@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from toolchain import why_not
 
-if reason := why_not("g++", "nvcc"):
+if reason := why_not("_C", "g++", "nvcc"):
     pytest.skip(reason, allow_module_level=True)
 
 import host_cuda.host  # noqa: F401  (names the cache of compiled artefacts)
@@ -27,7 +27,7 @@ from fused_resnet import aot
 from fused_resnet.aot.cuda import compile_kernel
 from fused_resnet.aot.launch_json import Launch
 from fused_resnet.aot.planner import planner
-from fused_resnet.aot.training import OPS, TrainingCall, request_for, training_planner
+from fused_resnet.aot.training import OPS, TrainingCall, training_planner
 from fused_resnet.problem import Problem
 from fused_resnet.reference import Tail, reference
 from fused_resnet.testing import assert_bitexact, check_tail, make_tail
@@ -124,7 +124,9 @@ def test_launch_path(text: str, changes: dict[str, Any], message: str, tmp_path:
             (tmp_path / name).write_bytes(memory.content(name))
             writable = name in memory.writable
             buffers[name] = {"file": str(tmp_path / name), "alignment": spec.alignment, "writable": writable}
-        job = {"request": bytes(request_for(call, 16)).hex(), "pass": OPS.index(call.op), "buffers": buffers}
+        planner = training_planner()
+        request = planner.extension.training_request(**planner.request(call, 16))
+        job = {"request": request.hex(), "pass": OPS.index(call.op), "buffers": buffers}
         answer = run_job({**job, **changes}, tmp_path)
         assert answer["error"].startswith(message)
         assert bool(answer["error"]) == bool(message)

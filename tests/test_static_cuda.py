@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from toolchain import why_not
 
-if reason := why_not("g++", "nvcc", "cuobjdump"):
+if reason := why_not("_C", "g++", "nvcc", "cuobjdump"):
     pytest.skip(reason, allow_module_level=True)
 
 import host_cuda.host  # noqa: F401  (names the cache of compiled artefacts)

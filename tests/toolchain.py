@@ -10,6 +10,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for benchmarks.static, als
 
 
 def _missing(tool: str) -> str | None:
+    if tool == "_C":
+        from fused_resnet import _extension
+
+        return _extension.why_not_cpu()
     if tool == "nvcc":
         from fused_resnet.aot.cuda import toolkit
 

@@ -52,7 +52,7 @@ Tensor conv_pack(const Tensor& weight, int64_t m, const std::string& isa, const 
     return packed;
   };
   const WeightKind kind = weight_kind(weights);
-  if (kind == WeightKind::kSplitRows) {
+  if (kind == WeightKind::kBf16x3Stem) {
     shape.dilation_h = shape.dilation_w = 1;  // of the filter alone; the order does not depend on the rest
     return pack(pooled_kernel(kind, isa, shape));
   }
@@ -163,7 +163,7 @@ Tensor pooled_convolution(const Tensor& x, const Tensor& packed, const std::vect
   const PooledKernel& kernel = pooled_kernel(weights, isa, shape);
   check_packed(packed, kernel, shape);
   check(weights == WeightKind::kWhole || shape.w == 1 || problem.x_stride[2] == shape.c, "x",
-        "pixels side by side for split rows", "a stride of ", problem.x_stride[2]);
+        "pixels side by side for bf16x3 stem", "a stride of ", problem.x_stride[2]);
   check(pool_sizes.size() == 6, "pool", "window, stride and padding, two numbers each", pool_sizes.size(),
         " numbers");
   Pool pool{pool_sizes[0], pool_sizes[1], pool_sizes[2], pool_sizes[3], pool_sizes[4], pool_sizes[5], 0, 0};

@@ -16,6 +16,7 @@
 
 #include <algorithm>
 
+#include "conv.h"
 #include "finish.h"
 #include "gemm.h"
 #include "memory.h"
@@ -24,10 +25,10 @@ namespace fused_resnet::cpu {
 
 // Scale, shift, residual, activation and store for kRows consecutive pixels and the panel that begins with
 // channel k. y and residual are dense: a pixel is K floats.
-template <class Block, int kRows>
+template <class Block, int kRows, Residual kResidual>
 FR_INLINE void finish_products(const Vec<Block::kLanes> (&sum)[kRows][Block::kCols],
-                               const ConvProblem& problem, int64_t k, OutputBounds bounds,
-                               const float* residual, float* y) {
+                               const ConvProblem& problem, int64_t k, Bounds bounds, const float* residual,
+                               float* y) {
   constexpr int kLanes = Block::kLanes;
   const int64_t k_count = problem.shape.k;
   unroll<Block::kCols>([&](auto j) FR_LAMBDA {
@@ -37,16 +38,8 @@ FR_INLINE void finish_products(const Vec<Block::kLanes> (&sum)[kRows][Block::kCo
     const Vec<kLanes> shift = load<kLanes>(problem.shift + k + offset);
     unroll<kRows>([&](auto row) FR_LAMBDA {
       const int64_t at = row * k_count + offset;
-      Vec<kLanes> value = sum[row][j] * scale + shift;
-      if (residual) {
-        value += count >= kLanes ? load<kLanes>(residual + at) : load_partial<kLanes>(residual + at, count);
-      }
-      value = bounds.apply<kLanes>(value);
-      if (count >= kLanes) {
-        store<kLanes>(y + at, value);
-      } else {
-        store_partial<kLanes>(y + at, value, count);
-      }
+      finish<AllSteps<kResidual>, kLanes>(sum[row][j], scale, shift, bounds,
+                                          residual == nullptr ? nullptr : residual + at, y + at, count);
     });
   });
 }
@@ -55,7 +48,7 @@ FR_INLINE void finish_products(const Vec<Block::kLanes> (&sum)[kRows][Block::kCo
 template <class Block, int kRows>
 struct FinishProducts {
   static void run(const float* v, int64_t v_chunk_stride, int64_t chunks, const float* u, Ahead ahead,
-                  const ConvProblem& problem, int64_t k, OutputBounds bounds, int64_t out) {
+                  const ConvProblem& problem, int64_t k, Bounds bounds, int64_t out) {
     constexpr int kLanes = Block::kLanes, kCols = Block::kCols;
     const int64_t k_count = problem.shape.k;
     float* y = problem.y + out;
@@ -73,7 +66,7 @@ struct FinishProducts {
         }
       }
     });
-    finish_products<Block, kRows>(sum, problem, k, bounds, residual, y);
+    finish_products<Block, kRows, Residual::kUnlessNull>(sum, problem, k, bounds, residual, y);
   }
 };
 
@@ -235,7 +228,7 @@ struct DirectImpl {
   // Output pixels [first_pixel, first_pixel + pixels) and panels [first_panel, last_panel); the first pixel
   // is written to problem.y + out.
   static void compute(const ConvProblem& problem, int64_t first_pixel, int64_t pixels, int64_t first_panel,
-                      int64_t last_panel, int64_t out, float* scratch) {
+                      int64_t last_panel, Bounds bounds, int64_t out, float* scratch) {
     const int64_t depth = depth_of(problem.shape), k = problem.shape.k;
     float* zeros = scratch;
     float* v = zeros + kChunk;
@@ -243,7 +236,6 @@ struct DirectImpl {
 
     std::fill_n(zeros, kChunk, 0.0f);
     gather(problem, first_pixel, pixels, zeros, lines, v);
-    const OutputBounds bounds(problem.activation);
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       const float* u = problem.weights + panel * depth * kPanel;
       const float* next =
@@ -262,7 +254,8 @@ struct DirectImpl {
     const int64_t pixels = std::min(plan.rows_per_block, plan.rows - first_pixel);
     const int64_t first_panel = piece % plan.k_blocks * plan.panels_per_block;
     const int64_t last_panel = std::min(first_panel + plan.panels_per_block, plan.panels);
-    compute(problem, first_pixel, pixels, first_panel, last_panel, first_pixel * problem.shape.k, scratch);
+    compute(problem, first_pixel, pixels, first_panel, last_panel, Bounds(problem.activation),
+            first_pixel * problem.shape.k, scratch);
   }
 
   static constexpr ConvKernel kernel() { return {kPanel, &weight_floats, &pack_weights, &plan, &run_piece}; }

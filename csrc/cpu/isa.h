@@ -19,8 +19,8 @@ struct Kernels {
   EpilogueKernel epilogue;
   ChecksumKernel checksum;
   // Matrix tiles: absent (nullptr) in "avx512" and "avx2".
-  ConvKernel split_direct = {}, fresh_split_direct = {}, split_winograd2 = {}, split_winograd4 = {};
-  PooledKernel split_pooled = {};
+  ConvKernel bf16x3_direct = {}, fresh_bf16x3_direct = {}, bf16x3_winograd2 = {}, bf16x3_winograd4 = {};
+  PooledKernel bf16x3_stem = {};
 };
 
 // The parts of a set, a file each: they compile side by side, and none takes long or much memory. Each runs
@@ -36,9 +36,9 @@ void add_winograd2(Kernels& set);
 template <class Isa>
 void add_winograd4(Kernels& set);
 template <class Isa>
-void add_split_direct(Kernels& set);
+void add_bf16x3_direct(Kernels& set);
 template <class Isa>
-void add_split_winograd(Kernels& set);
+void add_bf16x3_winograd(Kernels& set);
 
 // To be called where the CPU has the instruction set.
 #if defined(__x86_64__)

@@ -17,8 +17,8 @@ Kernels vector_kernels(const char* name) {
 template <class Isa>
 Kernels with_matrix_tiles(Kernels set, const char* name) {
   set.isa = name;
-  add_split_direct<Isa>(set);
-  add_split_winograd<Isa>(set);
+  add_bf16x3_direct<Isa>(set);
+  add_bf16x3_winograd<Isa>(set);
   return set;
 }
 

@@ -20,7 +20,8 @@ WeightKind weight_kind(int64_t number) {
 
 WeightKind weight_kind(const std::string& name) {
   const auto* found = std::find(std::begin(kWeightKinds), std::end(kWeightKinds), name);
-  check(found != std::end(kWeightKinds), "weights", "whole, fresh, split, fresh split or split rows", name);
+  check(found != std::end(kWeightKinds), "weights", "whole, fresh, bf16x3, fresh bf16x3 or bf16x3 stem",
+        name);
   return weight_kind(found - std::begin(kWeightKinds));
 }
 
@@ -33,8 +34,8 @@ const ConvKernel& conv_kernel(int64_t m, WeightKind weights, const std::string& 
   // [kind][direct, F2, F4]
   const ConvKernel* const all[][3] = {{&set.direct, &set.winograd2, &set.winograd4},
                                       {&kNone, &set.fresh_winograd2, &set.fresh_winograd4},
-                                      {&set.split_direct, &set.split_winograd2, &set.split_winograd4},
-                                      {&set.fresh_split_direct, &kNone, &kNone},
+                                      {&set.bf16x3_direct, &set.bf16x3_winograd2, &set.bf16x3_winograd4},
+                                      {&set.fresh_bf16x3_direct, &kNone, &kNone},
                                       {&kNone, &kNone, &kNone}};
   const ConvKernel& kernel = *all[static_cast<size_t>(weights)][m / 2];
   check(kernel.run_piece != nullptr, "weights", "a kind that this kernel has", "\"",
@@ -44,15 +45,15 @@ const ConvKernel& conv_kernel(int64_t m, WeightKind weights, const std::string& 
 
 const PooledKernel& pooled_kernel(WeightKind weights, const std::string& isa, const ConvShape& shape) {
   const Kernels& set = kernels_called(isa);
-  check(weights == WeightKind::kWhole || weights == WeightKind::kSplitRows, "weights",
-        "whole or split rows for a convolution with its max pool",
+  check(weights == WeightKind::kWhole || weights == WeightKind::kBf16x3Stem, "weights",
+        "whole or bf16x3 stem for a convolution with its max pool",
         kWeightKinds[static_cast<size_t>(weights)]);
   if (weights == WeightKind::kWhole) return set.pooled;
-  check(set.split_pooled.run != nullptr, "isa", "one with matrix tiles for split rows", set.isa);
-  check(set.split_pooled.can_run(shape), "filter",
-        "at most 16 channels, 32 inputs or more, no dilation and no stride beyond it for split rows", shape.c,
-        " channels, ", shape.r, " x ", shape.s);
-  return set.split_pooled;
+  check(set.bf16x3_stem.run != nullptr, "isa", "one with matrix tiles for bf16x3 stem", set.isa);
+  check(set.bf16x3_stem.can_run(shape), "filter",
+        "at most 16 channels, 32 inputs or more, no dilation and no stride beyond it for bf16x3 stem",
+        shape.c, " channels, ", shape.r, " x ", shape.s);
+  return set.bf16x3_stem;
 }
 
 }  // namespace fused_resnet::cpu

@@ -2,7 +2,7 @@
 // output, the largest tensor of the whole network, is never written to memory: a ring of its rows stays in
 // the cache until the windows that need them are done.
 //
-// Rows computes the convolution row by row: DirectRows (row_kernel.h) or SplitRows (split_rows.h).
+// Rows computes the convolution row by row: DirectRows (row_kernel.h) or Bf16x3Stem (bf16x3_stem.h).
 #pragma once
 
 #include "row_kernel.h"
@@ -29,6 +29,7 @@ struct PooledRows {
   static FR_INLINE V maximum(V a, V b) {
     if constexpr (kNonNegative) {
       // As unsigned integers floats from +0 on have their own order, and NaNs of either sign are above them.
+      // (So is -0: Bounds::before_max_pool leaves none.)
       return (Bits)b > (Bits)a ? b : a;
     } else {
       return ((b > a) | (b != b)) ? b : a;

@@ -16,7 +16,7 @@ struct RowRuns {
   struct Products {
     // rows[r]: where the run of filter row r begins for the first of kRows pixels.
     static void run(const float* const* rows, int64_t offset, int64_t run_floats, int64_t depth,
-                    const float* u, const ConvProblem& problem, int64_t k, OutputBounds bounds, float* y) {
+                    const float* u, const ConvProblem& problem, int64_t k, Bounds bounds, float* y) {
       using V = Vec<Block::kLanes>;
       constexpr int64_t kSegmentFloats = kSegment * kChunk;
       V sum[kRows][Block::kCols] = {}, total[kRows][Block::kCols] = {};
@@ -51,7 +51,7 @@ struct RowRuns {
           unroll<Block::kCols>([&](auto j) FR_LAMBDA { total[row][j] = sum[row][j]; });
         });
       }
-      finish_products<Block, kRows>(sum, problem, k, bounds, nullptr, y);
+      finish_products<Block, kRows, Residual::kNone>(sum, problem, k, bounds, nullptr, y);
     }
   };
 };
@@ -110,7 +110,7 @@ struct RowImpl {
     const ConvShape& shape = problem.shape;
     const int64_t run_floats = shape.s * shape.c, depth = shape.r * run_floats;
     const int64_t u_panel = DirectImpl<Block>::depth_of(shape) * Block::kPanel;
-    const OutputBounds bounds(problem.activation);
+    const Bounds bounds = Bounds::before_max_pool(problem.activation);
     for (int64_t k = 0; k < shape.k; k += Block::kPanel) {
       const float* u = problem.weights + k / Block::kPanel * u_panel;
       for_groups<Block, Runs::template Products>(shape.q, [&](auto kernel, int64_t first, int64_t, int64_t) {
@@ -155,7 +155,8 @@ struct DirectRows {
     to_y.y = y;
     for (int64_t q = 0; q < shape.q; q += kPixels) {
       Direct::compute(to_y, (image_ * shape.p + p) * shape.q + q, std::min(kPixels, shape.q - q), 0,
-                      ceil_div(shape.k, kPanel), q * shape.k, scratch_);
+                      ceil_div(shape.k, kPanel), Bounds::before_max_pool(problem_.activation), q * shape.k,
+                      scratch_);
     }
   }
   void finish() {}

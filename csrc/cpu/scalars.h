@@ -107,4 +107,19 @@ FR_INLINE void store(Half* p, Vec<kLanes> v) {
   for (int i = 0; i < kLanes; ++i) p[i].bits = float_to_half<kLanes>(v[i]);
 }
 
+// The first `count` lanes of a 16-bit type, as for float in vec.h.
+template <int kLanes, class T, class = std::enable_if_t<sizeof(T) == 2>>
+FR_INLINE Vec<kLanes> load_partial(const T* p, int64_t count) {
+  T buffer[kLanes] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(count) * sizeof(T));
+  return load<kLanes>(buffer);
+}
+
+template <int kLanes, class T, class = std::enable_if_t<sizeof(T) == 2>>
+FR_INLINE void store_partial(T* p, Vec<kLanes> v, int64_t count) {
+  T buffer[kLanes];
+  store<kLanes>(buffer, v);
+  std::memcpy(p, buffer, static_cast<size_t>(count) * sizeof(T));
+}
+
 }  // namespace fused_resnet::cpu

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "finish.h"
 #include "training.h"
 #include "training_elements.h"
 
@@ -106,9 +107,7 @@ struct TrainingImpl {
         const V lower = V{} + a.lower, upper = V{} + a.upper;
         // NaN fails every comparison: it is kept, and so is its gradient, as in eager PyTorch.
         bits |= bits_of_lanes<kLanes>(~((z <= lower) | (z >= upper))) << kOffset;
-        z = z < lower ? lower : z;
-        z = z > upper ? upper : z;
-        store<kLanes>(out + kOffset, z);
+        store<kLanes>(out + kOffset, at_most(at_least(z, lower), upper));
       });
       return bits;
     }

@@ -129,10 +129,11 @@ struct WinogradImpl {
 
   // Y = A^T M A and the epilogue, for one tile and one vector of output channels; y and residual point at its
   // first pixel.
-  template <class E, bool kWhole>
+  template <class S>
   static FR_INLINE void finish_channels(const ConvProblem& problem, const float* m, int64_t m_position,
-                                        V scale, V shift, const float* residual, float* y, int64_t rows,
-                                        int64_t columns, int64_t count) {
+                                        V scale, V shift, Bounds bounds, const float* residual, float* y,
+                                        int64_t rows, int64_t columns, int64_t count) {
+    constexpr bool kResidual = S::kResidual == Residual::kSome;
     V half[kM][kTile];  // A^T M
     unroll<kTile>([&](auto j) FR_LAMBDA {
       output_transform<W, V>([&](auto i) FR_LAMBDA { return load<kLanes>(m + (i * kTile + j) * m_position); },
@@ -140,14 +141,14 @@ struct WinogradImpl {
     });
     unroll<kM>([&](auto i) FR_LAMBDA {
       if (i >= rows) return;
-      const float* residual_row = residual + (E::kResidual ? i * problem.residual_stride[1] : 0);
+      const float* residual_row = residual + (kResidual ? i * problem.residual_stride[1] : 0);
       float* y_row = y + i * problem.y_stride[1];
       output_transform<W, V>([&](auto j) FR_LAMBDA { return half[i][j]; },
                              [&](auto j, V value) FR_LAMBDA {
                                if (j >= columns) return;
-                               finish<E, kLanes, kWhole>(
-                                   value, scale, shift,
-                                   residual_row + (E::kResidual ? j * problem.residual_stride[2] : 0),
+                               finish<S, kLanes>(
+                                   value, scale, shift, bounds,
+                                   residual_row + (kResidual ? j * problem.residual_stride[2] : 0),
                                    y_row + j * problem.y_stride[2], count);
                              });
     });
@@ -179,19 +180,20 @@ struct WinogradImpl {
     }
   };
 
-  template <class E>
+  template <class S>
   static void transform_output(const ConvProblem& problem, const Outputs& at, const Outputs& next, bool fetch,
                                const float* m, int64_t m_position, int64_t k_begin, int64_t k_end) {
+    const Bounds bounds(problem.activation);
     for (int64_t k = k_begin; k < k_end; k += kLanes, m += kLanes) {
       const V scale = load<kLanes>(problem.scale + k), shift = load<kLanes>(problem.shift + k);
-      const float* residual = at.residual + (E::kResidual ? k : 0);
+      const float* residual = at.residual + (S::kResidual == Residual::kSome ? k : 0);
       if (fetch) next.fetch(k);
       if (k + kLanes <= k_end) {
-        finish_channels<E, true>(problem, m, m_position, scale, shift, residual, at.y + k, at.rows,
-                                 at.columns, kLanes);
+        finish_channels<S>(problem, m, m_position, scale, shift, bounds, residual, at.y + k, at.rows,
+                           at.columns, kLanes);
       } else {
-        finish_channels<E, false>(problem, m, m_position, scale, shift, residual, at.y + k, at.rows,
-                                  at.columns, k_end - k);
+        finish_channels<S>(problem, m, m_position, scale, shift, bounds, residual, at.y + k, at.rows,
+                           at.columns, k_end - k);
       }
     }
   }
@@ -214,11 +216,11 @@ struct WinogradImpl {
     const int64_t k_begin = first_panel * kPanel, k_end = std::min(last_panel * kPanel, problem.shape.k);
     const int64_t m_tile = (last_panel - first_panel) * kPanel, last_tile = tiles_of(problem.shape) - 1;
     const bool fetch = fetches(problem.shape);
-    with_epilogue(problem, [&](auto epilogue) {
+    with_steps(problem.activation, problem.residual != nullptr, [&](auto steps) {
       Outputs at(problem, first_tile);
       for (int64_t tile = first_tile; tile < first_tile + tiles; ++tile, m += m_tile) {
         const Outputs next(problem, std::min(tile + 1, last_tile));
-        transform_output<decltype(epilogue)>(problem, at, next, fetch, m, m_position, k_begin, k_end);
+        transform_output<decltype(steps)>(problem, at, next, fetch, m, m_position, k_begin, k_end);
         at = next;
       }
     });

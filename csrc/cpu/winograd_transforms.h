@@ -2,7 +2,7 @@
 // coefficient must not touch the data at all: 0 * NaN is NaN, and F(2x2) promises NaN exactly as eager has
 // it).
 //
-// Points come in pairs +-p, and polynomials split into even and odd powers, so both values of a pair cost
+// Points come in pairs +-p, and polynomials fall into even and odd powers, so both values of a pair cost
 // little more than one: even(p) + odd(p) and even(p) - odd(p).
 #pragma once
 

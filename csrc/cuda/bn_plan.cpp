@@ -1,12 +1,9 @@
 #include "bn_plan.h"
 
 #include <algorithm>
-#include <cstddef>
-#include <cstdio>
-#include <cstring>
 #include <numeric>
-#include <string>
 
+#include "planning.h"
 #include "schedule.h"
 
 namespace fused_resnet {
@@ -21,10 +18,6 @@ constexpr int shared_bytes(BnPass pass, int packet, int branches) {
 constexpr BnKernelInfo kCatalogue[] = {FUSED_RESNET_BN_KERNELS(FUSED_RESNET_BN_KERNEL_INFO)};
 #undef FUSED_RESNET_BN_KERNEL_INFO
 
-struct Tensor {
-  const char* name;
-  size_t offset;
-};
 #define FUSED_RESNET_BRANCH(prefix, index)                                \
   {prefix "y", offsetof(BnParams, branch[index].y)},                      \
       {prefix "mean", offsetof(BnParams, branch[index].mean)},            \
@@ -34,7 +27,7 @@ struct Tensor {
       {prefix "mean_dz", offsetof(BnParams, branch[index].mean_dz)}, {    \
     prefix "mean_dz_xhat", offsetof(BnParams, branch[index].mean_dz_xhat) \
   }
-constexpr Tensor kTensors[kBnTensorCount] = {
+constexpr TensorField kTensors[kBnTensorCount] = {
     FUSED_RESNET_BRANCH("", 0),
     FUSED_RESNET_BRANCH("proj_", 1),
     {"residual", offsetof(BnParams, residual)},
@@ -48,20 +41,6 @@ constexpr Tensor kTensors[kBnTensorCount] = {
     {"workspace", offsetof(BnParams, workspace)},
 };
 #undef FUSED_RESNET_BRANCH
-
-struct Refusal {
-  std::string sentence;
-};
-template <class... Args>
-[[noreturn]] void refuse(const char* format, Args... args) {
-  char text[256];
-  std::snprintf(text, sizeof(text), format, args...);
-  throw Refusal{text};
-}
-
-int bytes_of(int32_t dtype) {
-  return dtype == kFloat32 ? 4 : 2;
-}
 
 // What the passes have in common, and what sets them apart.
 struct Traits {
@@ -77,7 +56,7 @@ struct Traits {
 };
 
 void check(const BnRequest& q, const DeviceProperties& device) {
-  if (device.capability < 80) refuse("cuda: needs sm_80 or newer, got sm_%d", device.capability);
+  check_device(device);
   if (q.pass < 0 || q.pass > static_cast<int32_t>(BnPass::kBackwardApply)) {
     refuse("cuda: there is no training pass %d", q.pass);
   }
@@ -87,9 +66,6 @@ void check(const BnRequest& q, const DeviceProperties& device) {
            static_cast<long long>(q.rows), q.channels);
   }
   const Traits t(q);
-  const auto known = [](int32_t dtype) {
-    return dtype == kFloat16 || dtype == kBFloat16 || dtype == kFloat32;
-  };
   const auto absent_or_known = [&](int32_t dtype) { return dtype == kAbsent || known(dtype); };
   if (!known(q.y_dtype) || !absent_or_known(q.proj_dtype) || !absent_or_known(q.residual_dtype) ||
       ((t.apply || t.backward) && !known(q.out_dtype))) {
@@ -97,10 +73,7 @@ void check(const BnRequest& q, const DeviceProperties& device) {
   }
   if (t.projection && q.residual_dtype != kAbsent)
     refuse("cuda: expected a residual or a projection, got both");
-  if (t.apply && (q.activation < kActivationNone || q.activation > kActivationRelu6)) {
-    refuse("cuda: activation must be 0 (none), 1 (relu) or 2 (relu6), got %d", q.activation);
-  }
-  if (device.sm_count < 1) refuse("cuda: a device has at least one multiprocessor, got %d", device.sm_count);
+  if (t.apply) check_activation(q.activation);
 }
 
 // The type of all activations of the call, or kAnyDType.
@@ -186,10 +159,8 @@ void fill_alignment(const BnRequest& q, const BnKernelInfo& kernel, BnPlan& plan
     if (t.pass == BnPass::kStats) continue;
     vector(slot + kBnMean);
     vector(slot + kBnInvstd);
-    const bool weight = affine[branch] == kAffineBoth || affine[branch] == kAffineWeight;
-    const bool bias = affine[branch] == kAffineBoth || affine[branch] == kAffineBias;
-    if (!t.reduction && weight) vector(slot + kBnWeight);
-    if (t.apply && bias) vector(slot + kBnBias);
+    if (!t.reduction && has_weight(affine[branch])) vector(slot + kBnWeight);
+    if (t.apply && has_bias(affine[branch])) vector(slot + kBnBias);
     if (t.pass == BnPass::kBackwardApply) {
       vector(slot + kBnMeanDz);
       vector(slot + kBnMeanDzXhat);
@@ -264,21 +235,11 @@ int64_t bn_tensor_offset(int slot) {
 
 int make_bn_plan(const BnRequest& request, const DeviceProperties& device, BnPlan& plan, char* error,
                  int error_bytes) {
-  try {
-    fill_plan(request, device, plan);
-    return 0;
-  } catch (const Refusal& refusal) {
-    std::snprintf(error, error_bytes, "%s", refusal.sentence.c_str());
-    return 1;
-  }
+  return answer([&] { fill_plan(request, device, plan); }, error, error_bytes);
 }
 
 BnParams bind_bn_addresses(const BnPlan& plan, const void* const* addresses) {
-  BnParams params = plan.params;
-  for (int slot = 0; slot < kBnTensorCount; ++slot) {
-    std::memcpy(reinterpret_cast<char*>(&params) + kTensors[slot].offset, &addresses[slot], sizeof(void*));
-  }
-  return params;
+  return with_addresses(plan.params, kTensors, addresses);
 }
 
 }  // namespace fused_resnet

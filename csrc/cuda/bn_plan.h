@@ -11,19 +11,19 @@
 namespace fused_resnet {
 
 struct BnRequest {
-  int64_t rows;  // N * H * W
-  int32_t channels;
-  int32_t pass;  // BnPass
-  int32_t y_dtype;
-  int32_t proj_dtype;      // of the projection's y; kAbsent: no projection
-  int32_t residual_dtype;  // apply: of the residual; backward apply: of its gradient; kAbsent: none, or not
-                           // wanted
-  int32_t out_dtype;       // apply: of the activation; backward: of grad_out
-  int32_t activation;      // apply
-  int32_t mask;            // 1: apply writes it, the backward passes read it
-  int32_t affine, proj_affine;  // Affine
-  int32_t alignment;            // bytes that the addresses of all activations are multiples of (16 is enough)
-  int32_t reserved;
+  int64_t rows = 0;  // N * H * W
+  int32_t channels = 0;
+  int32_t pass = 0;  // BnPass
+  int32_t y_dtype = kFloat32;
+  int32_t proj_dtype = kAbsent;          // of the projection's y; kAbsent: no projection
+  int32_t residual_dtype = kAbsent;      // apply: of the residual; backward apply: of its gradient; kAbsent:
+                                         // none, or not wanted
+  int32_t out_dtype = kFloat32;          // apply: of the activation; backward: of grad_out
+  int32_t activation = kActivationNone;  // apply
+  int32_t mask = 0;                      // 1: apply writes it, the backward passes read it
+  int32_t affine = kAffineNone, proj_affine = kAffineNone;
+  int32_t alignment = 16;  // bytes that the addresses of all activations are multiples of (16 is enough)
+  int32_t reserved = 0;
 };
 
 // The tensors whose addresses a launch may need. Their names depend on the pass: bn_tensor_name().

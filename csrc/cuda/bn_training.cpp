@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -38,12 +37,10 @@ const Tensor* pointer(const OptionalTensor& t) {
 class Call {
  public:
   Call(BnPass pass, const Tensor& y) : y_(y), device_(check_y(y)) {
-    std::memset(&request_, 0, sizeof(request_));
     request_.pass = static_cast<int32_t>(pass);
     request_.rows = y.size(0) * y.size(2) * y.size(3);
     request_.channels = static_cast<int32_t>(y.size(1));
     request_.y_dtype = request_.out_dtype = dtype_of(y, "y");
-    request_.proj_dtype = request_.residual_dtype = kAbsent;
   }
 
   // Returns its dtype, or kAbsent.

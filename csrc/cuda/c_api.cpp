@@ -1,5 +1,5 @@
 // Planner and launcher as a small shared library without Torch or Python: for tests of the launch path, and
-// for callers of their own. fused_resnet/backends/cuda_plan.py mirrors the structs.
+// for callers of their own, who mirror the structs of plan.h and bn_plan.h.
 #include <cstring>
 
 #include "bn_launch.h"

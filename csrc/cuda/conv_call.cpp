@@ -2,7 +2,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -58,7 +57,6 @@ ConvCall::ConvCall(const Tensor& x, const Tensor& weight, const ConvShape& shape
         weight.size(1));
   check(weight.scalar_type() == x.scalar_type(), "weight", "the dtype of x", "another");
   PlanRequest& q = request_;
-  std::memset(&q, 0, sizeof(q));
   q.n = size32(x.size(0), "x");
   q.c = size32(x.size(1), "x");
   q.h = size32(x.size(2), "x");
@@ -72,10 +70,7 @@ ConvCall::ConvCall(const Tensor& x, const Tensor& weight, const ConvShape& shape
   q.groups = size32(shape.groups, "groups");
   q.dtype = dtype_of(x, "x");
   q.tf32 = tf32;
-  q.residual_dtype = kAbsent;
   q.activation = kActivationNone;
-  q.norm = q.proj_norm = {kAbsent, kAbsent, 0, 0};
-  q.proj_stride_h = q.proj_stride_w = 1;
   kept_.reserve(20);
   activation(x, kTensorX, "x");
   activation(weight, kTensorWeight, "weight");
@@ -89,7 +84,8 @@ void ConvCall::activation(const Tensor& t, int slot, const char* name) {
 }
 
 NormRequest ConvCall::norm_request(const ConvNorm& conv, int first_slot) {
-  NormRequest norm = {kAbsent, kAbsent, 0, static_cast<float>(conv.eps)};
+  NormRequest norm;
+  norm.eps = static_cast<float>(conv.eps);
   const OptionalTensor* vectors[] = {&conv.bias, &conv.bn_weight, &conv.bn_bias, &conv.running_mean,
                                      &conv.running_var};
   constexpr const char* kNames[] = {"bias", "bn_weight", "bn_bias", "running_mean", "running_var"};

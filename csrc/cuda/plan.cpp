@@ -1,11 +1,8 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <cstddef>
-#include <cstdio>
-#include <cstring>
-#include <string>
 
+#include "planning.h"
 #include "schedule.h"
 
 namespace fused_resnet {
@@ -18,10 +15,6 @@ namespace {
 constexpr KernelInfo kCatalogue[] = {FUSED_RESNET_KERNELS(FUSED_RESNET_KERNEL_INFO)};
 #undef FUSED_RESNET_KERNEL_INFO
 
-struct Tensor {
-  const char* name;
-  size_t offset;
-};
 #define FUSED_RESNET_NORM_TENSORS(prefix, index)                         \
   {prefix "bias", offsetof(ConvParams, norm[index].conv_bias)},          \
       {prefix "bn_weight", offsetof(ConvParams, norm[index].weight)},    \
@@ -29,7 +22,7 @@ struct Tensor {
       {prefix "running_mean", offsetof(ConvParams, norm[index].mean)}, { \
     prefix "running_var", offsetof(ConvParams, norm[index].var)          \
   }
-constexpr Tensor kTensors[kTensorCount] = {
+constexpr TensorField kTensors[kTensorCount] = {
     {"x", offsetof(ConvParams, source[0].x)},
     {"weight", offsetof(ConvParams, source[0].weight)},
     FUSED_RESNET_NORM_TENSORS("", 0),
@@ -47,12 +40,6 @@ constexpr Tensor kTensors[kTensorCount] = {
 int64_t round_up(int64_t a, int64_t b) {
   return ceil_div(a, b) * b;
 }
-int bytes_of(int32_t dtype) {
-  return dtype == kFloat32 ? 4 : 2;
-}
-bool known(int32_t dtype) {
-  return dtype == kFloat16 || dtype == kBFloat16 || dtype == kFloat32;
-}
 // 0 where the filter is larger than the padded image: C++ would round a negative quotient up, to an output of
 // one row.
 int32_t out_size(int64_t size, int64_t window, int64_t stride, int64_t padding, int64_t dilation) {
@@ -64,16 +51,6 @@ int64_t product(int32_t a, int32_t b, int32_t c) {
   if (std::min({a, b, c}) < 0) return -1;
   const int64_t most = int64_t{1} << 60, ab = int64_t{a} * b;
   return ab > most / std::max(c, 1) ? most : ab * c;
-}
-
-struct Refusal {
-  std::string sentence;
-};
-template <class... Args>
-[[noreturn]] void refuse(const char* format, Args... args) {
-  char text[256];
-  std::snprintf(text, sizeof(text), format, args...);
-  throw Refusal{text};
 }
 
 // ---- checks ----
@@ -90,8 +67,7 @@ void check_norm(const char* prefix, const NormRequest& norm) {
 }
 
 void check(const PlanRequest& q, const DeviceProperties& device) {
-  if (device.capability < 80) refuse("cuda: needs sm_80 or newer, got sm_%d", device.capability);
-  if (device.sm_count < 1) refuse("cuda: a device has at least one multiprocessor, got %d", device.sm_count);
+  check_device(device);
   if (q.groups != 1) refuse("cuda: groups must be 1, got %d", q.groups);
   if (!known(q.dtype)) refuse("cuda: dtype must be float16, bfloat16 or float32");
   if (q.residual_dtype != kAbsent && !known(q.residual_dtype)) {
@@ -104,9 +80,7 @@ void check(const PlanRequest& q, const DeviceProperties& device) {
     refuse(
         "cuda: statistics are those of a convolution alone: expected no BN, addition, activation or split-K");
   }
-  if (q.activation < kActivationNone || q.activation > kActivationRelu6) {
-    refuse("cuda: activation must be 0 (none), 1 (relu) or 2 (relu6), got %d", q.activation);
-  }
+  check_activation(q.activation);
   check_norm("", q.norm);
   check_norm("proj_", q.proj_norm);
   const struct {
@@ -268,9 +242,7 @@ void fill_alignment(const PlanRequest& q, Plan& plan) {
   const auto norm = [&](int first, const NormRequest& request) {  // slots: bias, weight, bias, mean, var
     if (request.bias_dtype != kAbsent) plan.alignment[first] = bytes_of(request.bias_dtype);
     if (request.norm_dtype == kAbsent) return;
-    const bool weight = request.affine == kAffineBoth || request.affine == kAffineWeight;
-    const bool bias = request.affine == kAffineBoth || request.affine == kAffineBias;
-    const bool present[] = {weight, bias, true, true};
+    const bool present[] = {has_weight(request.affine), has_bias(request.affine), true, true};
     for (int i = 0; i < 4; ++i) plan.alignment[first + 1 + i] = present[i] ? bytes_of(request.norm_dtype) : 0;
   };
   plan.alignment[kTensorX] = plan.alignment[kTensorWeight] = params.source[0].vector_bytes;
@@ -354,21 +326,11 @@ int64_t tensor_offset(int slot) {
 
 int make_plan(const PlanRequest& request, const DeviceProperties& device, Plan& plan, char* error,
               int error_bytes) {
-  try {
-    fill_plan(request, device, plan);
-    return 0;
-  } catch (const Refusal& refusal) {
-    std::snprintf(error, error_bytes, "%s", refusal.sentence.c_str());
-    return 1;
-  }
+  return answer([&] { fill_plan(request, device, plan); }, error, error_bytes);
 }
 
 ConvParams bind_addresses(const Plan& plan, const void* const* addresses) {
-  ConvParams params = plan.params;
-  for (int slot = 0; slot < kTensorCount; ++slot) {
-    std::memcpy(reinterpret_cast<char*>(&params) + kTensors[slot].offset, &addresses[slot], sizeof(void*));
-  }
-  return params;
+  return with_addresses(plan.params, kTensors, addresses);
 }
 
 }  // namespace fused_resnet

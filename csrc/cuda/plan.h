@@ -16,29 +16,30 @@ enum Affine : int32_t { kAffineNone = 0, kAffineBoth = 1, kAffineWeight = 2, kAf
 
 // The BN and the bias of one convolution.
 struct NormRequest {
-  int32_t bias_dtype;  // of the convolution's bias
-  int32_t norm_dtype;  // of running_mean, running_var and the affine parameters; kAbsent: no BN
-  int32_t affine;      // Affine
-  float eps;
+  int32_t bias_dtype = kAbsent;  // of the convolution's bias
+  int32_t norm_dtype = kAbsent;  // of running_mean, running_var and the affine parameters; kAbsent: no BN
+  int32_t affine = kAffineBoth;  // Affine
+  float eps = 0;
 };
 
 struct PlanRequest {
-  int32_t n, h, w, c, k, r, s;
-  int32_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
-  int32_t groups;
-  int32_t dtype;  // of x and the weights
-  int32_t tf32;   // 1: fp32 products may be rounded to tf32
-  int32_t residual_dtype;
-  int32_t activation;
+  int32_t n = 1, h = 0, w = 0, c = 0, k = 0, r = 3, s = 3;
+  int32_t stride_h = 1, stride_w = 1, padding_h = 0, padding_w = 0, dilation_h = 1, dilation_w = 1;
+  int32_t groups = 1;
+  int32_t dtype = kFloat16;  // of x and the weights
+  int32_t tf32 = 0;          // 1: fp32 products may be rounded to tf32
+  int32_t residual_dtype = kAbsent;
+  int32_t activation = kActivationRelu;
   NormRequest norm;
-  int32_t projection;  // 1: proj_x [n, proj_h, proj_w, proj_c] passes a 1x1 convolution and is added
-  int32_t proj_c, proj_h, proj_w, proj_stride_h, proj_stride_w;
+  int32_t projection = 0;  // 1: proj_x [n, proj_h, proj_w, proj_c] passes a 1x1 convolution and is added
+  int32_t proj_c = 0, proj_h = 0, proj_w = 0, proj_stride_h = 1, proj_stride_w = 1;
   NormRequest proj_norm;
-  int32_t alignment;  // bytes that the addresses of x, weights, residual and y are all multiples of (16 is
-                      // enough)
-  int32_t tile_m, tile_n;  // 0: the planner's choice
-  int32_t splits;          // 0: the planner's choice
-  int32_t statistics;  // 1: y is the convolution alone (no BN, no activation), and mean and var are wanted
+  int32_t alignment = 16;  // bytes that the addresses of x, weights, residual and y are all multiples of
+                           // (16 is enough)
+  int32_t tile_m = 0, tile_n = 0;  // 0: the planner's choice
+  int32_t splits = 0;              // 0: the planner's choice
+  int32_t statistics =
+      0;  // 1: y is the convolution alone (no BN, no activation), and mean and var are wanted
 };
 
 struct DeviceProperties {

@@ -7,24 +7,23 @@ A :class:`TrainingCall` is to them what a `Problem` is to a convolution, and has
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
+from ..backends.cuda import dtype_code
 from ..backends.training_base import mask_words
 from ..problem import DTYPES, dtype_name
 from ..reference import ACTIVATIONS
 from .launch_json import Launch, TensorSpec, by_value, workspace_spec
-from .planner import _ACTIVATIONS, _DTYPES, Device, Entry, Planner, _int32, ask, device_for, expand_list, planner
+from .planner import Device, Entry, Planner, device_for, kernel_of, planner
 
-#: In the order of the C++ enum BnPass.
 OPS = ("bn_stats", "bn_apply_add_relu", "bn_backward_reduce", "bn_backward_apply")
 _MACROS = tuple(f"FUSED_RESNET_BN_{name}_KERNELS" for name in ("STATS", "APPLY", "BACKWARD_REDUCE", "BACKWARD_APPLY"))
-_AFFINE = {"none": 0, "both": 1, "weight": 2, "bias": 3}
-_ABSENT = -1
+_AFFINE = ("none", "both", "weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -109,37 +108,6 @@ def _dtype(name: str, text: str, own: torch.dtype | None) -> torch.dtype | None:
     return DTYPES[text]
 
 
-# Mirrors of the structs of csrc/cuda/bn_plan.h; TrainingPlanner compares their sizes with the library's.
-class BnRequest(ctypes.Structure):
-    _fields_ = [
-        ("rows", ctypes.c_int64),
-        *_int32("channels pass y_dtype proj_dtype residual_dtype out_dtype activation mask"),
-        *_int32("affine proj_affine alignment reserved"),
-    ]
-
-
-_TENSORS = 23
-_PARAMS_BYTES = 272
-
-
-class BnPlan(ctypes.Structure):
-    _fields_ = [
-        ("kernel", ctypes.c_int32),
-        ("grid", ctypes.c_int32 * 3),
-        ("block", ctypes.c_int32 * 3),
-        ("dynamic_shared_bytes", ctypes.c_int32),
-        ("workspace_bytes", ctypes.c_int64),
-        ("counter_bytes", ctypes.c_int64),
-        ("alignment", ctypes.c_int32 * _TENSORS),
-        ("reserved", ctypes.c_int32),
-        ("params", ctypes.c_int64 * (_PARAMS_BYTES // 8)),
-    ]
-
-
-class _BnKernelInfo(ctypes.Structure):
-    _fields_ = [("symbol", ctypes.c_char_p), *_int32("op packet dtype branches blocks_per_sm shared_bytes")]
-
-
 @dataclass(frozen=True)
 class TrainingKernel(Entry):
     """One kernel of the training passes; `packet` is the number of elements a thread loads at a time."""
@@ -151,78 +119,52 @@ class TrainingKernel(Entry):
 
 
 class TrainingPlanner:
-    """The planner of the training passes in the library of ``planner``."""
+    """The planner of the training passes in the extension of ``planner``."""
 
     def __init__(self, planner: Planner) -> None:
-        self.csrc, self.library = planner.csrc, planner.library
-        library = self.library
-        library.fused_resnet_bn_tensor_name.restype = ctypes.c_char_p
-        library.fused_resnet_bn_tensor_offset.restype = ctypes.c_int64
-        library.fused_resnet_bn_kernel_info.restype = ctypes.POINTER(_BnKernelInfo)
-        sizes = (ctypes.c_int32 * 3)()
-        library.fused_resnet_bn_sizes(sizes)
-        mirror = [ctypes.sizeof(BnRequest), ctypes.sizeof(BnPlan), _PARAMS_BYTES]
-        if list(sizes) != mirror or library.fused_resnet_bn_tensor_count() != _TENSORS:
-            raise RuntimeError(f"compile: the training planner's structs have sizes {list(sizes)}, expected {mirror}")
-        self.kernels = self._catalogue()
-
-    def _catalogue(self) -> dict[str, TrainingKernel]:
-        kernels: dict[str, TrainingKernel] = {}
-        for i, row in enumerate(expand_list(self.csrc, "bn_kernels.h", "FUSED_RESNET_BN_KERNELS")):
-            symbol = row.split(",")[0].strip()
-            info = self.library.fused_resnet_bn_kernel_info(i).contents
-            assert info.symbol.decode() == symbol, "the catalogue follows the list"
-            definition = f"FUSED_RESNET_DEFINE_BN_KERNEL({' '.join(row.split())})"
-            kernels[symbol] = TrainingKernel(symbol, definition, 256, info.shared_bytes, OPS[info.op], info.packet)
-        return kernels
+        self.extension = planner.extension
+        self.kernels = {row["symbol"]: kernel_of(TrainingKernel, row) for row in self.extension.training_catalogue()}
 
     def all_of(self, op: str) -> Entry:
         """All kernels of one pass as a single unit, as the extension compiles them."""
-        shared = max(kernel.shared_bytes for kernel in self.kernels.values() if kernel.op == op)
-        definition = f"{_MACROS[OPS.index(op)]}(FUSED_RESNET_DEFINE_BN_KERNEL)"
-        return TrainingKernel(f"all_{op}", definition, 256, shared, op, 0)
+        kernels = [kernel for kernel in self.kernels.values() if kernel.op == op]
+        return dataclasses.replace(
+            kernels[0], symbol=f"all_{op}", definition=f"{_MACROS[OPS.index(op)]}(FUSED_RESNET_DEFINE_BN_KERNEL)",
+            shared_bytes=max(kernel.shared_bytes for kernel in kernels), packet=0,
+        )  # fmt: skip
 
     def plan(self, call: TrainingCall, arch: str, *, alignment: int = 16, device: Device | None = None) -> Launch:
         """What the extension would launch for dense channels_last tensors at multiples of ``alignment`` bytes."""
         device = device or device_for(arch)
-        plan = BnPlan()
-        ask(self.library.fused_resnet_bn_plan, request_for(call, alignment), device, plan)
-        op = OPS.index(call.op)
-        tensors, pointers = {}, {}
-        for slot in range(_TENSORS):
-            if not plan.alignment[slot]:
-                continue
-            name = self.library.fused_resnet_bn_tensor_name(op, slot).decode()
-            tensors[name] = _spec(call, name, plan.workspace_bytes, plan.alignment[slot])
-            pointers[int(self.library.fused_resnet_bn_tensor_offset(slot))] = name
+        plan: Any = self.extension.plan_training(device.properties, **self.request(call, alignment))
         return Launch(
-            kernel=list(self.kernels)[plan.kernel],
+            kernel=plan.kernel,
             arch=arch,
-            grid=tuple(plan.grid),
-            block=tuple(plan.block),
+            grid=plan.grid,
+            block=plan.block,
             dynamic_shared_bytes=plan.dynamic_shared_bytes,
             workspace_bytes=plan.workspace_bytes,
-            arguments=[by_value(bytes(plan.params), pointers)],
-            tensors=tensors,
+            arguments=[by_value(plan.argument, plan.pointers)],
+            tensors={name: _spec(call, name, plan.workspace_bytes, size) for name, size in plan.alignment.items()},
             problem=str(call),
             workspace_initial="zeros" if plan.counter_bytes else None,
             extra={"planned_for": dataclasses.asdict(device)},
         )
 
+    def request(self, call: TrainingCall, alignment: int) -> dict[str, int]:
+        """The call as the planner reads it."""
+        extension = self.extension
 
-def request_for(call: TrainingCall, alignment: int) -> BnRequest:
-    """The call as the planner's C++ reads it."""
+        def code(dtype: torch.dtype | None) -> int:
+            return dtype_code(extension, "activations", dtype)
 
-    def code(dtype: torch.dtype | None) -> int:
-        if dtype is not None and dtype not in _DTYPES:
-            raise ValueError(f"cuda: activations must be float16, bfloat16 or float32, got {dtype_name(dtype)}")
-        return _ABSENT if dtype is None else _DTYPES[dtype]
-
-    affine = _AFFINE[call.affine]
-    return BnRequest(
-        call.n * call.h * call.w, call.c, OPS.index(call.op), code(call.dtype), code(call.proj), code(call.residual),
-        code(call.out_dtype), _ACTIVATIONS[call.activation], int(call.activation != "none"), affine, affine, alignment,
-    )  # fmt: skip
+        affine: int = extension.AFFINE[call.affine]
+        return {
+            "rows": call.n * call.h * call.w, "channels": call.c, "pass": extension.PASSES[call.op],
+            "y_dtype": code(call.dtype), "proj_dtype": code(call.proj), "residual_dtype": code(call.residual),
+            "out_dtype": code(call.out_dtype), "activation": extension.ACTIVATIONS[call.activation],
+            "mask": int(call.activation != "none"), "affine": affine, "proj_affine": affine, "alignment": alignment,
+        }  # fmt: skip
 
 
 def _spec(call: TrainingCall, name: str, workspace_bytes: int, alignment: int) -> TensorSpec:

@@ -1,8 +1,8 @@
 """Our own convolutions on the CPU: float32, one group, BN live, direct or Winograd.
 
-Weights are packed, split or transformed for them. Where the caller keeps such copies (``Tail.packed_weights``), each
-call compares a checksum over the whole weight, on the way and at the speed of memory; a caller that keeps none gets
-oneDNN's convolution and our pass over its output, since packing for one call costs more than it saves.
+Weights are packed, taken apart or transformed for them. Where the caller keeps such copies (``Tail.packed_weights``),
+each call compares a checksum over the whole weight, on the way and at the speed of memory; a caller that keeps none
+gets oneDNN's convolution and our pass over its output, since packing for one call costs more than it saves.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from .cpu_rule import Algorithm
 #: In place of the number of a link, as in csrc/cpu/conv_program.cpp.
 NOTHING = -1
 #: What is kept of a weight, in the order of enum WeightKind in csrc/cpu/kernel_choice.h.
-WEIGHT_KINDS = ("whole", "fresh", "split", "fresh split", "split rows")
+WEIGHT_KINDS = ("whole", "fresh", "bf16x3", "fresh bf16x3", "bf16x3 stem")
 
 #: Window, stride and padding of a max pool, two numbers each.
 Pool = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]

@@ -19,25 +19,25 @@ TRANSFORM_CHANNELS = 10
 #: Transforming one 3 x 3 filter in the call costs as much as so many multiply-adds.
 _FRESH_TRANSFORM = {2: 65, 4: 110}
 #: A multiply-add of float32 on matrix tiles costs so much of one in the vector unit: 460 to 480 GFLOP/s against 145.
-_SPLIT_MULTIPLY_ADD = 0.3
-#: Splitting a weight in the call costs as much as so many multiply-adds.
-_SPLIT_WEIGHT = 5
-#: Splitting its result makes an input tile's transform so many times as dear, the output's included.
-_SPLIT_TRANSFORM = 2.3
+_BF16X3_MULTIPLY_ADD = 0.3
+#: Taking a weight apart in the call costs as much as so many multiply-adds.
+_BF16X3_WEIGHT = 5
+#: Taking its result apart makes an input tile's transform so many times as dear, the output's included.
+_BF16X3_TRANSFORM = 2.3
 #: A weight in three bfloat16 parts takes so many times the bytes of one in float32.
-_SPLIT_BYTES = 1.5
-#: Split Winograd weights of more bytes do not stay in a core's second-level cache, where the tiles need them.
-_SPLIT_WEIGHTS_STAY = 1 << 20
+_BF16X3_BYTES = 1.5
+#: bf16x3 Winograd weights of more bytes do not stay in a core's second-level cache, where the tiles need them.
+_BF16X3_WEIGHTS_STAY = 1 << 20
 
 
 class Algorithm(NamedTuple):
     """One of our convolution kernels: Winograd F(m x m, 3 x 3), or direct convolution where m is 0.
 
     ``weights`` is what is kept of them: ``whole``, the values that are multiplied; ``fresh``, the weights as they are,
-    transformed in each call, 9 values to read for 36 (F4) or 16 (F2); ``split``, the values in three bfloat16 parts for
-    the processor's matrix tiles (AMX), which multiply as accurately as float32 does (csrc/cpu/split.h);
-    ``fresh split``, the weights as they are, split in each call; ``split rows``, as ``split`` in the order in which the
-    kernel with a max pool reads them.
+    transformed in each call, 9 values to read for 36 (F4) or 16 (F2); ``bf16x3``, the values in three bfloat16 parts
+    for the processor's matrix tiles (AMX), which multiply as accurately as float32 does (csrc/cpu/bf16x3.h);
+    ``fresh bf16x3``, the weights as they are, taken apart in each call; ``bf16x3 stem``, as ``bf16x3`` in the order in
+    which the kernel with a max pool reads them.
     """
 
     m: int
@@ -45,9 +45,9 @@ class Algorithm(NamedTuple):
 
 
 DIRECT = Algorithm(0)
-SPLIT_DIRECT = Algorithm(0, "split")
-FRESH_SPLIT_DIRECT = Algorithm(0, "fresh split")
-SPLIT_ROWS = Algorithm(0, "split rows")
+BF16X3_DIRECT = Algorithm(0, "bf16x3")
+FRESH_BF16X3_DIRECT = Algorithm(0, "fresh bf16x3")
+BF16X3_STEM = Algorithm(0, "bf16x3 stem")
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -75,8 +75,8 @@ def fastest(problem: Problem, winograd: str = "auto", tiles: bool | None = None)
     if tiles:
         pairs, rows = taps * _round_up(problem.c, 32) * k, _round_up(outputs, 32)
         for algorithm, work, fetched in (
-            (SPLIT_DIRECT, _SPLIT_MULTIPLY_ADD * rows, _SPLIT_BYTES),
-            (FRESH_SPLIT_DIRECT, _SPLIT_MULTIPLY_ADD * rows + _SPLIT_WEIGHT, 1),
+            (BF16X3_DIRECT, _BF16X3_MULTIPLY_ADD * rows, _BF16X3_BYTES),
+            (FRESH_BF16X3_DIRECT, _BF16X3_MULTIPLY_ADD * rows + _BF16X3_WEIGHT, 1),
         ):
             cost[algorithm] = pairs * max(work, fetched * _ROWS_TO_HIDE_A_WEIGHT)
     sizes: tuple[int, ...] = (2,) if winograd == "f2" else (2, 4)
@@ -89,9 +89,9 @@ def fastest(problem: Problem, winograd: str = "auto", tiles: bool | None = None)
         fresh = max(positions * max(winograd_tiles, _LEAST_ROWS) + _FRESH_TRANSFORM[m], 9 * _ROWS_TO_HIDE_A_WEIGHT)
         cost[Algorithm(m, "fresh")] = c * k * fresh + transforms
         c32 = _round_up(problem.c, 32)
-        if tiles and 6 * positions * c32 * k <= _SPLIT_WEIGHTS_STAY:
-            multiply_adds = _SPLIT_MULTIPLY_ADD * _round_up(winograd_tiles, 16)
-            cost[Algorithm(m, "split")] = c32 * k * positions * multiply_adds + _SPLIT_TRANSFORM * transforms
+        if tiles and 6 * positions * c32 * k <= _BF16X3_WEIGHTS_STAY:
+            multiply_adds = _BF16X3_MULTIPLY_ADD * _round_up(winograd_tiles, 16)
+            cost[Algorithm(m, "bf16x3")] = c32 * k * positions * multiply_adds + _BF16X3_TRANSFORM * transforms
     return min(cost, key=lambda algorithm: cost[algorithm])
 
 
@@ -103,9 +103,9 @@ def has_tiles() -> bool:
 
 
 def stem(problem: Problem, winograd: str) -> Algorithm:
-    """The kernel for a convolution of few channels with its max pool (``can_run`` in csrc/cpu/split_rows.h)."""
+    """The kernel for a convolution of few channels with its max pool (``can_run`` in csrc/cpu/bf16x3_stem.h)."""
     on_tiles = problem.dilation == (1, 1) and problem.stride[0] <= problem.r and problem.r * problem.s * problem.c >= 32
-    return SPLIT_ROWS if on_tiles and winograd != "off" and has_tiles() else DIRECT
+    return BF16X3_STEM if on_tiles and winograd != "off" and has_tiles() else DIRECT
 
 
 def winograd_choice(winograd: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from ..reference import ConvBN, Tail
 from . import Backend
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+#: By whether there is a weight, and a bias.
+_AFFINE = {(False, False): "none", (True, True): "both", (True, False): "weight", (False, True): "bias"}
 _NONE = ConvBN(weight=None)  # type: ignore[arg-type]
 
 
@@ -215,36 +217,65 @@ def _plan(problem: Problem, properties: dict[str, int], chosen: Configuration = 
     Without ``tail`` BN is taken to be affine and in float32, which matters to no tile.
     """
     extension = _loaded()
-    codes: dict[str, int] = extension.DTYPES
+    proj = problem.projection
+    request = plan_request(
+        extension, problem,
+        _norm_request(problem.dtype, problem.bias, problem.bn, tail and tail.conv),
+        _norm_request(problem.dtype, proj.bias, proj.bn, tail and tail.proj) if proj else NormRequest(),
+    )  # fmt: skip
+    request |= {"tile_m": chosen.tile_m, "tile_n": chosen.tile_n, "splits": chosen.splits}
+    return extension.plan(properties, **request)
+
+
+class NormRequest(NamedTuple):
+    """Bias and BN of one convolution, as the planner asks for them; None: there are no such tensors."""
+
+    bias: torch.dtype | None = None
+    bn: torch.dtype | None = None
+    affine: str = "both"
+    eps: float = 0.0
+
+
+def _norm_request(dtype: torch.dtype, bias: bool, bn: bool, conv: ConvBN | None) -> NormRequest:
+    request = NormRequest(dtype if bias else None, torch.float32 if bn else None, eps=conv.eps if conv else 0.0)
+    if conv is None or conv.running_mean is None:
+        return request
+    affine = _AFFINE[conv.bn_weight is not None, conv.bn_bias is not None]
+    return request._replace(bn=conv.running_mean.dtype, affine=affine)
+
+
+def dtype_code(extension: ModuleType, name: str, dtype: torch.dtype | None) -> int:
+    """The planner's number of a dtype; ValueError that says of what where it has none."""
+    if dtype is None:
+        return int(extension.ABSENT)
+    if dtype not in _DTYPES:
+        raise ValueError(f"cuda: {name} must be float16, bfloat16 or float32, got {dtype_name(dtype)}")
+    return int(extension.DTYPES[dtype_name(dtype)])
+
+
+def plan_request(
+    extension: ModuleType, problem: Problem, norm: NormRequest, proj_norm: NormRequest
+) -> dict[str, int | float]:
+    """The problem as `plan` of ``extension`` takes it: ``_C_cuda``, or ``_C``, which has the planner alone."""
 
     def code(dtype: torch.dtype | None) -> int:
-        return -1 if dtype is None else codes[dtype_name(dtype)]
+        return dtype_code(extension, "dtype", dtype)
 
-    def norm(prefix: str, bias: bool, bn: bool, conv: ConvBN | None) -> dict[str, Any]:
-        request = {
-            "bias_dtype": code(problem.dtype if bias else None),
-            "norm_dtype": code(torch.float32 if bn else None),
-        }
-        if conv is not None and conv.running_mean is not None:
-            affine = {(False, False): 0, (True, True): 1, (True, False): 2, (False, True): 3}  # enum Affine
-            request["norm_dtype"] = code(conv.running_mean.dtype)
-            request["affine"] = affine[conv.bn_weight is not None, conv.bn_bias is not None]
-        return {prefix + name: value for name, value in request.items()} | {prefix + "eps": conv.eps if conv else 0.0}
+    def of(norm: NormRequest, prefix: str) -> dict[str, int | float]:
+        affine: int = extension.AFFINE[norm.affine]
+        request = {"bias_dtype": code(norm.bias), "norm_dtype": code(norm.bn), "affine": affine, "eps": norm.eps}
+        return {prefix + name: value for name, value in request.items()}
 
-    request: dict[str, Any] = {
+    request: dict[str, int | float] = {
         **{name: getattr(problem, name) for name in ("n", "h", "w", "c", "k", "r", "s", "groups")},
         **_pair("stride", problem.stride), **_pair("padding", problem.padding), **_pair("dilation", problem.dilation),
         "dtype": code(problem.dtype), "tf32": int(problem.tf32), "residual_dtype": code(problem.residual),
-        "activation": extension.ACTIVATIONS[problem.activation],
-        **norm("", problem.bias, problem.bn, tail and tail.conv),
-        "tile_m": chosen.tile_m, "tile_n": chosen.tile_n, "splits": chosen.splits,
+        "activation": extension.ACTIVATIONS[problem.activation], **of(norm, ""), **of(proj_norm, "proj_"),
     }  # fmt: skip
     if (proj := problem.projection) is not None:
-        request |= {
-            "projection": 1, "proj_c": proj.c, "proj_h": proj.h, "proj_w": proj.w, **_pair("proj_stride", proj.stride),
-            **norm("proj_", proj.bias, proj.bn, tail and tail.proj),
-        }  # fmt: skip
-    return extension.plan(properties, **request)
+        request |= {"projection": 1, "proj_c": proj.c, "proj_h": proj.h, "proj_w": proj.w}
+        request |= _pair("proj_stride", proj.stride)
+    return request
 
 
 def _pair(name: str, values: tuple[int, int]) -> dict[str, int]:

@@ -11,9 +11,11 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
+import importlib.util
 import os
 import struct
 import subprocess
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,12 +23,14 @@ from enum import IntEnum
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+import pybind11
 import torch
 from launch_harness import Memory
 from torch import Tensor
 
+from fused_resnet.aot.cuda import build_module
 from fused_resnet.aot.launch_json import Dim3, Launch
-from fused_resnet.aot.planner import Entry, Planner, cache_directory
+from fused_resnet.aot.planner import Entry, Planner, cache_directory, planner, sources_key
 from fused_resnet.aot.training import TrainingKernel, TrainingPlanner
 from fused_resnet.reference import Tail
 
@@ -35,7 +39,8 @@ os.environ.setdefault("FUSED_RESNET_CACHE", str(Path(tempfile.gettempdir()) / f"
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-TWIN = ("primitives.cuh", "runtime.h", "runtime.cpp", "runner.cpp", "probes.cpp")
+RUNTIME = ("runtime.cpp", "fibers.cpp", "traffic.cpp", "runner.cpp")
+TWIN = ("primitives.cuh", "runtime.h", "fibers.h", "traffic.h", *RUNTIME, "probes.cpp")
 
 
 class HostCudaError(RuntimeError):
@@ -143,7 +148,7 @@ class HostCuda:
         twin = self.folder / "host_cuda"
         # The loader tells libraries apart by name alone, and a process may hold the builds of several source trees.
         name = f"libruntime-{self.folder.name}.so"
-        path = self._build(name, [twin / "runtime.cpp", twin / "runner.cpp"], (f"-Wl,-soname,{name}",))
+        path = self._build(name, [twin / source for source in RUNTIME], (f"-Wl,-soname,{name}",))
         library = ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
         library.host_cuda_launch.restype = library.host_cuda_statistics.restype = ctypes.c_char_p
         library.host_cuda_tensor.argtypes = [ctypes.c_char_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int]
@@ -155,7 +160,19 @@ class HostCuda:
 
     @cached_property
     def planner(self) -> Planner:
-        return Planner(self.csrc)
+        """The extension's, or that of a source tree whose planner is another."""
+        if sources_key(self.csrc, ".cpp") == sources_key(CSRC, ".cpp"):
+            return planner()
+        sources = [*build_module(self.csrc).PLANNER, self.csrc / "bindings_planner.cpp", HERE / "planner_module.cpp"]
+        include_dirs = (self.csrc, Path(pybind11.get_include()), Path(sysconfig.get_paths()["include"]))
+        flags = ("-O1", "-fvisibility=hidden", *(f"-I{path}" for path in include_dirs))
+        path = self._build(f"planner-{sources_key(self.csrc, '.cpp')}.so", sources, flags)
+        spec = importlib.util.spec_from_file_location("mutated_planner", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return Planner(module)
 
     @cached_property
     def training(self) -> TrainingPlanner:

@@ -1,4 +1,4 @@
-// Fibers, warps and blocks; see runtime.h.
+// Lanes, warps and blocks; see runtime.h.
 #include "runtime.h"
 
 #include <sys/mman.h>
@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
-#include <memory>
 #include <random>
+
+#include "fibers.h"
+#include "traffic.h"
 
 #if defined(__SANITIZE_ADDRESS__)
   #include <sanitizer/asan_interface.h>
@@ -73,10 +75,8 @@ void* scheduler_stack = nullptr;
 void (*kernel_function)(const void*) = nullptr;
 const void* kernel_context = nullptr;
 std::string failure;
-Statistics stats;
 Order order;
 std::minstd_rand preempt_rng;
-int phase = 0;  // of the lanes whose operation is being executed
 
 alignas(1024) unsigned char shared_memory[kMaxShared + kSharedGuard];
 
@@ -87,88 +87,15 @@ unsigned char* stacks() {
   return memory;
 }
 
-}  // namespace
-
-// ---------------------------------------------------------------- context switch
-// Saves the callee-saved registers of the System V ABI on the running stack and takes up another one: a dozen
-// instructions, where swapcontext would make two system calls.
-extern "C" void host_cuda_switch(void** save, void* load);
-#if defined(__x86_64__)
-asm(R"(
-.text
-.globl host_cuda_switch
-.type host_cuda_switch, @function
-host_cuda_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size host_cuda_switch, .-host_cuda_switch
-)");
-constexpr size_t kSavedRegisters = 6;
-constexpr size_t kReturnSlot = 6;  // above them: the address that `ret` takes
-#elif defined(__aarch64__)
-asm(R"(
-.text
-.globl host_cuda_switch
-.type host_cuda_switch, %function
-host_cuda_switch:
-  sub sp, sp, #160
-  stp x19, x20, [sp, #0]
-  stp x21, x22, [sp, #16]
-  stp x23, x24, [sp, #32]
-  stp x25, x26, [sp, #48]
-  stp x27, x28, [sp, #64]
-  stp d8, d9, [sp, #80]
-  stp d10, d11, [sp, #96]
-  stp d12, d13, [sp, #112]
-  stp d14, d15, [sp, #128]
-  stp x29, x30, [sp, #144]
-  mov x9, sp
-  str x9, [x0]
-  mov sp, x1
-  ldp x19, x20, [sp, #0]
-  ldp x21, x22, [sp, #16]
-  ldp x23, x24, [sp, #32]
-  ldp x25, x26, [sp, #48]
-  ldp x27, x28, [sp, #64]
-  ldp d8, d9, [sp, #80]
-  ldp d10, d11, [sp, #96]
-  ldp d12, d13, [sp, #112]
-  ldp d14, d15, [sp, #128]
-  ldp x29, x30, [sp, #144]
-  add sp, sp, #160
-  ret
-.size host_cuda_switch, .-host_cuda_switch
-)");
-constexpr size_t kSavedRegisters = 20;
-constexpr size_t kReturnSlot = 19;  // x30
-#else
-  #error "host_cuda: the context switch is written for x86-64 and aarch64"
-#endif
-
-namespace {
-
 void resume(Lane* lane) {
   void** save = self ? &self->stack_pointer : &scheduler_stack;
   self = lane;
   if (lane) {
     threadIdx = lane->index;
     lane->warp->current = lane->lane;
-    host_cuda_switch(save, lane->stack_pointer);
+    switch_stack(save, lane->stack_pointer);
   } else {
-    host_cuda_switch(save, scheduler_stack);
+    switch_stack(save, scheduler_stack);
   }
   // Back here: whoever resumed this fiber has set `self` and threadIdx for it.
 }
@@ -203,8 +130,8 @@ bool resolve(Warp& warp) {
   }
   if (op->collective && group != warp.launched)
     fail(std::string(op->name) + ": not every lane of the warp takes part");
-  stats.collectives++;
-  phase = warp.lanes[first].phase;
+  statistics().collectives++;
+  counted_phase = warp.lanes[first].phase;
   op->execute(warp, group);
   warp.waiting &= ~group;
   return true;
@@ -248,22 +175,13 @@ extern "C" void host_cuda_lane() {
 
 void prepare(Lane& lane, size_t thread) {
   // Colour the stacks: at equal offsets in their pages all hot frames would share a few cache sets.
-  unsigned char* top = stacks() + (thread + 1) * kStackBytes - (thread * 832) % 16384;
-  auto* frame = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(top) & ~uintptr_t{63}) - 1;
-  *frame = nullptr;  // a return address for unwinders
-#if defined(__x86_64__)
-  frame -= kReturnSlot + 1;
-#else
-  frame = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(frame) & ~uintptr_t{15}) - kSavedRegisters;
-#endif
-  std::fill(frame, frame + kSavedRegisters, nullptr);
-  frame[kReturnSlot] = reinterpret_cast<void*>(&host_cuda_lane);
-  lane.stack_pointer = frame;
+  lane.stack_pointer =
+      fresh_stack(stacks() + (thread + 1) * kStackBytes - (thread * 832) % 16384, &host_cuda_lane);
 }
 
 void run_block(std::mt19937_64& rng) {
   memset(shared_memory, kPoison, block.dynamic_shared);
-  stats.blocks++;
+  statistics().blocks++;
   std::vector<int> sequence(block.warps.size());
   for (size_t w = 0; w < sequence.size(); w++) sequence[w] = static_cast<int>(w);
   if (order == Order::kDescending) std::reverse(sequence.begin(), sequence.end());
@@ -298,7 +216,7 @@ void run_block(std::mt19937_64& rng) {
       }
     }
     for (Warp& warp : block.warps) warp.at_barrier = 0;
-    stats.barriers++;
+    statistics().barriers++;
   }
 }
 
@@ -377,119 +295,7 @@ void wait_copies(uint32_t left) {
 void* warp_operands(Warp& warp, int lane) {
   return warp.operands[lane];
 }
-Statistics& statistics() {
-  return stats;
-}
-
-// ---------------------------------------------------------------- global and shared traffic
-namespace {
-Tensor* find_tensor(uintptr_t address) {
-  static size_t hint = 0;
-  auto& all = stats.tensors;
-  if (hint < all.size() && address >= all[hint].begin && address < all[hint].end) return &all[hint];
-  for (hint = 0; hint < all.size(); hint++) {
-    if (address >= all[hint].begin && address < all[hint].end) return &all[hint];
-  }
-  return nullptr;
-}
-}  // namespace
-
-void check_global(const void* pointer, uint32_t bytes, bool write) {
-  auto address = reinterpret_cast<uintptr_t>(pointer);
-  const Tensor* tensor = find_tensor(address);
-  if (!tensor || address + bytes > tensor->end) {
-    std::string near;
-    for (const Tensor& t : stats.tensors) {
-      if (address + 65536 > t.begin && address < t.end + 65536) {
-        near += "; byte " + std::to_string(static_cast<int64_t>(address - t.begin)) + " of the " +
-                std::to_string(t.end - t.begin) + " of " + t.name;
-      }
-    }
-    fail("global memory: " + std::to_string(bytes) + " bytes outside of every tensor" + near);
-  }
-  if (address % bytes)
-    fail("global memory: misaligned " + std::to_string(bytes) + "-byte access to " + tensor->name);
-  if (write && !tensor->writable) fail("global memory: write to the input " + tensor->name);
-}
-
-// Lanes mostly ask for ascending addresses: what lies above all that has been seen is new without a search.
-void count_global(const Access* lanes, uint32_t mask, bool store) {
-  uintptr_t sector[64], place[32], highest_sector = 0, highest_place = 0;
-  int sectors = 0, places = 0;
-  uint64_t bytes = 0;
-  Tensor* tensor = nullptr;
-  for (uint32_t rest = mask; rest; rest &= rest - 1) {
-    const Access& a = lanes[__builtin_ctz(rest)];
-    if (!a.bytes) continue;
-    if (!tensor) tensor = find_tensor(a.address);
-    if (a.address <= highest_place && std::find(place, place + places, a.address) != place + places) continue;
-    highest_place = std::max(highest_place, a.address);
-    place[places++] = a.address;
-    bytes += a.bytes;
-    for (uintptr_t s = a.address / 32; s <= (a.address + a.bytes - 1) / 32; s++) {
-      if (s <= highest_sector && std::find(sector, sector + sectors, s) != sector + sectors) continue;
-      highest_sector = std::max(highest_sector, s);
-      sector[sectors++] = s;
-    }
-  }
-  if (!tensor) return;
-  Traffic& traffic = (store ? tensor->store : tensor->load)[phase];
-  traffic.requests++;
-  traffic.sectors += static_cast<uint64_t>(sectors);
-  traffic.bytes += bytes;
-}
-
-namespace {
-// Wavefronts of one part of a request: the most distinct words that any bank has to deliver.
-int wavefronts(const Access* lanes, uint32_t mask, uint32_t bytes) {
-  uint32_t taken = 0;  // banks; as long as no two lanes meet in one, there is nothing to search
-  bool meet = false;
-  for (uint32_t rest = mask; rest && !meet; rest &= rest - 1) {
-    const uint32_t bank = static_cast<uint32_t>(lanes[__builtin_ctz(rest)].address / 4 % 32);
-    const uint32_t banks =
-        bytes <= 4 ? 1u << bank : (bytes == 8 ? 3u : 15u) << bank;  // wide ones are aligned
-    meet = taken & banks;
-    taken |= banks;
-  }
-  if (!meet) return 1;
-  uintptr_t words[32][32];
-  int count[32]{}, most = 0;
-  for (uint32_t rest = mask; rest; rest &= rest - 1) {
-    const uintptr_t address = lanes[__builtin_ctz(rest)].address;
-    for (uintptr_t w = address / 4; w <= (address + bytes - 1) / 4; w++) {
-      const int bank = static_cast<int>(w % 32);
-      if (std::find(words[bank], words[bank] + count[bank], w) != words[bank] + count[bank]) continue;
-      words[bank][count[bank]++] = w;
-      most = std::max(most, count[bank]);
-    }
-  }
-  return most;
-}
-}  // namespace
-
-// 16-byte accesses are served in quarters of a warp, 8-byte ones in halves; within a part each of the 32
-// banks delivers one 4-byte word per wavefront, and equal words are broadcast.
-void count_shared(const Access* lanes, uint32_t mask, uint32_t bytes) {
-  const int part = bytes >= 16 ? 8 : bytes == 8 ? 16 : 32;
-  SharedTraffic& traffic = stats.shared[phase];
-  for (int start = 0; start < 32; start += part) {
-    const uint32_t lanes_of_part = mask & (part == 32 ? ~0u : ((1u << part) - 1) << start);
-    if (!lanes_of_part) continue;
-    traffic.wavefronts++;
-    traffic.conflicts += static_cast<uint64_t>(wavefronts(lanes, lanes_of_part, bytes) - 1);
-  }
-}
-
 // ---------------------------------------------------------------- called by the harness
-void clear_tensors() {
-  stats = Statistics();
-}
-
-void register_tensor(const char* name, const void* begin, size_t bytes, bool writable) {
-  auto address = reinterpret_cast<uintptr_t>(begin);
-  stats.tensors.push_back({name, address, address + bytes, writable, {}, {}});
-}
-
 std::string launch(void (*kernel)(const void*), const void* context, Dim3 grid, Dim3 threads,
                    size_t dynamic_shared, Options options) {
   const size_t count = size_t{threads.x} * threads.y * threads.z;

@@ -1,10 +1,10 @@
-// Direct convolution on matrix tiles: float32 products from bfloat16 ones (split.h), any filter, stride and
-// dilation, as a GEMM over blocks of positions (split_geometry.h) with inputs (split_inputs.h) and weights
-// (split_weights.h) in three parts.
+// Direct convolution on matrix tiles: float32 products from bfloat16 ones (bf16x3.h), any filter, stride and
+// dilation, as a GEMM over blocks of positions (bf16x3_geometry.h) with inputs (bf16x3_inputs.h) and weights
+// (bf16x3_weights.h) in three parts.
 //
 // A group is 32 positions: with a panel of 32 output channels four accumulators, the most that leaves room
 // for two tiles of each operand. Meanwhile the vector unit is free. It finishes the group before (scale,
-// shift, residual, activation) and splits what is needed next, a little after each step.
+// shift, residual, activation) and converts what is needed next, a little after each step.
 //
 // Weights that stay in the second-level cache are read again for each group, all panels of a group one after
 // another, so that outputs and residual are read and written side by side. Others are read once, a slab of
@@ -16,19 +16,19 @@
 #include <algorithm>
 #include <utility>
 
+#include "bf16x3_inputs.h"
+#include "bf16x3_pending.h"
+#include "bf16x3_weights.h"
 #include "direct_kernel.h"
 #include "memory.h"
-#include "split_inputs.h"
-#include "split_pending.h"
-#include "split_weights.h"
 
 namespace fused_resnet::cpu {
 
 template <class Tiles, int kLanes, bool kFresh>
-struct SplitImpl {
-  using Weights = SplitWeights<kLanes>;
-  using Inputs = InputSplitter<kLanes>;
-  using Pending = PendingSums<kLanes>;
+struct Bf16x3Direct {
+  using Weights = Bf16x3Weights<kLanes>;
+  using Inputs = Bf16x3Inputs<kLanes>;
+  using Pending = Bf16x3Pending<kLanes>;
   static constexpr int64_t kGroup = 2 * kTileRows;  // positions
   static constexpr int64_t kPanel = Weights::kPanel, kTileValues = Weights::kTileValues;
   static constexpr int64_t kStepValues = Weights::kStepValues;
@@ -114,7 +114,7 @@ struct SplitImpl {
   }
 
   static ConvPlan plan(const ConvShape& shape, int threads) {
-    const SplitGeometry geometry(shape);
+    const Bf16x3Geometry geometry(shape);
     const int64_t cache = level2_cache_bytes();
     const bool stay = weights_stay(shape);
     const int64_t x_bytes = geometry.phases() * Weights::chunks_of(shape) * kParts * 64 * kGroup;
@@ -131,13 +131,13 @@ struct SplitImpl {
   struct Scratch {
     int64_t sums, outputs, steps, slabs, floats;
     Scratch(const ConvShape& shape, const ConvPlan& plan) {
-      const SplitGeometry geometry(shape);
+      const Bf16x3Geometry geometry(shape);
       const int64_t positions = plan.rows_per_block * kGroup;
       // Of one group those of two panels, since those of one wait to be finished.
       const int64_t waiting = weights_stay(shape) ? 2 * plan.panels_per_block
                               : sums_wait(shape)  ? plan.rows_per_block * plan.panels_per_block
                                                   : plan.rows_per_block;
-      sums = SplitLayout(shape, geometry, positions).values / 2;
+      sums = Bf16x3Layout(shape, geometry, positions).values / 2;
       outputs = sums + std::max<int64_t>(waiting, 2) * kGroup * kPanel;
       steps = outputs + 2 * positions;
       slabs = ceil_div(steps + 2 * (Weights::steps_of(shape) + 1), kCacheLine) * kCacheLine;
@@ -149,9 +149,9 @@ struct SplitImpl {
   struct Piece {
     const ConvProblem& problem;
     const ConvShape& shape;
-    const SplitGeometry geometry;
+    const Bf16x3Geometry geometry;
     int64_t first, groups, first_panel, last_panel;
-    const SplitLayout layout;
+    const Bf16x3Layout layout;
     BFloat16 *x, *slabs;
     float* sums;
     int64_t *outputs, *offsets;
@@ -186,7 +186,7 @@ struct SplitImpl {
     const BFloat16* inputs_of(int64_t group) const { return x + group * kGroup * kTileDepth; }
     Pending pending(const float* of_sums, int64_t stride, int64_t group, int64_t k_begin,
                     int64_t k_end) const {
-      return {&problem, OutputBounds(problem.activation), of_sums, stride, outputs + group * kGroup,
+      return {&problem, Bounds(problem.activation), of_sums, stride, outputs + group * kGroup,
               k_begin,  std::min(k_end, shape.k)};
     }
   };
@@ -245,8 +245,8 @@ struct SplitImpl {
       const int64_t count = part.end - part.begin;
       if constexpr (kFresh) {
         const float* w = piece.problem.weights + part.panel * steps * Weights::kStepWeights;
-        return std::pair(typename Weights::Splitter{w + part.begin * kTileValues, steps * kTileValues, to, 0,
-                                                    count * Weights::kUnits},
+        return std::pair(typename Weights::Converter{w + part.begin * kTileValues, steps * kTileValues, to, 0,
+                                                     count * Weights::kUnits},
                          count * Weights::kUnits);
       } else {
         return std::pair(typename Weights::Fetcher{stored(part)}, count * kStepValues / kTileDepth);
@@ -289,7 +289,7 @@ struct SplitImpl {
   }
 
   // Fresh weights for so few positions that four tiles hold them all: sixteen outputs of all positions from
-  // the first step to the last in four accumulators. So each weight is split once, a step ahead, into a
+  // the first step to the last in four accumulators. So each weight is converted once, a step ahead, into a
   // buffer that stays in the first-level cache, and no sum waits in memory.
   static constexpr int64_t kFewTiles = 4, kFewPositions = kFewTiles * kTileRows;
   static constexpr int kFewProducts = kFewTiles * kProductsOfStep;
@@ -302,7 +302,7 @@ struct SplitImpl {
     // A pass is half a panel.
     const auto weights_of = [&](int64_t pass) { return piece.problem.weights + pass * steps * kTileValues; };
     BFloat16 *u = piece.slabs, *other = u + kParts * kTileValues;
-    Weights::split_tile(weights_of(2 * piece.first_panel), 0, Weights::kTileUnits, u);
+    Weights::convert_tile(weights_of(2 * piece.first_panel), 0, Weights::kTileUnits, u);
     Pending before = piece.pending(nullptr, kTileCols, 0, 0, 0);
     for (int64_t pass = 2 * piece.first_panel; pass < end; ++pass) {
       const float *w = weights_of(pass), *next_pass = pass + 1 < end ? weights_of(pass + 1) : w;
@@ -330,8 +330,8 @@ struct SplitImpl {
     before.finish(0, kFewPositions);
   }
 
-  // One step of all positions for sixteen outputs; meanwhile the next step's weights are split to `to`, and
-  // those of a later one fetched.
+  // One step of all positions for sixteen outputs; meanwhile the next step's weights are converted to `to`,
+  // and those of a later one fetched.
   static FR_INLINE void multiply_few(Tiles& tiles, const BFloat16* x, int64_t part_stride, const BFloat16* u,
                                      const float* next, BFloat16* to, const float* far) {
     unroll<kParts>([&](auto part) FR_LAMBDA {
@@ -350,7 +350,7 @@ struct SplitImpl {
         constexpr int64_t kFirst = Weights::kTileUnits * (kDone - kCount) / kFewProducts,
                           kLast = Weights::kTileUnits * kDone / kFewProducts;
         Weights::fetch_units(far + kFirst * Weights::kUnit, kLast - kFirst);
-        Weights::split_tile(next, kFirst, kLast, to);
+        Weights::convert_tile(next, kFirst, kLast, to);
       });
     });
   }

@@ -25,7 +25,7 @@ constexpr PartsOfProduct kProducts[] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {2, 0}, 
 
 // 2 kLanes consecutive values to 2 kLanes bfloat16 in each part, `part_stride` apart.
 template <int kLanes>
-FR_INLINE void split(Vec<kLanes> low, Vec<kLanes> high, BFloat16* to, int64_t part_stride) {
+FR_INLINE void store_bf16x3(Vec<kLanes> low, Vec<kLanes> high, BFloat16* to, int64_t part_stride) {
 #if defined(FR_TARGET_AMX)
   if constexpr (kLanes == 16) {
     unroll<kParts>([&](auto part) FR_LAMBDA {

@@ -1,8 +1,8 @@
-// F(m x m, 3 x 3) on matrix tiles: float32 products from bfloat16 ones (split.h), the transforms and the cut
+// F(m x m, 3 x 3) on matrix tiles: float32 products from bfloat16 ones (bf16x3.h), the transforms and the cut
 // into blocks of Winograd tiles as in winograd_kernel.h. In the order in which they are read:
 //
-//   U [position][panel][C / 32][part][2][16][16][2]   transformed weights, split, as B tiles
-//   V [position][C / 32][part][row][32]               transformed input of the block, split
+//   U [position][panel][C / 32][part][2][16][16][2]   transformed weights as B tiles
+//   V [position][C / 32][part][row][32]               transformed input of the block
 //   M [position][row][K]                              products
 //
 // A row is a Winograd tile. A group is at most 32 rows: with a panel of 32 output channels four accumulators,
@@ -13,18 +13,18 @@
 
 #include <algorithm>
 
-#include "split.h"
+#include "bf16x3.h"
 #include "tiles.h"
 #include "winograd_kernel.h"
 
 namespace fused_resnet::cpu {
 
-// Two vectors, split and interleaved: (low[0], high[0], low[1], high[1], ...) in each part. What a part has
+// Two vectors, interleaved: (low[0], high[0], low[1], high[1], ...) in each part. What a part has
 // no room for is cut off, not rounded: the sum of the parts is exact as well, and it takes half the
 // instructions. What the products left out amount to is then up to 2^-22 of a product, not 2^-25: less than
 // the transforms round.
 template <int kLanes>
-FR_INLINE void split_pairs(Vec<kLanes> low, Vec<kLanes> high, BFloat16* to, int64_t part_stride) {
+FR_INLINE void store_bf16x3_pairs(Vec<kLanes> low, Vec<kLanes> high, BFloat16* to, int64_t part_stride) {
   using U32 = typename IntVecTypes<kLanes>::U32;
   unroll<kParts>([&](auto part) FR_LAMBDA {
     const U32 top = (U32)high & 0xffff0000u;
@@ -38,7 +38,7 @@ FR_INLINE void split_pairs(Vec<kLanes> low, Vec<kLanes> high, BFloat16* to, int6
 }
 
 template <class Tiles, int kLanes, class W>
-struct SplitWinogradImpl {
+struct Bf16x3Winograd {
   static constexpr int64_t kPanel = 2 * kTileCols;  // output channels
   static constexpr int64_t kGroup = 2 * kTileRows;  // rows
   static constexpr int64_t kTileValues = kTileRows * kTileDepth;
@@ -56,8 +56,8 @@ struct SplitWinogradImpl {
     return kPositions * ceil_div(shape.k, kPanel) * panel_values(shape) / 2;
   }
 
-  // U = G g G^T in float32, then split. Channels i and 16 + i of a chunk are a pair, since split_pairs makes
-  // pairs of them in V.
+  // U = G g G^T in float32, then in parts. Channels i and 16 + i of a chunk are a pair, since
+  // store_bf16x3_pairs makes pairs of them in V.
   static void pack_weights(const ConvShape& shape, const float* weight, const int64_t stride[4],
                            int64_t first_panel, int64_t last_panel, float* packed) {
     const int64_t u_position = ceil_div(shape.k, kPanel) * panel_values(shape);
@@ -75,9 +75,9 @@ struct SplitWinogradImpl {
           for (int64_t pair = 0; pair < kTileRows; ++pair) {
             const float* row = u + position * kChannels + pair * kPanel;
             for (int64_t k = 0; k < kPanel; k += kLanes) {
-              split_pairs<kLanes>(load<kLanes>(row + k), load<kLanes>(row + kTileRows * kPanel + k),
-                                  to + k / kTileCols * kTileValues + pair * kTileDepth + k % kTileCols * 2,
-                                  2 * kTileValues);
+              store_bf16x3_pairs<kLanes>(
+                  load<kLanes>(row + k), load<kLanes>(row + kTileRows * kPanel + k),
+                  to + k / kTileCols * kTileValues + pair * kTileDepth + k % kTileCols * 2, 2 * kTileValues);
             }
           }
         }
@@ -102,7 +102,7 @@ struct SplitWinogradImpl {
     int64_t floats() const { return kPositions * (v_position / 2 + m_position); }
   };
 
-  // V = B^T d B of one tile, split.
+  // V = B^T d B of one tile, in parts.
   static void transform_input(const ConvShape& shape, const float* const (&pixels)[kTile][kTile],
                               const float* const (&next)[kTile][kTile], bool fetch, const Layout& layout,
                               BFloat16* v) {
@@ -135,8 +135,8 @@ struct SplitWinogradImpl {
           input_transform<W, V>([&](auto j) FR_LAMBDA { return half[i][j][kVector + kPairs]; },
                                 [&](auto j, V value) FR_LAMBDA { high[j] = value; });
           unroll<kTile>([&](auto j) FR_LAMBDA {
-            split_pairs<kLanes>(low[j], high[j], to + j * layout.v_position + kVector * 2 * kLanes,
-                                layout.part);
+            store_bf16x3_pairs<kLanes>(low[j], high[j], to + j * layout.v_position + kVector * 2 * kLanes,
+                                       layout.part);
           });
         });
       }

@@ -17,11 +17,11 @@
 
 namespace fused_resnet::cpu {
 
-struct SplitAxis {
+struct Bf16x3Axis {
   int64_t size, stride, pad, taps, dilation, out;
   int64_t phases, overhang, pitch;  // pitch: from one row (image) of a phase to the next
 
-  SplitAxis(int64_t size_, int64_t stride_, int64_t pad_, int64_t taps_, int64_t dilation_, int64_t out_)
+  Bf16x3Axis(int64_t size_, int64_t stride_, int64_t pad_, int64_t taps_, int64_t dilation_, int64_t out_)
       : size(size_), stride(stride_), pad(pad_), taps(taps_), dilation(dilation_), out(out_) {
     phases = 0;
     for (int64_t tap = 0; tap < taps; ++tap) phases = std::max(phases, phase(tap) + 1);
@@ -37,13 +37,13 @@ struct SplitAxis {
   int64_t input(int64_t i, int64_t of_phase) const { return i * stride + of_phase - pad; }
 };
 
-struct SplitGeometry {
+struct Bf16x3Geometry {
   // Positions of a row, at most: what a block reads beyond its own positions is some rows.
   static constexpr int64_t kLongestRow = 128;
 
-  SplitAxis h, w;
+  Bf16x3Axis h, w;
   int64_t n, images, row, strip;  // row, strip: positions from one to the next
-  explicit SplitGeometry(const ConvShape& s)
+  explicit Bf16x3Geometry(const ConvShape& s)
       : h(s.h, s.stride_h, s.pad_h, s.r, s.dilation_h, s.p),
         w(s.w, s.stride_w, s.pad_w, s.s, s.dilation_w, s.q),
         n(s.n) {
@@ -73,9 +73,9 @@ struct SplitGeometry {
 
 // A position, stepped from one to the next without divisions.
 struct Position {
-  const SplitGeometry& geometry;
+  const Bf16x3Geometry& geometry;
   int64_t first, n, i, j;  // first: image of the strip
-  Position(const SplitGeometry& g, int64_t at)
+  Position(const Bf16x3Geometry& g, int64_t at)
       : geometry(g),
         first(at / g.strip * g.images),
         n(first + at / g.w.pitch % g.images),

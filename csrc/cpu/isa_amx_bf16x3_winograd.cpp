@@ -1,3 +1,3 @@
 #include "target_amx.h"
 // Then, since it is compiled for that target:
-#include "add_split_direct.h"
+#include "add_bf16x3_winograd.h"

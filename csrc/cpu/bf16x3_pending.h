@@ -1,19 +1,17 @@
 // The end of a convolution on matrix tiles, row by row, while the tiles make the next sums.
 #pragma once
 
-#include "activate.h"
 #include "conv.h"
+#include "finish.h"
 #include "gemm.h"
-#include "vec.h"
 
 namespace fused_resnet::cpu {
 
 // Sums of a group that wait to be finished: scale, shift, residual, activation, store.
 template <int kLanes>
-struct PendingSums {
-  using V = Vec<kLanes>;
+struct Bf16x3Pending {
   const ConvProblem* problem;
-  OutputBounds bounds;
+  Bounds bounds;
   const float* sums;  // [kGroup][sums_stride], nullptr: nothing to do
   int64_t sums_stride;
   const int64_t* outputs;  // of the group's positions in y and in the residual; -1: thrown away
@@ -25,22 +23,15 @@ struct PendingSums {
       if (outputs[row] < 0) continue;
       const float* sum = sums + row * sums_stride - k_begin;
       int64_t k = k_begin;
-      for (; k + kLanes <= k_end; k += kLanes) finish_vector<true>(sum + k, outputs[row] + k, k, kLanes);
-      if (k < k_end) finish_vector<false>(sum + k, outputs[row] + k, k, k_end - k);
+      for (; k + kLanes <= k_end; k += kLanes) finish_vector(sum + k, outputs[row] + k, k, kLanes);
+      if (k < k_end) finish_vector(sum + k, outputs[row] + k, k, k_end - k);
     }
   }
-  template <bool kWhole>
   FR_INLINE void finish_vector(const float* sum, int64_t at, int64_t k, int64_t count) const {
-    V value = load<kLanes>(sum) * load<kLanes>(problem->scale + k) + load<kLanes>(problem->shift + k);
-    if (const float* residual = problem->residual) {
-      value += kWhole ? load<kLanes>(residual + at) : load_partial<kLanes>(residual + at, count);
-    }
-    value = bounds.apply<kLanes>(value);
-    if constexpr (kWhole) {
-      store<kLanes>(problem->y + at, value);
-    } else {
-      store_partial<kLanes>(problem->y + at, value, count);
-    }
+    const float* residual = problem->residual;
+    cpu::finish<AllSteps<Residual::kUnlessNull>, kLanes>(
+        load<kLanes>(sum), load<kLanes>(problem->scale + k), load<kLanes>(problem->shift + k), bounds,
+        residual == nullptr ? nullptr : residual + at, problem->y + at, count);
   }
   // What finish will need.
   FR_INLINE void fetch(int64_t begin, int64_t end) const {

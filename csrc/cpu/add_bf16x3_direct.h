@@ -3,16 +3,16 @@
 #pragma once
 
 #if defined(FR_TILES)
+  #include "bf16x3_direct.h"
+  #include "bf16x3_stem.h"
   #include "pooled_kernel.h"
-  #include "split_kernel.h"
-  #include "split_rows.h"
 
 namespace fused_resnet::cpu {
 template <>
-void add_split_direct<FR_ISA>(Kernels& set) {
-  set.split_direct = SplitImpl<FR_TILES, FR_TILE_LANES, false>::kernel();
-  set.fresh_split_direct = SplitImpl<FR_TILES, FR_TILE_LANES, true>::kernel();
-  set.split_pooled = PooledRows<SplitRows<FR_TILES, FR_TILE_LANES>>::kernel();
+void add_bf16x3_direct<FR_ISA>(Kernels& set) {
+  set.bf16x3_direct = Bf16x3Direct<FR_TILES, FR_TILE_LANES, false>::kernel();
+  set.fresh_bf16x3_direct = Bf16x3Direct<FR_TILES, FR_TILE_LANES, true>::kernel();
+  set.bf16x3_stem = PooledRows<Bf16x3Stem<FR_TILES, FR_TILE_LANES>>::kernel();
 }
 }  // namespace fused_resnet::cpu
 #endif

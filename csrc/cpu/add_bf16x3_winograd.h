@@ -2,13 +2,13 @@
 #pragma once
 
 #if defined(FR_TILES)
-  #include "winograd_split.h"
+  #include "bf16x3_winograd.h"
 
 namespace fused_resnet::cpu {
 template <>
-void add_split_winograd<FR_ISA>(Kernels& set) {
-  set.split_winograd2 = SplitWinogradImpl<FR_TILES, FR_TILE_LANES, Winograd<2>>::kernel();
-  set.split_winograd4 = SplitWinogradImpl<FR_TILES, FR_TILE_LANES, Winograd<4>>::kernel();
+void add_bf16x3_winograd<FR_ISA>(Kernels& set) {
+  set.bf16x3_winograd2 = Bf16x3Winograd<FR_TILES, FR_TILE_LANES, Winograd<2>>::kernel();
+  set.bf16x3_winograd4 = Bf16x3Winograd<FR_TILES, FR_TILE_LANES, Winograd<4>>::kernel();
 }
 }  // namespace fused_resnet::cpu
 #endif

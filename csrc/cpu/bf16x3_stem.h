@@ -1,5 +1,5 @@
 // One row of a direct convolution of few channels on matrix tiles: float32 products from bfloat16 ones
-// (split.h), and nothing gathered. The parts of the input lie in a window that rolls down the image:
+// (bf16x3.h), and nothing gathered. The parts of the input lie in a window that rolls down the image:
 //
 //   input (row h, column w, channel c) at ((h - top) + w R) C + c,   R rows of the filter, columns padded
 //
@@ -8,7 +8,7 @@
 // next row of the output begins further along the same memory. The rows that it no longer needs make room for
 // the new ones: the slot of (h + R, w - 1) is that of (h, w). Each input is written once.
 //
-//   U [panel][step][part][2][16][16][2]   weights, split, as B tiles; a step is 32 of the R S C values
+//   U [panel][step][part][2][16][16][2]   weights as B tiles; a step is 32 of the R S C values
 //
 // The last step ends where the line ends. What it has in common with the step before has zeros for weights
 // in one of them; no step reads beyond the pixel's own inputs, where a NaN could be that is none of its own.
@@ -16,14 +16,14 @@
 
 #include <algorithm>
 
+#include "bf16x3.h"
 #include "direct_kernel.h"
-#include "split.h"
 #include "tiles.h"
 
 namespace fused_resnet::cpu {
 
 template <class Tiles, int kLanes_>
-struct SplitRows {
+struct Bf16x3Stem {
   static constexpr int kLanes = kLanes_;
   using V = Vec<kLanes>;
   static constexpr int64_t kPanel = 2 * kTileCols;  // output channels
@@ -32,7 +32,7 @@ struct SplitRows {
   static constexpr int64_t kStepValues = kParts * 2 * kTileValues;  // of U
   static constexpr int64_t kMostChannels = 16;
 
-  // The products as in split.h, but x's parts change less often: their rows, which begin anywhere, straddle
+  // The products as in bf16x3.h, but x's parts change less often: their rows, which begin anywhere, straddle
   // two cache lines each.
   static constexpr PartsOfProduct kOrder[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}};
   static constexpr int64_t kProductsOfStep = sizeof(kOrder) / sizeof(kOrder[0]);
@@ -72,8 +72,8 @@ struct SplitRows {
           }
         }
         for (int64_t i = 0; i < 2 * kTileValues; i += 2 * kLanes) {
-          split<kLanes>(load<kLanes>(values + i), load<kLanes>(values + i + kLanes), out + i,
-                        2 * kTileValues);
+          store_bf16x3<kLanes>(load<kLanes>(values + i), load<kLanes>(values + i + kLanes), out + i,
+                               2 * kTileValues);
         }
       }
     }
@@ -94,11 +94,11 @@ struct SplitRows {
   static int64_t scratch_floats(const ConvShape& shape) { return Layout(shape).floats(); }
 
   // Rows of one image from `first_row` of the output on.
-  SplitRows(const ConvProblem& problem, int64_t image, int64_t first_row, float* scratch)
+  Bf16x3Stem(const ConvProblem& problem, int64_t image, int64_t first_row, float* scratch)
       : problem_(problem),
         shape_(problem.shape),
         layout_(problem.shape),
-        bounds_(problem.activation),
+        bounds_(Bounds::before_max_pool(problem.activation)),
         x_(problem.x + image * problem.x_stride[0]),
         first_top_(top_of(first_row)),
         sums_(scratch),
@@ -107,7 +107,7 @@ struct SplitRows {
     begin_rows(first_top_);
   }
   // Written out, since GCC compiles implicit ones for no instruction set in particular.
-  ~SplitRows() {}
+  ~Bf16x3Stem() {}
 
   // Row p of the output, below the one before, to y, dense. It is there after the next call or finish().
   // between() is called many times, each time for a little work that does not hold up the tiles.
@@ -177,7 +177,7 @@ struct SplitRows {
     next_row_ += rows;
     if (next_row_ == rows_end_) next_row_ = rows_begin_, ++next_block_;
     for (int64_t j = 0; j < rows; ++j) {
-      split_block(h + j, begin - shape_.pad_w, count, block_ + j * kParts * layout_.block_part);
+      convert_block(h + j, begin - shape_.pad_w, count, block_ + j * kParts * layout_.block_part);
     }
     BFloat16* to = window_ + (h - first_top_ + begin * shape_.r) * shape_.c;
     for (int part = 0; part < kParts; ++part, to += layout_.part) {
@@ -186,7 +186,7 @@ struct SplitRows {
   }
 
   // `count` columns of a row of the input, zeros outside the image.
-  void split_block(int64_t h, int64_t first, int64_t count, BFloat16* to) const {
+  void convert_block(int64_t h, int64_t first, int64_t count, BFloat16* to) const {
     const int64_t c = shape_.c, vectors = ceil_div(count * c, 2 * kLanes);
     const float* from = x_ + h * problem_.x_stride[1] + first * c;
     float values[kColumns * kMostChannels];
@@ -199,7 +199,8 @@ struct SplitRows {
       from = values;
     }
     for (int64_t i = 0; i < vectors * 2 * kLanes; i += 2 * kLanes) {
-      split<kLanes>(load<kLanes>(from + i), load<kLanes>(from + i + kLanes), to + i, layout_.block_part);
+      store_bf16x3<kLanes>(load<kLanes>(from + i), load<kLanes>(from + i + kLanes), to + i,
+                           layout_.block_part);
     }
   }
 
@@ -234,7 +235,7 @@ struct SplitRows {
     const float* sums;  // [pixels][width]
     int64_t width, pixels, count, k;
     const float *scale, *shift;
-    OutputBounds bounds{Activation::kNone};
+    Bounds bounds{Activation::kNone};
     float* y;
 
     FR_INLINE void finish(int64_t begin, int64_t end) const {
@@ -252,13 +253,9 @@ struct SplitRows {
         const float* from = sums + row * width;
         float* to = y + row * k;
         for (int64_t j = 0; j < count; j += kLanes) {
-          const V value = bounds.apply<kLanes>(load<kLanes>(from + j) * load<kLanes>(scale + j) +
-                                               load<kLanes>(shift + j));
-          if (kWhole || count - j >= kLanes) {
-            store<kLanes>(to + j, value);
-          } else {
-            store_partial<kLanes>(to + j, value, count - j);
-          }
+          cpu::finish<AllSteps<Residual::kNone>, kLanes>(
+              load<kLanes>(from + j), load<kLanes>(scale + j), load<kLanes>(shift + j), bounds,
+              static_cast<const float*>(nullptr), to + j, kWhole ? kLanes : count - j);
         }
       }
     }
@@ -331,7 +328,7 @@ struct SplitRows {
   const ConvProblem& problem_;
   const ConvShape& shape_;
   const Layout layout_;
-  const OutputBounds bounds_;
+  const Bounds bounds_;
   const float* const x_;
   const int64_t first_top_;
   float* const sums_;  // of two groups

@@ -1,41 +1,42 @@
 // The weights of convolution on matrix tiles, in steps: 32 channels of one tap for a panel of 32 outputs.
 //
 //   U [panel][step][part][2][16][16][2]    bfloat16, B tiles in three parts
-//   W [panel][2][step][16][16][2]          float32: fresh weights, split in the call. Half a panel lies in
+//   W [panel][2][step][16][16][2]          float32: fresh weights, taken apart in the call. Half a panel lies
+//   in
 //                                          one piece: few positions read them from memory so, and take 6 %
 //                                          longer where there are gaps
 #pragma once
 
 #include <algorithm>
 
+#include "bf16x3.h"
 #include "gemm.h"
-#include "split.h"
 #include "tiles.h"
 
 namespace fused_resnet::cpu {
 
 template <int kLanes>
-struct SplitWeights {
+struct Bf16x3Weights {
   static constexpr int64_t kPanel = 2 * kTileCols;  // output channels
   static constexpr int64_t kTileValues = kTileRows * kTileDepth;
   static constexpr int64_t kStepWeights = 2 * kTileValues;
   static constexpr int64_t kStepValues = kParts * kStepWeights;  // of U
-  static constexpr int64_t kUnit = 2 * kLanes;                   // weights split at once
+  static constexpr int64_t kUnit = 2 * kLanes;                   // weights converted at once
   static constexpr int64_t kUnits = kStepWeights / kUnit;        // of a step
   static constexpr int64_t kTileUnits = kTileValues / kUnit;     // of one of its two tiles
 
   static int64_t chunks_of(const ConvShape& shape) { return ceil_div(shape.c, kTileDepth); }
   static int64_t steps_of(const ConvShape& shape) { return chunks_of(shape) * shape.r * shape.s; }
 
-  static FR_INLINE void split_unit(const float* from, BFloat16* to, int64_t part_stride) {
-    split<kLanes>(load<kLanes>(from), load<kLanes>(from + kLanes), to, part_stride);
+  static FR_INLINE void convert_unit(const float* from, BFloat16* to, int64_t part_stride) {
+    store_bf16x3<kLanes>(load<kLanes>(from), load<kLanes>(from + kLanes), to, part_stride);
   }
   static FR_INLINE void fetch_units(const float* from, int64_t count) {
     for (int64_t i = 0; i < count * kUnit; i += kCacheLine) __builtin_prefetch(from + i, 0, 2);
   }
 
-  // Splits steps of W to U, some units with each call. `half`: floats between the two tiles of a step.
-  struct Splitter {
+  // Converts steps of W to U, some units with each call. `half`: floats between the two tiles of a step.
+  struct Converter {
     const float* from;
     int64_t half;
     BFloat16* to;
@@ -47,15 +48,15 @@ struct SplitWeights {
         const float* at =
             from + of_step / kTileUnits * half + step * kTileValues + of_step % kTileUnits * kUnit;
         fetch_units(at + kFar, 1);
-        split_unit(at, to + step * kStepValues + of_step * kUnit, kStepWeights);
+        convert_unit(at, to + step * kStepValues + of_step * kUnit, kStepWeights);
       }
     }
   };
 
   // Units [first, last) of one tile.
-  static FR_INLINE void split_tile(const float* from, int64_t first, int64_t last, BFloat16* to) {
+  static FR_INLINE void convert_tile(const float* from, int64_t first, int64_t last, BFloat16* to) {
     for (int64_t unit = first; unit < last; ++unit) {
-      split_unit(from + unit * kUnit, to + unit * kUnit, kTileValues);
+      convert_unit(from + unit * kUnit, to + unit * kUnit, kTileValues);
     }
   }
 
@@ -84,7 +85,7 @@ struct SplitWeights {
             to[c / 2 * kTileDepth + c % 2] = from[k * stride[0] + c * stride[1]];
           }
         }
-        if (!fresh) Splitter{values, half, reinterpret_cast<BFloat16*>(out), 0, kUnits}.advance(kUnits);
+        if (!fresh) Converter{values, half, reinterpret_cast<BFloat16*>(out), 0, kUnits}.advance(kUnits);
         out += fresh ? kTileValues : kStepValues / 2;
       }
     }
