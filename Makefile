@@ -20,8 +20,8 @@ PIP_ARGS ?=
 BENCH   ?=
 MATRIX  ?=
 TESTS   ?= tests fused_resnet/testing
-# What depends on the instruction set beyond the kernels, which tests/test_cpu_kernels.py runs with each in any case.
-ISA_TESTS ?= tests/test_cpu_backend.py tests/test_cpu_stem.py tests/test_properties.py fused_resnet/testing
+# What depends on the instruction set beyond the kernels, which tests/cpu/test_cpu_kernels.py runs with each in any case.
+ISA_TESTS ?= tests/cpu/test_cpu_backend.py tests/cpu/test_cpu_stem.py tests/ops/test_properties.py fused_resnet/testing
 RESULTS ?= benchmarks/results/latest.json
 
 # A GPU decides what is built here; `pip install` and wheels never look for one. Without a GPU one architecture is
@@ -81,11 +81,11 @@ static: $(VENV)/.dev
 
 # Environments, builds and logs lie in .matrix; MATRIX="--short --legs oldest" for less.
 matrix:
-	python3 tests/matrix.py $(MATRIX)
+	python3 tests/support/matrix.py $(MATRIX)
 
 mutants: $(VENV)/.dev
 	@$(if $(wildcard ../shared/ptxi),PTXI_HOME=$${PTXI_HOME:-$(abspath ../shared/ptxi)} )$(WORKERS) $(PYTEST) \
-	  --dist load -m mutant -q tests/host_cuda
+	  --dist load -m mutant -q tests/cuda/test_mutants.py
 
 install: $(VENV)/.dev
 

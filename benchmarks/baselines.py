@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fused_resnet import backends, contenders, functional
-from fused_resnet.contenders import EAGER, EAGER_CHANNELS_LAST, FUSED, channels_last_inputs
-from fused_resnet.packed_weights import PackedWeights
-from fused_resnet.problem import Problem
-from fused_resnet.reference import Tail, conv_bn, reference, scale_shift
+from fused_resnet import backends, functional
+from fused_resnet.comparison import sides as contenders
+from fused_resnet.comparison.sides import EAGER, EAGER_CHANNELS_LAST, FUSED, channels_last_inputs
+from fused_resnet.core.packed_weights import PackedWeights
+from fused_resnet.core.problem import Problem
+from fused_resnet.core.reference import TailArguments, conv_bn, reference, scale_shift
+from fused_resnet.core.timing import Contender
 from fused_resnet.testing import call_arguments, make_tail
-from fused_resnet.timing import Contender
 
 from . import onednn
 
@@ -62,7 +63,7 @@ def tail_inputs(problem: Problem, device: torch.device) -> Callable[[int], tuple
     return make
 
 
-def _with_activations(tail: Tail, *activations: Tensor) -> Tail:
+def _with_activations(tail: TailArguments, *activations: Tensor) -> TailArguments:
     x, *added = activations
     if tail.proj is not None:
         return tail._replace(x=x, proj_x=added[0])
@@ -122,7 +123,7 @@ def tail_contenders(problem: Problem, device: torch.device, compiled: bool) -> l
     return sides
 
 
-def _weights_of(problem: Problem, device: torch.device) -> Tail:
+def _weights_of(problem: Problem, device: torch.device) -> TailArguments:
     """A tail of one image for its weights: activations of whole batches are drawn on the device, not here."""
     return make_tail(dataclasses.replace(problem, n=1), device=device)
 
@@ -139,7 +140,7 @@ def _described(problem: Problem, device: torch.device) -> Callable[..., Tensor]:
     return lambda *activations: call(_with_activations(tail, *activations))
 
 
-def _folded(tail: Tail) -> Tail:
+def _folded(tail: TailArguments) -> TailArguments:
     """BN folded into weights and bias, as deployment guides do; the rest is eager."""
 
     def fold(c: Any) -> Any:
@@ -152,7 +153,7 @@ def _folded(tail: Tail) -> Tail:
     return tail._replace(conv=fold(tail.conv), proj=None if tail.proj is None else fold(tail.proj))
 
 
-def _cudnn(folded: Tail) -> Callable[..., Tensor]:
+def _cudnn(folded: TailArguments) -> Callable[..., Tensor]:
     """aten's fused convolution + add + ReLU of cuDNN, on folded weights; the projection is a launch before it."""
     conv = folded.conv
 
@@ -169,7 +170,7 @@ def _cudnn(folded: Tail) -> Callable[..., Tensor]:
 class _TailModule(nn.Module):
     """The tail as a module: freezing needs the weights to be parameters."""
 
-    def __init__(self, tail: Tail) -> None:
+    def __init__(self, tail: TailArguments) -> None:
         super().__init__()
         self.tail = tail
         for prefix, part in (("conv", tail.conv), ("proj", tail.proj)):
@@ -188,7 +189,7 @@ class _TailModule(nn.Module):
         return reference(_with_activations(tail, *activations))
 
 
-def _compiled_tail(tail: Tail, freezing: bool) -> Callable[[], Callable[..., Tensor]]:
+def _compiled_tail(tail: TailArguments, freezing: bool) -> Callable[[], Callable[..., Tensor]]:
     return lambda: _compile(_TailModule(tail).eval(), freezing)
 
 

@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 
 from fused_resnet import backends, functional
-from fused_resnet.ops import plans
-from fused_resnet.packed_weights import PackedWeights
-from fused_resnet.problem import Problem
-from fused_resnet.reference import Tail
+from fused_resnet.core.packed_weights import PackedWeights
+from fused_resnet.core.problem import Problem
+from fused_resnet.core.reference import TailArguments
+from fused_resnet.selection import plans
 from fused_resnet.testing import call_arguments, make_tail
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +67,7 @@ class _Nothing(backends.Backend):
     def can_run(self, problem: Problem) -> str | None:
         return None
 
-    def run(self, problem: Problem, tail: Tail) -> Tensor:
+    def run(self, problem: Problem, tail: TailArguments) -> Tensor:
         return self.output
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_resnet.contenders import expected_output
+from fused_resnet.comparison.sides import expected_output
 
 from .baselines import model_contenders
 from .comparison import Work

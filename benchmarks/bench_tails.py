@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fused_resnet import backends
-from fused_resnet.contenders import FUSED, channels_last_inputs
-from fused_resnet.problem import Problem
+from fused_resnet.comparison.sides import FUSED, channels_last_inputs
+from fused_resnet.core.problem import Problem
+from fused_resnet.core.timing import Contender
 from fused_resnet.testing import RESNET_TAILS, RealTail, in_dtype, make_tail
-from fused_resnet.timing import Contender
 
 from . import onednn
 from .baselines import ONEDNN, reference_of, tail_contenders, tail_inputs

@@ -1,4 +1,4 @@
-"""One comparison of :mod:`fused_resnet.timing` as the entry of a results file that ``benchmarks/report.py`` reads."""
+"""One comparison of :mod:`fused_resnet.core.timing` as an entry of the results that ``benchmarks/report.py`` reads."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fused_resnet import __version__
-from fused_resnet.contenders import FUSED, summary
-from fused_resnet.timing import Comparison, Contender, compare
+from fused_resnet.comparison.sides import FUSED, summary
+from fused_resnet.core.timing import Comparison, Contender, compare
 
 from . import peaks
 

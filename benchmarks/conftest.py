@@ -5,7 +5,7 @@
     pytest benchmarks --benchmark-only -k cpu --threads 1,2 # the CPU tables
     pytest benchmarks --benchmark-only -k gpu               # on a GPU
 
-A benchmark is one comparison by :mod:`fused_resnet.timing`: all sides in one process, in alternating rounds. Its
+A benchmark is one comparison by :mod:`fused_resnet.core.timing`: all sides in one process, in alternating rounds. Its
 rows are in the JSON's ``extra_info``; pytest-benchmark's own columns are the fused side alone, for
 ``--benchmark-compare`` between versions.
 """
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from fused_resnet.cli.inspect import environment
-from fused_resnet.contenders import EAGER, EAGER_LAYOUTS, FUSED
-from fused_resnet.timing import Comparison, Contender
+from fused_resnet.comparison.sides import EAGER, EAGER_LAYOUTS, FUSED
+from fused_resnet.core.timing import Comparison, Contender
 
 from .comparison import Work, measure
 
@@ -97,7 +97,7 @@ def record(benchmark: Any, request: pytest.FixtureRequest) -> Record:
 
 
 def _alone(benchmark: Any, side: Contender, make_inputs: Callable[[int], Any], num_threads: int | None) -> None:
-    from fused_resnet.timing import threads
+    from fused_resnet.core.timing import threads
 
     with threads(num_threads), torch.inference_mode():
         fn = side.build()

@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LOADS = "from fused_resnet import _extension as e; print(e.why_not_cuda() or e.cuda().build_info()['architectures'])"
+LOADS = (
+    "from fused_resnet.core import extensions as e; print(e.why_not_cuda() or e.cuda().build_info()['architectures'])"
+)
 
 
 def state() -> str:

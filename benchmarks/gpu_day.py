@@ -93,7 +93,7 @@ class Day:
         tests += ["-p", STAND_IN] if self.dry else []
         if self.dry:
             tests[1:3] = []  # pytest's workers load the stand-in themselves
-        backends, others = "tests/test_gpu_backends.py", sorted((ROOT / "tests").glob("test_gpu_*.py"))
+        backends, others = "tests/cuda/test_gpu_backends.py", sorted((ROOT / "tests").rglob("test_gpu_*.py"))
         rest = [str(path.relative_to(ROOT)) for path in others if path.name != "test_gpu_backends.py"]
         speed = [*self.python, "-m", "benchmarks.gpu_speed"]
         return [

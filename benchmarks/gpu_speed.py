@@ -32,9 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.cli.inspect import environment
-from fused_resnet.problem import Problem, Projection
+from fused_resnet.core.problem import Problem, Projection
+from fused_resnet.core.timing import Contender, graphed
 from fused_resnet.testing import RESNET_TAILS, RealTail, in_dtype
-from fused_resnet.timing import Contender, graphed
 
 from . import peaks
 from .baselines import EAGER_LAYOUTS, FOLDED, FREEZING, model_contenders, reference_of, tail_contenders, tail_inputs

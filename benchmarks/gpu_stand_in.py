@@ -4,8 +4,8 @@
     PTXI_HOME=... python -m pytest -p benchmarks.gpu_stand_in -m gpu tests
 
 Tensors "on cuda" say so and lie in host memory. Triton compiles for sm_90 and the PTX interpreter of PTXI_HOME runs
-what it compiled; the extension is the one of tests/test_cuda_operator.py, above the interpreter's CUDA runtime; cuDNN
-is torch's CPU convolution. Events read the host's clock: no time from here means anything.
+what it compiled; the extension is the one of tests/cuda/test_cuda_operator.py, above the interpreter's CUDA runtime;
+cuDNN is torch's CPU convolution. Events read the host's clock: no time from here means anything.
 """
 
 from __future__ import annotations
@@ -237,30 +237,31 @@ def _patch_triton() -> None:
 
 
 def _patch_extension() -> None:
-    """The module of tests/test_cuda_operator.py in place of ``_C_cuda``, built and loaded when it is first wanted."""
-    from fused_resnet import _extension, pristine
+    """The module of tests/cuda/test_cuda_operator.py in place of ``_C_cuda``, built when it is first wanted."""
+    from fused_resnet.core import extensions
+    from fused_resnet.nn import pristine
 
     mock.patch.object(pristine, "why_not_mode", return_value=None).start()  # _Tensors is no mode of a user's
-    load = _extension._load
+    load = extensions._load
 
     def stand_in(name: str) -> Any:
-        if name == "_C_cuda" and name not in _extension._modules:
+        if name == "_C_cuda" and name not in extensions._modules:
             try:
-                _extension._modules[name] = extension()
+                extensions._modules[name] = extension()
             except Exception as error:
-                _extension._modules[name] = f"the stand-in for _C_cuda cannot be had: {error}"
+                extensions._modules[name] = f"the stand-in for _C_cuda cannot be had: {error}"
         return load(name)
 
-    mock.patch.object(_extension, "_load", stand_in).start()
+    mock.patch.object(extensions, "_load", stand_in).start()
 
 
 def extension() -> Any:
     """The built stand-in, loaded; built if need be, which takes minutes."""
-    tests = ROOT / "tests"
-    sys.path[:0] = [str(tests), str(tests / "cuda_operator"), os.environ["PTXI_HOME"] + "/fake_cudart"]
-    import checks
+    sys.path[:0] = [str(ROOT), os.environ["PTXI_HOME"] + "/fake_cudart"]
     import fake_cudart
-    import test_cuda_operator
+
+    from tests.cuda import test_cuda_operator
+    from tests.support.cuda_operator import checks
 
     os.environ |= {"PTXI_ARCH": "90", "PTXI_CUOBJDUMP": fake_cudart.cuobjdump()}
     with torch._C.DisableTorchFunction():

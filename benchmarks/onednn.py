@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.reference import ConvBN, Tail, scale_shift
+from fused_resnet.core.reference import ConvBN, TailArguments, scale_shift
 
 
 class PackedConv:
@@ -52,7 +52,7 @@ class PackedConv:
         )
 
 
-def tail(t: Tail, keep: bool = False) -> Callable[..., Tensor]:
+def tail(t: TailArguments, keep: bool = False) -> Callable[..., Tensor]:
     """The tail of ``t``; the residual is overwritten, as a compiler does with a value that nobody reads again.
 
     With ``keep`` it is not.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fused_resnet.timing import stopwatch, threads
+from fused_resnet.core.timing import stopwatch, threads
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from fused_resnet.run_log import Epoch, draw_curves
-from fused_resnet.train import TrainConfig, train
+from fused_resnet.trainer.log import Epoch, draw_curves
+from fused_resnet.trainer.loop import TrainConfig, train
 
 #: 22 steps an epoch are too few to recover from the first steps at 0.1, the default.
 _LEARNING_RATE = 0.05

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_resnet.recipes import TrainConfig, build_model
-from fused_resnet.timing import median_interval
+from fused_resnet.core.timing import median_interval
+from fused_resnet.trainer.config import TrainConfig, build_model
 
 
 class Side:

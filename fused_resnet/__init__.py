@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import lazy_operators
+from .core import lazy_operators
 
 __version__ = "0.1.0"
 

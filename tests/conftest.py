@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def _why_no_interpreter() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return None  # the tests that need it say so
-    from interpreter_probe import why_not
+    from tests.support.interpreter_probe import why_not
 
     return why_not()
 

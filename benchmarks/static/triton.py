@@ -23,8 +23,8 @@ import torch
 from benchmarks.static import table
 from benchmarks.static.sass import read_cubin
 from fused_resnet.aot.triton import compile_kernel, compile_stats_kernel, shipped
+from fused_resnet.core.problem import Problem, dtype_name
 from fused_resnet.kernels.config import TailConfig
-from fused_resnet.problem import Problem, dtype_name
 
 #: What the tensor cores execute; a tile of too few filters for wgmma is none of the shipped ones.
 TENSOR_OPCODE = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}

@@ -1,5 +1,5 @@
 // The operators fused_resnet_C::cuda_bn_*: the four passes of a training tail on torch's current stream.
-// Tensors come canonical (backends/training_base.py) and outputs allocated; as with the convolution, nothing
+// Tensors come canonical (backends/training/base.py) and outputs allocated; as with the convolution, nothing
 // but the kernel reaches the stream.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>

@@ -4,7 +4,7 @@
 //   threadIdx.x, blockIdx.x, blockIdx.y, __syncthreads()         (one-dimensional blocks)
 //   __device__, __global__, __forceinline__, __launch_bounds__, __grid_constant__, #pragma unroll
 // No static or extern __shared__ variable, no warp vote, no CUDA vector or half type, no
-// intrinsic, no printf. tests/host_cuda/ supplies another file of the same name with the same functions, so
+// intrinsic, no printf. tests/support/host_cuda/ supplies another file of the same name with the same functions, so
 // that g++ compiles the kernels unchanged; add a function here only together with its twin there.
 //
 // Shared memory is addressed by 32-bit byte addresses (`shared_base()` + offset); every access to it is one
@@ -37,7 +37,7 @@ __device__ __forceinline__ void keep(const char*& p) {
   asm volatile("" : "+l"(p));
 }
 
-// Marks the end of the main loop for tests/host_cuda, which counts each part's traffic apart.
+// Marks the end of the main loop for tests/support/host_cuda, which counts each part's traffic apart.
 __device__ __forceinline__ void enter_epilogue() {}
 
 // ---- shared memory ----

@@ -10,7 +10,7 @@ import importlib
 import os
 from pathlib import Path
 
-from ..problem import Problem
+from ..core.problem import Problem
 from .launch_json import Launch
 
 __all__ = ["Launch", "compile"]

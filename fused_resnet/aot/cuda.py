@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..problem import Problem
+from ..core.problem import Problem
 from .launch_json import Launch, write
 from .planner import Entry, cache_directory, planner, source_directory, sources_key
 from .training import TrainingCall, training_planner

@@ -15,7 +15,7 @@ address), or ``{"type": "tensormap", "tensor": name, ...}`` with every parameter
 torch's order of dimensions: ``x`` is [N, C, H, W], ``weight`` [K, C, R, S], ``y`` [N, K, P, Q], vectors [K]), and
 ``alignment``, the bytes its address must be a multiple of.
 
-The last four keys are ours. ``problem`` (the text of `fused_resnet.problem.Problem`) and the two eps say what
+The last four keys are ours. ``problem`` (the text of `fused_resnet.core.problem.Problem`) and the two eps say what
 the kernel computes. ``workspace_initial`` is ``"zeros"`` where the workspace must be all zeros before the first
 launch (every launch leaves what it needs zeroed zeroed), ``null`` where its content does not matter.
 """
@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..problem import DTYPES, Problem, dtype_name
+from ..core.problem import DTYPES, Problem, dtype_name
 
 #: The names a tensor may have in a launch.json.
 TENSOR_NAMES = (

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from .. import _extension, user_cache
 from ..backends.cuda import NormRequest, plan_request
-from ..problem import Problem
+from ..core import extensions, user_cache
+from ..core.problem import Problem
 from .launch_json import Launch, TensorSpec, by_value, default_bn_dtype, tensor_specs, workspace_spec
 
 #: The operation that a launch.json's problem names where the tail's kernel takes statistics instead.
@@ -209,6 +209,6 @@ def _tile(text: str) -> tuple[int, int]:
 @lru_cache
 def planner() -> Planner:
     """The planner of this package; RuntimeError where ``_C`` is not there."""
-    if (extension := _extension.cpu()) is None:
-        raise RuntimeError(f"compile: needs the launch planner, but {_extension.why_not_cpu()}")
+    if (extension := extensions.cpu()) is None:
+        raise RuntimeError(f"compile: needs the launch planner, but {extensions.why_not_cpu()}")
     return Planner(extension)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from ..backends.cuda import dtype_code
-from ..backends.training_base import mask_words
-from ..problem import DTYPES, dtype_name
-from ..reference import ACTIVATIONS
+from ..core.problem import DTYPES, dtype_name
+from ..core.reference import ACTIVATIONS
+from ..core.training_call import mask_words
 from .launch_json import Launch, TensorSpec, by_value, workspace_spec
 from .planner import Device, Entry, Planner, device_for, kernel_of, planner
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from ..backends.triton import why_not_problem, why_not_triton
+from ..core.problem import Problem
 from ..kernels.arguments import BatchNorm, StatsTensors
 from ..kernels.config import TailConfig, base_configs, candidates
 from ..kernels.plan import Descriptor, TailPlan, plan
-from ..problem import Problem
 from .launch_json import Launch, TensorSpec, pointer, scalar, tensor_specs, tensormap, workspace_spec, write
 
 #: SMs of the usual device of an architecture: the planner fills them.

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import Problem
-from ..reference import Tail
+from ..core.problem import Problem
+from ..core.reference import TailArguments
 
 #: Every backend by name; each lives in the module of the same name, as ``BACKEND``.
 NAMES: tuple[str, ...] = ("eager", "cpu", "triton", "cuda", "cudnn", "two_pass")
@@ -39,7 +39,7 @@ class Backend(ABC):
         """None when this backend can run ``problem`` here and now, else one sentence that says why not."""
 
     @abstractmethod
-    def run(self, problem: Problem, tail: Tail) -> Tensor:
+    def run(self, problem: Problem, tail: TailArguments) -> Tensor:
         """Compute the tail. The arguments have been checked; any tensor may have any strides.
 
         The output has the memory format ``layout.output_memory_format(x, weight)`` and never shares memory
@@ -54,7 +54,9 @@ class Backend(ABC):
         """
         return (None,)
 
-    def bind(self, problem: Problem, tail: Tail, configuration: Any = None) -> Callable[[Tail], Tensor]:
+    def bind(
+        self, problem: Problem, tail: TailArguments, configuration: Any = None
+    ) -> Callable[[TailArguments], Tensor]:
         """A function for calls like ``tail``, whose tensors agree with its in shape, strides, dtype and device.
 
         ``configuration`` is one of :meth:`candidates`, or None for the preferred one. Everything that depends on
@@ -95,8 +97,8 @@ def choose(problem: Problem, name: str = "auto") -> Backend:
     """The backend for ``problem``: the named one, or for ``auto`` the first of a ladder that can run it.
 
     On the CPU there is one fused backend. On CUDA the ladder stands for a machine without a GPU, where nothing of it
-    can run but its sentences are wanted; where there is one, the order is that of :mod:`fused_resnet.tuning.rule`,
-    and a call takes what :mod:`fused_resnet.tuning.choice` decides (measured, verified).
+    can run but its sentences are wanted; where there is one, the order is that of :mod:`.gpu_rule`,
+    and a call takes what :mod:`fused_resnet.selection.choice` decides (measured, verified).
     RuntimeError with the backend's own sentence when a named backend cannot run the problem.
     """
     if name == "auto":
@@ -109,9 +111,9 @@ def choose(problem: Problem, name: str = "auto") -> Backend:
         return backend
     ladder = _LADDER.get(problem.device_type, ("eager",))
     if problem.device_type == "cuda" and torch.cuda.is_available():
-        from ..tuning import rule
+        from . import gpu_rule
 
-        ladder = rule.ladder(problem, torch.device("cuda", torch.cuda.current_device()))
+        ladder = gpu_rule.ladder(problem, torch.device("cuda", torch.cuda.current_device()))
     for candidate in ladder:
         backend = get(candidate)
         if backend.can_run(problem) is None:

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _extension
-from ..layout import output_memory_format
-from ..problem import Problem, Projection, dtype_name
-from ..reference import Tail
+from ..core import extensions
+from ..core.layout import output_memory_format
+from ..core.problem import Problem, Projection, dtype_name
+from ..core.reference import TailArguments
 from . import Backend
 from .cpu_fused import FewChannels, FusedConvolution
 from .cpu_onednn import run_folded, run_pass
@@ -67,16 +67,18 @@ class CpuBackend(Backend):
             return f"cpu: dtype must be one that oneDNN has on this CPU, got {dtype_name(problem.output_dtype)}"
         return None
 
-    def run(self, problem: Problem, tail: Tail) -> Tensor:
+    def run(self, problem: Problem, tail: TailArguments) -> Tensor:
         return self.bind(problem, tail)(tail)
 
-    def bind(self, problem: Problem, tail: Tail, configuration: Any = None) -> Callable[[Tail], Tensor]:
+    def bind(
+        self, problem: Problem, tail: TailArguments, configuration: Any = None
+    ) -> Callable[[TailArguments], Tensor]:
         if problem.output_dtype is not problem.dtype:
             # float16 x with a float32 residual, say: exact in the wider type, and rare
             return partial(_run_widened, self, problem.output_dtype)
         if problem.dtype is not torch.float32 and _onednn_is_wrong(problem):
             return partial(_run_widened, self, torch.float32)
-        if problem.dtype is not torch.float32 or _extension.cpu() is None:
+        if problem.dtype is not torch.float32 or extensions.cpu() is None:
             return run_folded
         otherwise = run_folded if problem.activation == "none" else run_pass
         if problem.groups != 1:
@@ -97,7 +99,7 @@ def _projection(problem: Problem, proj: Projection) -> Problem:
     )  # fmt: skip
 
 
-def _run_widened(backend: CpuBackend, dtype: torch.dtype, tail: Tail) -> Tensor:
+def _run_widened(backend: CpuBackend, dtype: torch.dtype, tail: TailArguments) -> Tensor:
     memory_format = output_memory_format(tail.x, tail.conv.weight)
     wide = tail.to(dtype)
     y = backend.run(Problem.from_tail(wide), wide)

@@ -1,6 +1,6 @@
 """Our own convolutions on the CPU: float32, one group, BN live, direct or Winograd.
 
-Weights are packed, taken apart or transformed for them. Where the caller keeps such copies (``Tail.packed_weights``),
+Weights are packed, taken apart or transformed for them. Where the caller keeps such copies (``packed_weights``),
 each call compares a checksum over the whole weight, on the way and at the speed of memory; a caller that keeps none
 gets oneDNN's convolution and our pass over its output, since packing for one call costs more than it saves.
 """
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import output_memory_format
-from ..packed_weights import PackedWeights
-from ..reference import ConvBN, Tail
+from ..core.layout import output_memory_format
+from ..core.packed_weights import PackedWeights
+from ..core.reference import ConvBN, TailArguments
 from .cpu_program import NOTHING, Link, Pool, input_number, pack_checked, program
 from .cpu_rule import DIRECT, Algorithm
 
@@ -26,7 +26,7 @@ _LARGEST_WINDOW = 8  # kMaxWindow in csrc/cpu/conv.h
 #: How often copies of the weights are made before a call goes without: another thread may be writing to them.
 _ATTEMPTS = 3
 
-Runner = Callable[[Tail], Tensor]
+Runner = Callable[[TailArguments], Tensor]
 
 
 class FusedConvolution:
@@ -50,7 +50,7 @@ class FusedConvolution:
             return None
         return FusedConvolution(self.otherwise, DIRECT, pool=pool)
 
-    def __call__(self, tail: Tail) -> Tensor:
+    def __call__(self, tail: TailArguments) -> Tensor:
         kept = tail.packed_weights
         if kept is None:
             return self._unfused(tail)
@@ -73,11 +73,11 @@ class FusedConvolution:
                 kept.drop(tail.proj.weight, self.projection)
         return self._unfused(tail)
 
-    def _unfused(self, tail: Tail) -> Tensor:
+    def _unfused(self, tail: TailArguments) -> Tensor:
         y = self.otherwise(tail)
         return y if self.pool is None else F.max_pool2d(y, *self.pool)
 
-    def links(self, tail: Tail, source: int, residual: int, number: int) -> list[Link]:
+    def links(self, tail: TailArguments, source: int, residual: int, number: int) -> list[Link]:
         """The convolutions of ``tail``, the first of them link ``number``.
 
         ``source`` and ``residual`` say where x and what is added come from (with a projection: its input).
@@ -99,7 +99,7 @@ class FewChannels:
     def __init__(self, otherwise: Runner, algorithm: Algorithm) -> None:
         self._otherwise, self._algorithm = otherwise, algorithm
 
-    def __call__(self, tail: Tail) -> Tensor:
+    def __call__(self, tail: TailArguments) -> Tensor:
         return self._otherwise(tail)
 
     def with_max_pool(self, pool: Pool) -> FusedConvolution | None:
@@ -113,7 +113,7 @@ def can_pool(pool: Pool) -> bool:
     return height <= _LARGEST_WINDOW and 2 * padding[0] <= height and 2 * padding[1] <= width
 
 
-def run_with_max_pool(run: Runner, tail: Tail, pool: Pool) -> Tensor:
+def run_with_max_pool(run: Runner, tail: TailArguments, pool: Pool) -> Tensor:
     """What ``run`` makes of ``tail``, then the max pool: one pass where there is a kernel for both."""
     pooled = run.with_max_pool(pool) if isinstance(run, (FusedConvolution, FewChannels)) else None
     return F.max_pool2d(run(tail), *pool) if pooled is None else pooled(tail)

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _extension
-from ..convolution import conv2d, pad_width
-from ..layout import output_memory_format
-from ..packed_weights import Packed, PackedWeights
-from ..reference import ConvBN, Tail, scale_shift
+from ..core import extensions
+from ..core.convolution import conv2d, pad_width
+from ..core.layout import output_memory_format
+from ..core.packed_weights import Packed, PackedWeights
+from ..core.reference import ConvBN, TailArguments, scale_shift
 from .cpu_fused import ACTIVATION_CODES
 
 
-def run_pass(tail: Tail) -> Tensor:
+def run_pass(tail: TailArguments) -> Tensor:
     """oneDNN's convolution, then scale, shift, residual and activation in one pass."""
     memory_format = output_memory_format(tail.x, tail.conv.weight)
     conv = tail.conv
@@ -34,7 +34,7 @@ def run_pass(tail: Tail) -> Tensor:
     return y
 
 
-def run_folded(tail: Tail) -> Tensor:
+def run_folded(tail: TailArguments) -> Tensor:
     """One oneDNN convolution with folded weights, then the activation."""
     memory_format = output_memory_format(tail.x, tail.conv.weight)
     residual = _residual(tail, torch.channels_last)
@@ -59,7 +59,14 @@ def fold(conv: ConvBN) -> tuple[Tensor, Tensor | None]:
 
 
 def _folded_conv(
-    tail: Tail, x: Tensor, conv: ConvBN, stride: Any, padding: Any, dilation: Any, groups: int, residual: Tensor | None
+    tail: TailArguments,
+    x: Tensor,
+    conv: ConvBN,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    residual: Tensor | None,
 ) -> Tensor:
     """``BN(conv2d(x)) + residual`` by one oneDNN primitive, channels_last, rounded once.
 
@@ -81,7 +88,7 @@ def _folded_conv(
 
 def _folded_weight(conv: ConvBN, geometry: Any, x: Tensor, kept: PackedWeights | None) -> tuple[Tensor, Tensor | None]:
     """Weight and bias, folded: kept in oneDNN's own order where what they were made from can be compared."""
-    if kept is None or (kept.checked and _extension.cpu() is None):
+    if kept is None or (kept.checked and extensions.cpu() is None):
         weight, bias = fold(conv)
         return weight.contiguous(memory_format=torch.channels_last), bias
     tensors = [t.detach() for t in conv[:6] if isinstance(t, Tensor)]
@@ -111,7 +118,7 @@ def _checksum(tensors: list[Tensor], kept: PackedWeights) -> Tensor:
     return checksum
 
 
-def _residual(tail: Tail, memory_format: torch.memory_format) -> Tensor | None:
+def _residual(tail: TailArguments, memory_format: torch.memory_format) -> Tensor | None:
     """What is added, dense in ``memory_format`` and of x's dtype: the residual or the projection's output."""
     if tail.proj is not None and tail.proj_x is not None:
         y = _folded_conv(tail, tail.proj_x, tail.proj, tail.proj_stride, (0, 0), (1, 1), 1, None)

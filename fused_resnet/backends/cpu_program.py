@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..packed_weights import Packed
-from ..reference import ConvBN
+from ..core.packed_weights import Packed
+from ..core.reference import ConvBN
 from .cpu_rule import Algorithm
 
 #: In place of the number of a link, as in csrc/cpu/conv_program.cpp.

@@ -6,8 +6,8 @@ import os
 from functools import lru_cache
 from typing import NamedTuple
 
-from .. import _extension
-from ..problem import Problem
+from ..core import extensions
+from ..core.problem import Problem
 
 #: A weight arrives from memory in the time of so many multiply-adds with it (13 GB/s against 230 GFLOP/s; the ratio is
 #: alike on other CPUs): a GEMM with fewer rows waits for its weights. In a network they never come from a cache.
@@ -98,7 +98,7 @@ def fastest(problem: Problem, winograd: str = "auto", tiles: bool | None = None)
 @lru_cache(maxsize=1)
 def has_tiles() -> bool:
     """Whether the extension multiplies on this processor's matrix tiles (AMX)."""
-    extension = _extension.cpu()
+    extension = extensions.cpu()
     return extension is not None and extension.build_info()["cpu_isa"] == "amx"
 
 

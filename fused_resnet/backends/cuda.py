@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _extension
-from ..layout import output_memory_format
-from ..problem import Problem, dtype_name
-from ..reference import ConvBN, Tail
+from ..core import extensions
+from ..core.layout import output_memory_format
+from ..core.problem import Problem, dtype_name
+from ..core.reference import ConvBN, TailArguments
 from . import Backend
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -58,10 +58,12 @@ class CudaBackend(Backend):
             return reason
         return _refusal(problem, torch.cuda.current_device())
 
-    def run(self, problem: Problem, tail: Tail) -> Tensor:
+    def run(self, problem: Problem, tail: TailArguments) -> Tensor:
         return self.bind(problem, tail)(tail)
 
-    def bind(self, problem: Problem, tail: Tail, configuration: Any = None) -> Callable[[Tail], Tensor]:
+    def bind(
+        self, problem: Problem, tail: TailArguments, configuration: Any = None
+    ) -> Callable[[TailArguments], Tensor]:
         chosen: Configuration = configuration or AUTO
         if _readable(tail):
             return _Direct(problem, tail, chosen)
@@ -86,14 +88,14 @@ class CudaBackend(Backend):
 class _General:
     """Through the extension's operator, which takes any strides and alignment and copies what it must."""
 
-    def __init__(self, problem: Problem, tail: Tail, chosen: Configuration) -> None:
+    def __init__(self, problem: Problem, tail: TailArguments, chosen: Configuration) -> None:
         self._op = torch.ops.fused_resnet_C.cuda_conv_bn_add_relu.default
         self._convert = output_memory_format(tail.x, tail.conv.weight) is torch.contiguous_format
         self._widen = any(map(_several_dtypes, (tail.conv, tail.proj)))
         activation = _loaded().ACTIVATIONS[problem.activation]
         self._options = (activation, problem.tf32, chosen.tile_m, chosen.tile_n, chosen.splits)
 
-    def __call__(self, tail: Tail) -> Tensor:
+    def __call__(self, tail: TailArguments) -> Tensor:
         conv, proj = tail.conv, tail.proj or _NONE
         if self._widen:
             conv, proj = _float_norm(conv), _float_norm(proj)
@@ -107,7 +109,7 @@ class _General:
 class _Direct:
     """Straight to the launch, for dense channels_last tensors: all is planned, addresses are all that changes."""
 
-    def __init__(self, problem: Problem, tail: Tail, chosen: Configuration) -> None:
+    def __init__(self, problem: Problem, tail: TailArguments, chosen: Configuration) -> None:
         extension = _loaded()
         self._device = tail.x.device
         self._index = index = self._device.index or 0
@@ -117,7 +119,7 @@ class _Direct:
         self._format = output_memory_format(tail.x, tail.conv.weight)
         self._general = _General(problem, tail, chosen)
 
-    def __call__(self, tail: Tail) -> Tensor:
+    def __call__(self, tail: TailArguments) -> Tensor:
         x, conv, residual, *_ = tail
         weight, bias, bn_weight, bn_bias, running_mean, running_var, _ = conv
         proj_x, proj = tail.proj_x, tail.proj or _NONE
@@ -150,7 +152,7 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _readable(tail: Tail) -> bool:
+def _readable(tail: TailArguments) -> bool:
     """Whether the kernel reads every tensor as it is: images and filters with dense, innermost channels."""
     convs = [conv for conv in (tail.conv, tail.proj) if conv is not None]
     images = [t for t in (tail.x, tail.residual, tail.proj_x, *(conv.weight for conv in convs)) if t is not None]
@@ -163,15 +165,15 @@ def _readable(tail: Tail) -> bool:
 
 
 def _loaded() -> ModuleType:
-    extension = _extension.cuda()
+    extension = extensions.cuda()
     if extension is None:
-        raise RuntimeError(f"cuda: {_extension.why_not_cuda()}")
+        raise RuntimeError(f"cuda: {extensions.why_not_cuda()}")
     return extension
 
 
 def why_not_loaded() -> str | None:
     """One sentence why the extension cannot be used at all, or None."""
-    if (missing := _extension.why_not_cuda()) is not None:
+    if (missing := extensions.why_not_cuda()) is not None:
         return f"cuda: {missing}"
     return None if torch.cuda.is_available() else "cuda: torch sees no GPU"
 
@@ -211,7 +213,9 @@ def _refusal(problem: Problem, index: int) -> str | None:
     return None
 
 
-def _plan(problem: Problem, properties: dict[str, int], chosen: Configuration = AUTO, tail: Tail | None = None) -> Any:
+def _plan(
+    problem: Problem, properties: dict[str, int], chosen: Configuration = AUTO, tail: TailArguments | None = None
+) -> Any:
     """The planner's answer for aligned tensors; ValueError with its sentence where it refuses.
 
     Without ``tail`` BN is taken to be affine and in float32, which matters to no tile.

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import output_memory_format
-from ..problem import Problem, dtype_name
-from ..reference import ConvBN, Tail
+from ..core.layout import output_memory_format
+from ..core.problem import Problem, dtype_name
+from ..core.reference import ConvBN, TailArguments
 from . import Backend
 
 
@@ -37,7 +37,7 @@ class CudnnBackend(Backend):
             return f"cudnn: activation must be relu, got {problem.activation}"
         return None
 
-    def run(self, problem: Problem, tail: Tail) -> Tensor:
+    def run(self, problem: Problem, tail: TailArguments) -> Tensor:
         memory_format = output_memory_format(tail.x, tail.conv.weight)
         x = tail.x.contiguous(memory_format=memory_format)
         weight, bias = fold(tail.conv, memory_format)
@@ -81,7 +81,7 @@ def fold(conv: ConvBN, memory_format: torch.memory_format) -> tuple[Tensor, Tens
     return folded, shift
 
 
-def _added(tail: Tail, memory_format: torch.memory_format) -> Tensor | None:
+def _added(tail: TailArguments, memory_format: torch.memory_format) -> Tensor | None:
     """The residual or the projection's output, dense in ``memory_format``."""
     if tail.proj is not None and tail.proj_x is not None:
         weight, bias = fold(tail.proj, memory_format)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..problem import Problem
-from ..reference import Tail, reference
+from ..core.problem import Problem
+from ..core.reference import TailArguments, reference
 from . import Backend
 
 
@@ -15,7 +15,7 @@ class EagerBackend(Backend):
     def can_run(self, problem: Problem) -> str | None:
         return None
 
-    def run(self, problem: Problem, tail: Tail) -> Tensor:
+    def run(self, problem: Problem, tail: TailArguments) -> Tensor:
         return reference(tail)
 
 

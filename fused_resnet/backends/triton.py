@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..problem import Problem, dtype_name
-from ..reference import Tail
+from ..core.problem import Problem, dtype_name
+from ..core.reference import TailArguments
 from . import Backend
 
 if TYPE_CHECKING:
@@ -75,12 +75,14 @@ class TritonBackend(Backend):
 
         return preferred(problem, device)
 
-    def bind(self, problem: Problem, tail: Tail, configuration: TailConfig | None = None) -> Callable[[Tail], Tensor]:
+    def bind(
+        self, problem: Problem, tail: TailArguments, configuration: TailConfig | None = None
+    ) -> Callable[[TailArguments], Tensor]:
         from ..kernels.launch import BoundTail
 
         return BoundTail(problem, tail, configuration)
 
-    def run(self, problem: Problem, tail: Tail, config: TailConfig | None = None) -> Tensor:
+    def run(self, problem: Problem, tail: TailArguments, config: TailConfig | None = None) -> Tensor:
         key = (problem, config, tail.x.device,
                _signature(tail), torch.are_deterministic_algorithms_enabled())  # fmt: skip
         bound = self._bound.get(key)
@@ -89,7 +91,7 @@ class TritonBackend(Backend):
         return bound(tail)  # type: ignore[misc]
 
 
-def _signature(tail: Tail) -> tuple[torch.dtype | None, ...]:
+def _signature(tail: TailArguments) -> tuple[torch.dtype | None, ...]:
     """What a Problem leaves open and a compiled kernel fixes: the dtypes of the BN vectors, and which of them there
     are.
     """

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import output_memory_format
-from ..problem import Problem, dtype_name
-from ..reference import ConvBN, Tail
+from ..core.layout import output_memory_format
+from ..core.problem import Problem, dtype_name
+from ..core.reference import ConvBN, TailArguments
 from . import Backend
 from .triton import interpreting, why_not_device, why_not_triton
 
@@ -34,7 +34,7 @@ class TwoPassBackend(Backend):
                 return f"two_pass: dtype must be float16, bfloat16 or float32, got {dtype_name(dtype)}"
         return None
 
-    def run(self, problem: Problem, tail: Tail) -> Tensor:
+    def run(self, problem: Problem, tail: TailArguments) -> Tensor:
         from ..kernels.bn_pass import bn_add_act
 
         y = _conv(tail.x, tail.conv, tail.stride, tail.padding, tail.dilation, tail.groups)

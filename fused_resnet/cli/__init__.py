@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import typer
 
-from . import build, inspect, measure, predict, show, train, tune
+from . import build, inspect, measure, predict, train, tune
 from .common import console
+from .demo import command
 
 __all__ = ["app"]
 
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a traceback is for a bug, and then the plain one
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (inspect, measure, predict, show, train, tune, build):
+for group in (inspect, measure, predict, command, train, tune, build):
     group.register(app)
 
 

@@ -115,7 +115,7 @@ def device_of(text: str | None) -> torch.device:
 
 def dtype_of(text: str) -> torch.dtype:
     """The dtype named on the command line."""
-    from ..problem import DTYPES
+    from ..core.problem import DTYPES
 
     if text not in DTYPES:
         raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {text!r}")
@@ -124,7 +124,7 @@ def dtype_of(text: str) -> torch.dtype:
 
 def fused_copy(model: torch.nn.Module, backend: str, winograd: str) -> torch.nn.Module:
     """``fuse(model)`` with the options of the command line."""
-    from .. import fuse
+    from ..surgery import fuse
 
     with user_errors(ValueError, RuntimeError):
         return fuse(model, backend=backend, winograd=winograd)

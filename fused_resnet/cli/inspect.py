@@ -35,8 +35,8 @@ from .common import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..comparison.verify import Verification
     from ..surgery import Explanation
-    from ..verify import Verification
 
 
 def register(app: typer.Typer) -> None:
@@ -75,7 +75,8 @@ def environment() -> dict[str, str]:
     """One line for each thing that decides what can run."""
     import torch
 
-    from .. import __version__, _extension
+    from .. import __version__
+    from ..core import extensions
 
     facts = {
         "fused_resnet": __version__,
@@ -95,8 +96,8 @@ def environment() -> dict[str, str]:
         built = "which is built without CUDA" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
         facts["GPU"] = f"none seen by torch {torch.__version__}, {built}"
     facts["nvcc"] = _nvcc()
-    facts["extension _C"] = _extension_state(_extension.cpu(), _extension.why_not_cpu())
-    facts["extension _C_cuda"] = _extension_state(_extension.cuda(), _extension.why_not_cuda())
+    facts["extension _C"] = _extension_state(extensions.cpu(), extensions.why_not_cpu())
+    facts["extension _C_cuda"] = _extension_state(extensions.cuda(), extensions.why_not_cuda())
     return facts
 
 
@@ -142,7 +143,7 @@ def backend_states() -> dict[str, dict[str, str | None]]:
     import torch
 
     from .. import backends
-    from ..problem import Problem
+    from ..core.problem import Problem
 
     cpu = Problem.parse("n=1,h=14,w=14,c=64,k=64,padding=1,residual=1")
     cuda = dataclasses.replace(cpu, dtype=torch.float16, residual=torch.float16, device_type="cuda")
@@ -160,7 +161,7 @@ def training_states() -> dict[str, dict[str, str | None]]:
     """The same for the passes of a training tail."""
     import torch
 
-    from ..backends import training_dispatch
+    from ..backends.training import dispatch as training_dispatch
 
     def reasons(device: str, dtype: torch.dtype) -> dict[str, str | None]:
         y = torch.empty(1, 64, 1, 1, dtype=dtype, device=device)
@@ -177,7 +178,7 @@ def training_states() -> dict[str, dict[str, str | None]]:
 
 def explain(model: ModelArgument, weights: WeightsOption = None, as_json: JsonOption = False) -> None:
     """Say for every block how it is fused, or why it is left as it is."""
-    from .. import explain as explain_model
+    from ..surgery import explain as explain_model
     from .target import load_target
 
     explanation = explain_model(load_target(model, weights).model)
@@ -222,8 +223,8 @@ def verify(
 
     Exit status 0 when every row passes, 1 when one does not.
     """
-    from ..verify import to_dict
-    from ..verify import verify as verify_model
+    from ..comparison.verify import to_dict
+    from ..comparison.verify import verify as verify_model
     from .target import load_target
 
     where, what = device_of(device), dtype_of(dtype)

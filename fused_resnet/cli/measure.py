@@ -1,4 +1,4 @@
-"""``bench``: the fused model against eager and torch.compile, by the protocol of :mod:`fused_resnet.timing`."""
+"""``bench``: the fused model against eager and torch.compile, by the protocol of :mod:`fused_resnet.core.timing`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from ..timing import Comparison, Contender
+    from ..core.timing import Comparison, Contender
 
 
 def register(app: typer.Typer) -> None:
@@ -60,8 +60,8 @@ def bench(
 
     Speed-ups are medians of the ratios of each round, over the faster eager layout, with a 95 % interval.
     """
-    from .. import contenders
-    from ..verify import block_inputs
+    from ..comparison import sides as contenders
+    from ..comparison.verify import block_inputs
     from .target import load_target
 
     where, what = device_of(device), dtype_of(dtype)
@@ -107,7 +107,7 @@ def _where(result: Comparison) -> str:
 def _compare(
     title: str, sides: list[Contender], make_inputs: Any, rounds: int, device: torch.device, threads: int | None
 ) -> Comparison:
-    from ..timing import compare
+    from ..core.timing import compare
 
     with progress_bar() as progress:
         task = progress.add_task(title, total=rounds)
@@ -123,7 +123,7 @@ _MAX_ERROR = 5e-2
 
 
 def _fused_names(fused: torch.nn.Module) -> list[str]:
-    from .. import explain
+    from ..surgery import explain
 
     names = [entry.name for entry in explain(fused).fused if entry.name]
     if not names:
@@ -135,8 +135,8 @@ def _time_block(
     model: torch.nn.Module, fused: torch.nn.Module, name: str, x: torch.Tensor, rounds: int, device: torch.device,
     threads: int | None,
 ) -> dict[str, Any]:  # fmt: skip
-    from ..contenders import EAGER_LAYOUTS, FUSED, channels_last_inputs, eager, eager_channels_last
-    from ..timing import Contender
+    from ..comparison.sides import EAGER_LAYOUTS, FUSED, channels_last_inputs, eager, eager_channels_last
+    from ..core.timing import Contender
 
     block, fused_block = model.get_submodule(name), fused.get_submodule(name)
     sides = [eager(block), eager_channels_last(block), Contender(FUSED, lambda: fused_block, channels_last_inputs)]

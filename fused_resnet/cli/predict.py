@@ -57,7 +57,7 @@ def predict(
     """
     import torch
 
-    from ..images import Preprocessing, batches, find_images
+    from .images import Preprocessing, batches, find_images
     from .target import load_target
 
     where, what = device_of(device), dtype_of(dtype)

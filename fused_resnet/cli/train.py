@@ -1,4 +1,4 @@
-"""``train`` and ``finetune``: the recipes of :mod:`fused_resnet.train`."""
+"""``train`` and ``finetune``: the recipes of :mod:`fused_resnet.trainer.loop`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from .common import UserError, console, reports_errors, say, user_errors
 
 if TYPE_CHECKING:
-    from ..train import ModelFactory, Result, TrainConfig
+    from ..trainer.loop import ModelFactory, Result, TrainConfig
 
 
 def register(app: typer.Typer) -> None:
@@ -71,8 +71,8 @@ def train(
 
     The folder of the run gets the last and the best checkpoint, weights.safetensors, log.csv and curves.png.
     """
-    from ..train import TrainConfig
-    from ..train import train as run
+    from ..trainer.loop import TrainConfig
+    from ..trainer.loop import train as run
 
     _run(run, lambda: TrainConfig(
         data=data, data_root=data_root, image_size=size, model=_factory(model), stem=stem, fused=fused, epochs=epochs,
@@ -110,8 +110,8 @@ def finetune(
     resume: Resume = False,
 ) -> None:
     """Train on your own classes, from the weights of another run: the classifier is new, first layers may be kept."""
-    from ..train import FinetuneConfig
-    from ..train import finetune as run
+    from ..trainer.loop import FinetuneConfig
+    from ..trainer.loop import finetune as run
 
     _run(run, lambda: FinetuneConfig(
         weights=weights, num_classes=num_classes, freeze_until=freeze_until,
@@ -123,9 +123,9 @@ def finetune(
 
 
 def _run(function: Callable[[Any], Result], config: Callable[[], TrainConfig]) -> None:
-    from ..checkpoint import CheckpointError
-    from ..data import DataError
-    from ..train import ConfigError
+    from ..trainer.checkpoint import CheckpointError
+    from ..trainer.data import DataError
+    from ..trainer.loop import ConfigError
 
     with user_errors(DataError, ConfigError, CheckpointError, OSError):
         result = function(config())

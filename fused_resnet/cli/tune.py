@@ -61,7 +61,7 @@ def tune(
     import torch
 
     from .. import tuning
-    from ..tuning.search import ROUNDS
+    from ..selection.search import ROUNDS
     from .target import load_target
 
     where, what = device_of(device), dtype_of(dtype)
@@ -208,8 +208,9 @@ def roofline(
 
     Needs no GPU; only --measure does.
     """
-    from .. import devices, fuse
+    from .. import devices
     from .. import roofline as rooflines
+    from ..surgery import fuse
     from .target import load_target
 
     what = dtype_of(dtype)

@@ -1,1 +1,1 @@
-"""``make demo``: the whole path on real images: train, save, fuse, explain, compare, time, draw (`run.run`)."""
+"""The network that the demo trains, for ``fused-resnet predict fused_resnet.demo.digits:DigitsResNet``."""

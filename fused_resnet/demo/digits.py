@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..data import Data
+from ..trainer.data import Data
 
 
 class DigitsResNet(nn.Module):

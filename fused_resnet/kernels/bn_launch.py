@@ -1,4 +1,4 @@
-"""Launching the training kernels: tensors in canonical form (see ``backends.training_base``) to kernel arguments."""
+"""Launching the training kernels: tensors in canonical form (see ``backends.training.base``) to kernel arguments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..backends.training_base import BatchNorm, GradMeans
+from ..core.training_call import BatchNorm, GradMeans
 from .bn_apply import bn_apply_add_relu_kernel, bn_backward_apply_kernel
 from .bn_reduce import bn_backward_reduce_kernel, bn_stats_kernel
 from .workspace import workspace

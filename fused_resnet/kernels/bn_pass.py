@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import ConvBN
+from ..core.reference import ConvBN
 from .arguments import BatchNorm
 from .epilogue import activate, round_to
 

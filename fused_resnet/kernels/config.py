@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..gpu_model import memory_bound
-from ..problem import Problem, dtype_name
+from ..core.problem import Problem, dtype_name
+from .gpu_model import memory_bound
 
 
 @dataclass(frozen=True)

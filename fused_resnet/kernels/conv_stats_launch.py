@@ -7,8 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..layout import output_memory_format
-from ..problem import Problem
+from ..core.layout import output_memory_format
+from ..core.problem import Problem
 from .arguments import StatsTensors
 from .bn_launch import tickets
 from .config import TailConfig, stats_candidates

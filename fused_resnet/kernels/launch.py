@@ -11,9 +11,9 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..layout import empty_output, output_memory_format
-from ..problem import Problem
-from ..reference import ConvBN, Tail
+from ..core.layout import empty_output, output_memory_format
+from ..core.problem import Problem
+from ..core.reference import ConvBN, TailArguments
 from .arguments import BatchNorm
 from .config import SHARED_LIMIT, TailConfig, candidates
 from .conv_bn_add_relu import conv_bn_add_relu_kernel
@@ -95,7 +95,7 @@ class BoundTail:
     calls whose pointers are all so aligned hand the compiled kernel its arguments directly.
     """
 
-    def __init__(self, problem: Problem, tail: Tail, config: TailConfig | None = None) -> None:
+    def __init__(self, problem: Problem, tail: TailArguments, config: TailConfig | None = None) -> None:
         self.device = tail.x.device
         if config is None:
             config = preferred(problem, self.device)[0]
@@ -115,7 +115,7 @@ class BoundTail:
         if self.device.type == "cuda":
             self.get_stream = triton.runtime.driver.active.get_current_stream
 
-    def __call__(self, tail: Tail) -> Tensor:
+    def __call__(self, tail: TailArguments) -> Tensor:
         y = empty_output(self.output_shape, self.output_dtype, self.device, self.memory_format)
         if y.numel() == 0:
             return y
@@ -128,7 +128,7 @@ class BoundTail:
         """`t`, or its tensor descriptor where this configuration loads through one."""
         return described(t, self.plan.descriptors[index]) if self.config.tma else t
 
-    def _launch(self, tail: Tail, y: Tensor) -> Tensor:
+    def _launch(self, tail: TailArguments, y: Tensor) -> Tensor:
         x, weight = channels_last(tail.x), channels_last(tail.conv.weight)
         out = y if self.writes_output else torch.empty_like(y, memory_format=torch.channels_last)
         residual = None if tail.residual is None else channels_last(tail.residual)

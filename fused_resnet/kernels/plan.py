@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..problem import Problem
+from ..core.problem import Problem
 from .arguments import COUNTERS, Conv, Tile
 from .config import TailConfig
 

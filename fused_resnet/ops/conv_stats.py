@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import training_dispatch
-from ..backends.training_base import ConvGeometry, TrainingBackend, accumulate_dtype, conv_problem
-from ..convolution import convolution_backward
-from ..layout import empty_output, output_memory_format
+from ..backends.training import dispatch as training_dispatch
+from ..backends.training.base import TrainingBackend
+from ..core.convolution import convolution_backward
+from ..core.layout import empty_output, output_memory_format
+from ..core.training_call import ConvGeometry, accumulate_dtype, conv_problem
 from .checks import check_not_empty, refuse_forward_mode
 from .schemas import LIBRARY, NAMESPACE
 from .tail import fake_output_shape

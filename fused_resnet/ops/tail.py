@@ -1,6 +1,6 @@
 """The tail operators: dispatch to a backend, fake kernels and gradients.
 
-``conv_bn_add_relu`` and ``conv_bn_proj_add_relu`` share everything below: both are turned into a ``Tail`` and
+``conv_bn_add_relu`` and ``conv_bn_proj_add_relu`` share everything below: both are turned into a ``TailArguments`` and
 handled by the same three functions.
 """
 
@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.cpu_fused import run_with_max_pool
-from ..convolution import convolution, convolution_backward
-from ..layout import empty_output, output_memory_format
-from ..packed_weights import by_number
-from ..reference import ConvBN, Tail
-from . import plans
+from ..core.convolution import convolution, convolution_backward
+from ..core.layout import empty_output, output_memory_format
+from ..core.packed_weights import by_number
+from ..core.reference import ConvBN, TailArguments
+from ..selection import plans
 from .checks import refuse_forward_mode
 from .schemas import LIBRARY, NAMESPACE
 
-# ---- arguments -> Tail -----------------------------------------------------------------------------------
+# ---- arguments -> TailArguments --------------------------------------------------------------------------
 
 
 def _tail_residual(
@@ -31,9 +31,9 @@ def _tail_residual(
     running_mean: Tensor | None, running_var: Tensor | None, eps: float, residual: Tensor | None,
     stride: Any, padding: Any, dilation: Any, groups: int,
     activation: str = "relu", backend: str = "auto", packed_weights: int = 0, winograd: str = "auto",
-) -> tuple[Tail, str]:  # fmt: skip
+) -> tuple[TailArguments, str]:  # fmt: skip
     conv = ConvBN(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
-    tail = Tail(
+    tail = TailArguments(
         x, conv, residual, tuple(stride), tuple(padding), tuple(dilation), groups, activation,
         None, None, (1, 1), None, winograd,
     )  # fmt: skip
@@ -48,17 +48,17 @@ def _tail_projection(
     proj_bn_weight: Tensor | None, proj_bn_bias: Tensor | None,
     proj_running_mean: Tensor | None, proj_running_var: Tensor | None, proj_eps: float, proj_stride: Any,
     activation: str = "relu", backend: str = "auto", packed_weights: int = 0, winograd: str = "auto",
-) -> tuple[Tail, str]:  # fmt: skip
+) -> tuple[TailArguments, str]:  # fmt: skip
     conv = ConvBN(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
     proj = ConvBN(proj_weight, proj_bias, proj_bn_weight, proj_bn_bias, proj_running_mean, proj_running_var, proj_eps)
-    tail = Tail(
+    tail = TailArguments(
         x, conv, None, tuple(stride), tuple(padding), tuple(dilation), groups, activation,
         proj_x, proj, tuple(proj_stride), None, winograd,
     )  # fmt: skip
     return tail, backend
 
 
-def _tail_max_pool(*args: Any, **kwargs: Any) -> tuple[Tail, str]:
+def _tail_max_pool(*args: Any, **kwargs: Any) -> tuple[TailArguments, str]:
     """The tail before the max pool."""
     before, after = args[:_POOL], args[_POOL + 3 :]
     return _tail_residual(*before[:8], None, *before[8:], *after, **kwargs)  # type: ignore[call-arg]
@@ -66,14 +66,14 @@ def _tail_max_pool(*args: Any, **kwargs: Any) -> tuple[Tail, str]:
 
 _POOL = 12  # the place of the max pool's window among the arguments; its stride and padding follow
 
-_TO_TAIL: dict[str, Callable[..., tuple[Tail, str]]] = {
+_TO_TAIL: dict[str, Callable[..., tuple[TailArguments, str]]] = {
     "conv_bn_add_relu": _tail_residual,
     "conv_bn_proj_add_relu": _tail_projection,
     "conv_bn_add_relu_max_pool": _tail_max_pool,
 }
 
 
-def to_tail(name: str, *args: Any, **kwargs: Any) -> tuple[Tail, str]:
+def to_tail(name: str, *args: Any, **kwargs: Any) -> tuple[TailArguments, str]:
     """The call of the operator ``name`` with these arguments, and the backend it asks for."""
     tail, backend = _TO_TAIL[name](*args, **kwargs)
     place = _arguments(name).index("packed_weights")
@@ -89,13 +89,13 @@ def _arguments(name: str) -> list[str]:
 # ---- the real kernel ---------------------------------------------------------------------------------------
 
 
-def run(tail: Tail, backend: str = "auto") -> Tensor:
+def run(tail: TailArguments, backend: str = "auto") -> Tensor:
     """Run the call by its plan."""
     refuse_forward_mode(tail.x)
     return plans.find(tail, backend)(tail)
 
 
-def _empty(tail: Tail, shape: Any, dtype: torch.dtype) -> Tensor:
+def _empty(tail: TailArguments, shape: Any, dtype: torch.dtype) -> Tensor:
     return empty_output(shape, dtype, tail.x.device, output_memory_format(tail.x, tail.conv.weight))
 
 
@@ -117,7 +117,7 @@ def fake_output_shape(x: Tensor, weight: Tensor, geometry: tuple[Any, Any, Any, 
     return x.shape[0], weight.shape[0], sizes[0], sizes[1]
 
 
-def _fake(tail: Tail) -> Tensor:
+def _fake(tail: TailArguments) -> Tensor:
     x, weight = tail.x, tail.conv.weight
     shape = fake_output_shape(x, weight, (tail.stride, tail.padding, tail.dilation, tail.groups))
     dtype = x.dtype

@@ -1,6 +1,6 @@
 """The training ops: statistics, normalise + add + activation, and their fused backward.
 
-Each of the four ops is functional and one pass over memory. ``functional_training`` composes them;
+Each of the four ops is functional and one pass over memory. ``functional.training`` composes them;
 statistics can be all-reduced between the passes. Gradients: ``training_autograd``.
 """
 
@@ -9,16 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import training_dispatch
-from ..backends.training_base import (
-    BatchNorm,
-    GradMeans,
-    accumulate_dtype,
-    is_dense_channels_last,
-    mask_words,
-)
-from ..layout import looks_channels_last
-from ..reference import ACTIVATIONS
+from ..backends.training import dispatch as training_dispatch
+from ..core.layout import looks_channels_last
+from ..core.reference import ACTIVATIONS
+from ..core.training_call import BatchNorm, GradMeans, accumulate_dtype, is_dense_channels_last, mask_words
 from .checks import check_not_empty, check_vector, check_y
 from .schemas import LIBRARY, NAMESPACE
 

@@ -1,7 +1,7 @@
 """Gradients of the training ops where they are called by themselves.
 
 ``mean`` and ``invstd`` are inputs like any other here, so a composition of the ops differentiates correctly.
-``functional_training`` uses the fused backward instead, which needs one pass over memory less.
+``functional.training`` uses the fused backward instead, which needs one pass over memory less.
 """
 
 from __future__ import annotations

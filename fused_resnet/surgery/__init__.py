@@ -85,7 +85,7 @@ def fuse(model: M, inplace: bool = False, *, backend: str = "auto", winograd: st
         if is_fused(module):
             fusion = module.__dict__[ATTRIBUTE]
             fusion.backend, fusion.winograd = backend, winograd
-        elif isinstance(module, fused_nn._Fused):
+        elif isinstance(module, fused_nn.FusedModule):
             module.backend, module.winograd = backend, winograd
     return model
 

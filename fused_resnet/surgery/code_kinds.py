@@ -13,7 +13,7 @@ import sysconfig
 import types
 from typing import Any
 
-from ..pristine import TORCH
+from ..nn.pristine import TORCH
 
 _STDLIB = tuple(os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib"))
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep

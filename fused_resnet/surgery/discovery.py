@@ -59,7 +59,7 @@ def _discover(model: nn.Module, check: bool) -> Discovery:
     names: dict[int, str] = {}
     for name, module in model.named_modules():
         names.setdefault(id(module), name)
-        if is_fused(module) or isinstance(module, fused_nn._Fused):
+        if is_fused(module) or isinstance(module, fused_nn.FusedModule):
             opaque[id(module)] = module
     result.already = [names[i] for i, m in opaque.items() if not is_fused(m)]
     had_fused = bool(opaque)
@@ -282,7 +282,7 @@ def replan(module: nn.Module) -> None:
     fused: Any = type(module)
     module.__class__ = original_class(module)  # what is planned is its own forward
     opaque: dict[int, Any] = {
-        id(m): m for m in module.modules() if m is not module and (is_fused(m) or isinstance(m, fused_nn._Fused))
+        id(m): m for m in module.modules() if m is not module and (is_fused(m) or isinstance(m, fused_nn.FusedModule))
     }
     try:
         plan = make_plan(module, opaque)

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .. import _extension, pristine
 from .. import nn as fused_nn
-from ..onlookers import watched
-from ..packed_weights import PackedWeights
-from ..tails import may_go_inside
+from ..core import extensions
+from ..core.packed_weights import PackedWeights
+from ..nn import pristine
+from ..nn.onlookers import watched
+from ..nn.tail import may_go_inside
 from .cuda_graph import CudaGraph
 from .plan import is_fused, original_class
 from .recorder import NotRecordable, Recorder
@@ -288,7 +289,7 @@ def _private_copy(model: nn.Module, backend: str, winograd: str) -> nn.Module:
     device = next((p.device for p in copied.parameters()), torch.device("cpu"))
     if device.type == "cuda":
         return copied.to(memory_format=torch.channels_last)  # what the kernels read: a graph converts nothing
-    if _extension.cpu() is not None:
+    if extensions.cpu() is not None:
         kept = PackedWeights(checked=False)
         for module in _pieces(copied):
             module.__dict__["forward"] = _Piece(module, kept)
@@ -317,7 +318,7 @@ def _is_piece(module: nn.Module) -> bool:
         return False
     if type(module) is nn.Sequential:
         return any(_is_piece(child) for child in module)
-    return is_fused(module) or isinstance(module, fused_nn._Fused)
+    return is_fused(module) or isinstance(module, fused_nn.FusedModule)
 
 
 def freeze(

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from .. import parts, pristine
+from ..nn import parts, pristine
 from .reads import Reads
 from .snapshot import MISSING, Snapshot, Unknown, describe, is_atom, is_same_class
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .. import parts
-from ..pristine import DROPOUTS
+from ..nn import parts
+from ..nn.pristine import DROPOUTS
 from .trace import Traced, is_batch_norm
 
 # The activations by name, as they are written in the wild. A new one is one more entry (and a branch in each
@@ -30,7 +30,7 @@ _ADD_METHODS = ("add", "add_", "__add__", "__iadd__")
 
 
 @dataclass
-class Tail:
+class MatchedTail:
     """One fused call: what it computes, by the names of the modules whose calls it replaces."""
 
     conv: str
@@ -190,9 +190,9 @@ class Matcher:
 
     # -- tails --
 
-    def tails(self, residual: bool = True) -> list[Tail]:
+    def tails(self, residual: bool = True) -> list[MatchedTail]:
         """All tails in the order of the graph; ``residual=False`` leaves the additions alone."""
-        found: list[Tail] = []
+        found: list[MatchedTail] = []
         if residual:
             for node in self.graph.nodes:
                 found += self._claim(self._residual_tail(node))
@@ -207,7 +207,7 @@ class Matcher:
                 found += self._claim(self._plain_tail(node))
         return sorted(found, key=lambda tail: max(map(self.order, tail.nodes)))
 
-    def _claim(self, tail: Tail | None) -> list[Tail]:
+    def _claim(self, tail: MatchedTail | None) -> list[MatchedTail]:
         if tail is None:
             return []
         self.claimed.update(tail.nodes)
@@ -227,7 +227,7 @@ class Matcher:
             return None
         return user
 
-    def _residual_tail(self, node: fx.Node) -> Tail | None:
+    def _residual_tail(self, node: fx.Node) -> MatchedTail | None:
         operands = self.added(node)
         if operands is None:
             return None
@@ -249,7 +249,7 @@ class Matcher:
             projection, residual = (other.conv, other.bn), other.source
             nodes += [n for n in other.nodes if n not in nodes]
             bypassed += other.bypassed
-        return Tail(
+        return MatchedTail(
             main.conv, main.bn, activation, True, projection, tuple(bypassed), nodes, main.source, residual,
             residual_first=main_index == 1,
         )  # fmt: skip
@@ -272,7 +272,7 @@ class Matcher:
             return 1 if self._is_projection(first) else 0
         return 0 if _depth(first.source) >= _depth(second.source) else 1
 
-    def _plain_tail(self, node: fx.Node) -> Tail | None:
+    def _plain_tail(self, node: fx.Node) -> MatchedTail | None:
         """conv -> BN (-> activation), or conv -> activation."""
         # `branch` walks up from a use; the node itself may have many.
         if node in self.claimed:
@@ -312,7 +312,7 @@ class Matcher:
             bypassed.append(str(pool.target))
             nodes.append(pool)
         path = None if pool is None else str(pool.target)
-        return Tail(conv, bn, activation, False, None, tuple(bypassed), nodes, source, pool=path)
+        return MatchedTail(conv, bn, activation, False, None, tuple(bypassed), nodes, source, pool=path)
 
 
 def _depth(node: fx.Node) -> int:

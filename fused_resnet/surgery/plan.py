@@ -20,9 +20,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .. import tails
-from ..onlookers import watched
-from ..packed_weights import PackedWeights
+from ..core.packed_weights import PackedWeights
+from ..nn import tail
+from ..nn.onlookers import watched
 from .program import Plan
 
 ATTRIBUTE = "_fused_resnet"
@@ -42,14 +42,14 @@ class Fusion:
     """Why there is no plan (a loaded module whose code has changed since it was saved)."""
 
     expands: bool = True
-    """See :class:`fused_resnet.tails.Options`; a plan whose sums always expand is none."""
+    """See :class:`fused_resnet.nn.tail.Options`; a plan whose sums always expand is none."""
     graphs: list[tuple[str, dict[str, Any]]] = field(default_factory=list, repr=False, compare=False)
     """The code of the graphs that the plan was made from, where the module is an ``fx.GraphModule``."""
     packed_weights: PackedWeights = field(default_factory=PackedWeights, repr=False, compare=False)
 
     @property
-    def options(self) -> tails.Options:
-        return tails.Options(self.backend, self.winograd, self.packed_weights, self.expands)
+    def options(self) -> tail.Options:
+        return tail.Options(self.backend, self.winograd, self.packed_weights, self.expands)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fusion:
         # A plan is never changed: copies share it. Packed weights are each module's own.
@@ -70,11 +70,11 @@ class FusedForward:
             if isinstance(x, Tensor) and x.dim() == 4 and not watched(x):
                 program, _ = fusion.plan.choose(self)  # type: ignore[arg-type]
                 if program is not None:
-                    return tails.leave(program.function(self, x, fusion.options))
+                    return tail.leave(program.function(self, x, fusion.options))
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
-    def run_inside(self, x: tails.Value) -> Any:
-        """What the forward makes of ``x`` for :func:`fused_resnet.tails.call`; NotImplemented where it runs unfused."""
+    def run_inside(self, x: tail.Value) -> Any:
+        """What the forward makes of ``x`` for :func:`.nn.tail.call`; NotImplemented where it runs unfused."""
         fusion: Fusion = self.__dict__[ATTRIBUTE]
         program = None if fusion.plan is None else fusion.plan.choose(self)[0]  # type: ignore[arg-type]
         return NotImplemented if program is None else program.function(self, x, fusion.options)
@@ -209,7 +209,7 @@ def _forward_of(cls: Any) -> Callable[..., Any]:
 
 
 def _marked(cls: Any) -> Any:
-    return tails.runs_inside(functools.wraps(cls.forward)(_forward_of(cls)))
+    return tail.runs_inside(functools.wraps(cls.forward)(_forward_of(cls)))
 
 
 def attach(module: nn.Module, fusion: Fusion) -> None:

@@ -10,10 +10,10 @@ from typing import Any, cast
 
 from torch import fx, nn
 
-from .. import tails
-from ..pristine import DROPOUTS
+from ..nn import tail as tails
+from ..nn.pristine import DROPOUTS
 from .guards import Bypassed, Guards, descend, names_of
-from .match import Matcher, Tail
+from .match import MatchedTail, Matcher
 from .reads import Reads
 from .rewrite import rewrite
 from .trace import Traced, trace
@@ -25,7 +25,7 @@ class Program:
 
     source: str
     function: Callable[..., Any] = field(compare=False)
-    tails: tuple[Tail, ...]
+    tails: tuple[MatchedTail, ...]
     left: tuple[str, ...]
     """What the program still does by itself, by module path or function name."""
     guards: Guards = field(compare=False)
@@ -55,7 +55,7 @@ class Plan:
         return None, reason
 
     @property
-    def tails(self) -> tuple[Tail, ...]:
+    def tails(self) -> tuple[MatchedTail, ...]:
         """The tails in eval mode."""
         return self.programs[-1].tails
 

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .. import nn as fused_nn
-from .. import tails
 from ..backends.cpu_fused import FewChannels, FusedConvolution
 from ..backends.cpu_program import NOTHING, Pool
-from ..layout import looks_channels_last, looks_contiguous
-from ..ops import plans
-from ..packed_weights import PackedWeights
-from ..parts import geometry, uses_batch_statistics, why_not_bypassed
-from ..reference import ConvBN, Tail
+from ..core.layout import looks_channels_last, looks_contiguous
+from ..core.packed_weights import PackedWeights
+from ..core.reference import ConvBN, TailArguments
+from ..nn import tail as tails
+from ..nn.parts import geometry, uses_batch_statistics, why_not_bypassed
+from ..selection import plans
 from .plan import ATTRIBUTE, Fusion, is_fused
 from .recording import Call, Convolutions, Recording, Slot, map_values
 from .rewrite import is_value
@@ -117,10 +117,12 @@ class Recorder:
         self, x: Symbol, conv: nn.Conv2d, bn: Any, residual: Any, projection: Any, pool: Any, activation: str,
         options: tails.Options, residual_first: bool = False,
     ) -> Any:  # fmt: skip
-        """See :meth:`fused_resnet.tails.Recorded.tail`."""
+        """See :meth:`fused_resnet.nn.tail.Recorded.tail`."""
         if uses_batch_statistics(bn):  # a batch norm without running statistics
             return self._live_tail(x, conv, bn, residual, projection, activation, options, residual_first)
-        call = Tail(x.tensor, _conv_bn(conv, bn), **geometry(conv), activation=activation, winograd=options.winograd)
+        call = TailArguments(
+            x.tensor, _conv_bn(conv, bn), **geometry(conv), activation=activation, winograd=options.winograd
+        )
         if projection is not None:
             proj_conv, proj_bn = projection
             stride = geometry(proj_conv)["stride"]
@@ -141,7 +143,7 @@ class Recorder:
         return Symbol(self, slot.example, channels_last, slot)
 
     def _links(
-        self, run: FusedConvolution, call: Tail, x: Symbol, residual: Symbol | None, pool: Pool | None,
+        self, run: FusedConvolution, call: TailArguments, x: Symbol, residual: Symbol | None, pool: Pool | None,
         channels_last: bool,
     ) -> Symbol:  # fmt: skip
         # Slots first: they may end the run of convolutions that is open.
@@ -200,7 +202,7 @@ class Recorder:
         return slot
 
     def call(self, module: nn.Module, x: Any) -> Any:
-        """See :func:`fused_resnet.tails.call`."""
+        """See :func:`fused_resnet.nn.tail.call`."""
         if isinstance(x, Symbol) and tails.may_go_inside(module):
             if type(module) is nn.Identity:
                 return x
@@ -221,7 +223,7 @@ class Recorder:
             fusion: Fusion = module.__dict__[ATTRIBUTE]
             found = None if fusion.plan is None else fusion.plan.choose(module)[0]
             return NotImplemented if found is None else self._interpret(found.graph, module, x, fusion.options)
-        if isinstance(module, fused_nn._Fused):
+        if isinstance(module, fused_nn.FusedModule):
             return self._run_block(module, x)
         return NotImplemented
 
@@ -233,7 +235,7 @@ class Recorder:
         return y if head is None else self._enter(self._emit("head", head, (self._leave(y),), {}))
 
     def apply(self, function: Callable[[Tensor], Any], x: Symbol) -> Any:
-        """See :func:`fused_resnet.tails.apply`."""
+        """See :func:`fused_resnet.nn.tail.apply`."""
         return self._enter(self._emit(getattr(function, "__name__", "function"), function, (self._leave(x),), {}))
 
     def _interpret(self, graph: fx.Graph, module: nn.Module, x: Symbol, options: tails.Options) -> Any:
@@ -286,7 +288,7 @@ def _conv_bn(conv: nn.Conv2d, bn: Any) -> ConvBN:
     return ConvBN(conv.weight, conv.bias, *tails.bn_tensors(bn), tails.bn_eps(bn))
 
 
-def _dense(call: Tail) -> Tail:
+def _dense(call: TailArguments) -> TailArguments:
     """``call`` with its images in channels_last, as they are inside of a network."""
 
     def dense(t: Tensor | None) -> Tensor | None:
@@ -297,12 +299,12 @@ def _dense(call: Tail) -> Tail:
     return call._replace(x=x, residual=dense(call.residual), proj_x=dense(call.proj_x))
 
 
-def _with_pool(run: Callable[[Tail], Tensor], pool: Pool) -> Callable[[Tail], Tensor]:
+def _with_pool(run: Callable[[TailArguments], Tensor], pool: Pool) -> Callable[[TailArguments], Tensor]:
     pooled = run.with_max_pool(pool) if isinstance(run, (FusedConvolution, FewChannels)) else None
     return pooled or (lambda tail: F.max_pool2d(run(tail), *pool))
 
 
-def _runner(run: Callable[[Tail], Tensor], call: Tail, kept: PackedWeights) -> Callable[..., Tensor]:
+def _runner(run: Callable[[TailArguments], Tensor], call: TailArguments, kept: PackedWeights) -> Callable[..., Tensor]:
     """A function of x, and of the residual or the projection's input where ``call`` has one."""
     call = call._replace(packed_weights=kept)
 
@@ -314,9 +316,9 @@ def _runner(run: Callable[[Tail], Tensor], call: Tail, kept: PackedWeights) -> C
     return function
 
 
-def _output_like(call: Tail, pool: Pool | None) -> Tensor:
+def _output_like(call: TailArguments, pool: Pool | None) -> Tensor:
     """An empty tensor of the shape of the result."""
-    from ..problem import Problem
+    from ..core.problem import Problem
 
     n, k, p, q = Problem.from_tail(_dense(call)).output_shape
     if pool is not None:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import tails
 from ..backends.cpu_program import Link, input_number, pack, program
-from ..packed_weights import Packed, PackedWeights
+from ..core.packed_weights import Packed, PackedWeights
+from ..nn import tail
 
 
 class Slot(NamedTuple):
@@ -80,7 +80,7 @@ class Call:
 
 def map_values(value: Any, function: Callable[[Any], Any]) -> Any:
     """``value`` with everything in its tuples, lists and dictionaries replaced by ``function`` of it."""
-    if isinstance(value, (Slot, tails.Recorded)):
+    if isinstance(value, (Slot, tail.Recorded)):
         return function(value)
     if isinstance(value, tuple):
         parts = [map_values(item, function) for item in value]

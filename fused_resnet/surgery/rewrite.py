@@ -1,7 +1,7 @@
 """Rewriting a traced graph so that each tail becomes one call.
 
-Between tails, and calls of modules that are made of tails, activations are :class:`fused_resnet.tails.Value`; whatever
-else reads one gets a plain tensor from :func:`fused_resnet.tails.leave`.
+Between tails, and calls of modules that are made of tails, activations are :class:`fused_resnet.nn.tail.Value`;
+whatever else reads one gets a plain tensor from :func:`fused_resnet.nn.tail.leave`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import fx, nn
 
-from .. import tails
-from .match import Tail
+from ..nn import tail as tails
+from .match import MatchedTail
 from .trace import Traced
 
 _TAILS = (tails.conv_bn_act, tails.conv_bn_proj_act, tails.conv_bn_act_max_pool)
 _VALUES = (*_TAILS, tails.call)
 
 
-def rewrite(traced: Traced, found: list[Tail], opaque: dict[int, nn.Module]) -> fx.Graph:
+def rewrite(traced: Traced, found: list[MatchedTail], opaque: dict[int, nn.Module]) -> fx.Graph:
     """The graph with each tail replaced by one call; it takes ``options`` as well.
 
     ``opaque`` holds the modules, by id, that may be made of tails themselves.
@@ -40,7 +40,7 @@ def rewrite(traced: Traced, found: list[Tail], opaque: dict[int, nn.Module]) -> 
 
 
 def is_value(node: Any) -> bool:
-    """Whether what ``node`` makes is a :class:`fused_resnet.tails.Value`."""
+    """Whether what ``node`` makes is a :class:`fused_resnet.nn.tail.Value`."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in _VALUES
 
 
@@ -62,7 +62,7 @@ def _replace_calls(traced: Traced, opaque: dict[int, nn.Module], replaced: dict[
             replaced[node] = new
 
 
-def _replace_tails(graph: fx.Graph, found: list[Tail], options: fx.Node, replaced: dict[Any, fx.Node]) -> None:
+def _replace_tails(graph: fx.Graph, found: list[MatchedTail], options: fx.Node, replaced: dict[Any, fx.Node]) -> None:
     place = {node: i for i, node in enumerate(graph.nodes)}
     for tail in found:
         end = max(tail.nodes, key=lambda n: place[n])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import parts
+from ..nn import parts
 from .reads import Reads, Refused
 from .trace_reads import Recorder
 

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..problem import Problem, dtype_name
-from ..reference import ConvBN, Tail, reference
+from ..core.problem import Problem, dtype_name
+from ..core.reference import ConvBN, TailArguments, reference
 from .one_accumulator import in_one_accumulator
 from .problems import DESCRIBED, PROBLEMS, RESNET_TAILS, Case, RealTail, in_dtype
 from .tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, OUTPUTS_SEEN, ROUNDING
@@ -47,12 +47,12 @@ Kind = Literal["random", "integers"]
 
 def make_tail(
     problem: Problem, kind: Kind = "random", seed: int = 0, device: torch.device | str = "cpu", **options: Any
-) -> Tail:
+) -> TailArguments:
     """Tensors for ``problem``, drawn from ``seed`` on the CPU (so equal on every device), then moved to ``device``.
 
     ``"random"``: normal values with He-scaled weights; gamma of both signs, running_var in [0.25, 2].
     ``"integers"``: values so small and round that no rounding can occur before the store: |v| <= 3, eps = 1,
-    running_var in {0, 3}, gamma in {+-1, +-2}. ``options`` override fields of the ``Tail``.
+    running_var in {0, 3}, gamma in {+-1, +-2}. ``options`` override fields of the ``TailArguments``.
     """
     g = torch.Generator().manual_seed(seed)
     integers = kind == "integers"
@@ -100,14 +100,14 @@ def make_tail(
         p = problem.projection
         proj_x = _place(values(problem.n, p.c, p.h, p.w, dtype=problem.dtype))
         proj, proj_stride = conv_bn(p.c, 1, 1, p.bias, p.bn), p.stride
-    tail = Tail(
+    tail = TailArguments(
         x, conv, residual, problem.stride, problem.padding, problem.dilation, problem.groups, problem.activation,
         proj_x, proj, proj_stride,
     )  # fmt: skip
     return tail._replace(**options)
 
 
-def call_arguments(tail: Tail) -> dict[str, Any]:
+def call_arguments(tail: TailArguments) -> dict[str, Any]:
     """The keyword arguments with which ``functional.conv_bn_add_relu`` (or its projection twin) computes ``tail``."""
     arguments: dict[str, Any] = {"x": tail.x, **tail.conv._asdict()}
     for name in ("stride", "padding", "dilation", "groups", "activation"):
@@ -127,7 +127,7 @@ def round_to_tf32(t: Tensor) -> Tensor:
     return torch.where(torch.isfinite(t), rounded, t)
 
 
-def _eager(tail: Tail, tf32: bool) -> Tensor:
+def eager_output(tail: TailArguments, tf32: bool) -> Tensor:
     """Eager's result, the baseline of the bar. For tf32: eager on operands rounded to tf32."""
     if tf32:
         tail = tail._replace(x=round_to_tf32(tail.x), conv=tail.conv._replace(weight=round_to_tf32(tail.conv.weight)))
@@ -180,7 +180,7 @@ def assert_bitexact(actual: Tensor, exact: Tensor, label: str) -> None:
 
 
 def check_tail(
-    run: Callable[[Tail], Tensor],
+    run: Callable[[TailArguments], Tensor],
     problem: Problem,
     *,
     kinds: tuple[Kind, ...] = ("integers", "random"),
@@ -193,7 +193,7 @@ def check_tail(
     """Hold ``run(tail)`` to the numerical bar on ``problem``: bit-exact on integers, 2 x eager on random values.
 
     ``any_order``: for runs that leave the order of their float32 sums to a library, see :func:`eager_error`.
-    ``options`` are fields of the ``Tail`` to override (``winograd="f2"``, say). AssertionError names the problem.
+    ``options`` override fields of the ``TailArguments`` (``winograd="f2"``, say). AssertionError names the problem.
     """
     label = f"{label + ': ' if label else ''}{problem}"
     for kind in kinds:
@@ -220,7 +220,7 @@ def eager_error(problem: Problem, seed: int = 0, device: torch.device | str = "c
     while seen < OUTPUTS_SEEN:
         tail = make_tail(problem, "random", seed, device)
         exact = reference(tail.to(torch.float64))
-        for y in [_eager(tail, problem.tf32)] + ([in_one_accumulator(tail)] if any_order else []):
+        for y in [eager_output(tail, problem.tf32)] + ([in_one_accumulator(tail)] if any_order else []):
             error = (y.to(torch.float64) - exact).abs()
             worst = max(worst, float(error.max()) if error.numel() else 0.0)
         seen += outputs if problem.n else OUTPUTS_SEEN
@@ -260,7 +260,7 @@ def assert_gradients(fn: Callable[..., Tensor], problem: Problem, seed: int = 0)
     upstream = torch.randn(problem.output_shape, generator=torch.Generator().manual_seed(seed))
     upstream = torch.where(_near_corner(problem, seed), 0, upstream)
 
-    def gradients(call: Callable[[Tail], Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    def gradients(call: Callable[[TailArguments], Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
         tail = make_tail(problem, "random", seed)
         if dtype is not None:
             tail = tail.to(dtype)

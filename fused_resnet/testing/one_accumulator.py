@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import ACTIVATIONS, ConvBN, Tail, scale_shift
+from ..core.reference import ACTIVATIONS, ConvBN, TailArguments, scale_shift
 
 
-def in_one_accumulator(tail: Tail) -> Tensor:
+def in_one_accumulator(tail: TailArguments) -> Tensor:
     """``tail`` with one rounding to float32 per folded weight and per multiply-add: the same bits on every processor.
 
     With u = 2^-24, an output's products a_1 .. a_n and S_j, what the accumulator holds after j of them, the error is
@@ -30,13 +30,13 @@ def in_one_accumulator(tail: Tail) -> Tensor:
     """
     residual = tail.residual
     if tail.proj is not None and tail.proj_x is not None:
-        shortcut = Tail(tail.proj_x, tail.proj, stride=tail.proj_stride, activation="none")
+        shortcut = TailArguments(tail.proj_x, tail.proj, stride=tail.proj_stride, activation="none")
         residual = in_one_accumulator(shortcut)
     y = _sum(tail, tail.conv, residual)
     return ACTIVATIONS[tail.activation](y)
 
 
-def _sum(tail: Tail, conv: ConvBN, residual: Tensor | None) -> Tensor:
+def _sum(tail: TailArguments, conv: ConvBN, residual: Tensor | None) -> Tensor:
     scale, shift = scale_shift(conv, torch.float64)
     weight = conv.weight.double() if scale is None else conv.weight.double() * scale[:, None, None, None]
     k, c, r, s = weight.shape

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..problem import Problem, Projection
+from ..core.problem import Problem, Projection
 
 
 class Case(NamedTuple):

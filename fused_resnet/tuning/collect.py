@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..problem import Problem
-from .calls import Call
+from ..core.problem import Problem
+from ..selection.calls import Call
 
 
 class _Recorder(TorchDispatchMode):

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from .cache import Store
-from .calls import Call
+from ..selection.calls import Call
+from ..selection.store import Store
 
 #: Children that may die in a row without having found out anything, until a call is given up.
 PATIENCE = 3

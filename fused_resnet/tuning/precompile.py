@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from ..problem import Problem
-from .calls import Call
-from .candidates import first_line
+from ..core.problem import Problem
+from ..selection.calls import Call
+from ..selection.candidates import first_line
 
 logger = logging.getLogger("fused_resnet")
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import candidates as _candidates
-from . import choice, isolate, precompile, verify
-from .calls import Call
+from ..selection import candidates as _candidates
+from ..selection import choice, verify
+from ..selection.calls import Call
+from ..selection.search import LIMIT, ROUNDS, Result, Timer, tune_call
+from . import isolate, precompile
 from .collect import calls_of
-from .search import LIMIT, ROUNDS, Result, Timer, tune_call
 
 if TYPE_CHECKING:
     from rich.table import Table

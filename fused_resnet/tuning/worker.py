@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from . import choice
-from .calls import Call
-from .search import tune_call
-from .verify import DeviceLost
+from ..selection import choice
+from ..selection.calls import Call
+from ..selection.search import tune_call
+from ..selection.verify import DeviceLost
 
 #: Exit statuses: all calls done (whatever was found), the device lost to a kernel, interrupted by the user.
 DONE, LOST, INTERRUPTED = 0, 2, 130

@@ -1,0 +1,1 @@
+"""The training passes, one module for each kind of hardware; `dispatch` chooses among them."""

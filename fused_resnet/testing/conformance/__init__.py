@@ -1,0 +1,1 @@
+"""The test that ``pytest --pyargs fused_resnet.testing`` runs."""

@@ -1,0 +1,1 @@
+"""Training from recipes: data, the loop, checkpoints and logs."""

@@ -1,0 +1,141 @@
+"""The planner of the CUDA extension on numbers that no tensor has, and against Python where both refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import struct
+
+import pytest
+import torch
+
+from tests.support.toolchain import why_not
+
+if reason := why_not("_C"):
+    pytest.skip(reason, allow_module_level=True)
+
+from fused_resnet.aot.planner import device_for, planner
+from fused_resnet.core.problem import Problem, Projection
+from fused_resnet.testing import RESNET_TAILS, in_dtype
+
+H100 = device_for("sm_90")
+SMALL = Problem(1, 8, 8, 16, 16, 3, 3, padding=(1, 1), dtype=torch.float16, device_type="cuda")
+#: Where ConvParams has pixels, p and q, behind two sources, two norms, five pointers and an offset.
+_PIXELS = 2 * 112 + 2 * 56 + 6 * 8
+
+
+def request(problem: Problem, **changes: int) -> dict[str, int | float]:
+    return planner().request(problem, torch.float32, 1e-5, 1e-5, 16) | changes
+
+
+def outcome(problem: Problem) -> tuple[int, int] | str:
+    """Height and width of the output, or the sentence."""
+    try:
+        plan = planner().ask(request(problem), H100)
+    except ValueError as refusal:
+        return str(refusal)
+    pixels, p, q = struct.unpack_from("<3i", plan.argument, _PIXELS)
+    assert pixels == problem.n * p * q
+    assert plan.grid[0] > 0
+    return p, q
+
+
+def in_python(problem: Problem) -> tuple[int, int] | str:
+    try:
+        problem.checked()
+    except ValueError as refusal:
+        return str(refusal)
+    return problem.p, problem.q
+
+
+def test_sizes_as_in_python() -> None:
+    """C++ rounds quotients to zero, Python down: they differ where a filter is larger than its image."""
+    refused = 0
+    for h, r, stride, padding, dilation in itertools.product(range(1, 5), range(1, 6), (1, 2, 3), (0, 1), (1, 2)):
+        for tall in (False, True):
+            size, window = ((h, 9), (r, 1)) if tall else ((9, h), (1, r))
+            problem = dataclasses.replace(
+                SMALL, h=size[0], w=size[1], r=window[0], s=window[1], stride=(stride, stride),
+                padding=(padding, padding), dilation=(dilation, dilation),
+            )  # fmt: skip
+            expected = in_python(problem)
+            assert outcome(problem) == expected
+            refused += isinstance(expected, str)
+    assert refused > 100
+
+
+@pytest.mark.parametrize("size", [(1, 1), (15, 8), (16, 17), (17, 15), (8, 8)])
+def test_projections_as_in_python(size: tuple[int, int]) -> None:
+    problem = dataclasses.replace(SMALL, projection=Projection(8, *size, (2, 2), False, True))
+    assert outcome(problem) == in_python(problem)
+
+
+BIG = 1 << 30
+PIXELS = "cuda: batch times output pixels must be at most 2^30"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"n": BIG, "h": BIG // 2, "w": BIG // 2}, f"{PIXELS}, got {1 << 60}"),
+        ({"n": 1 << 16, "h": 1 << 24, "w": 1 << 24}, f"{PIXELS}, got {1 << 60}"),
+        ({"n": 2, "h": 1 << 15, "w": 1 << 15}, f"{PIXELS}, got {1 << 31}"),
+        (
+            {"h": BIG // 2, "w": BIG // 2, "r": BIG // 2, "s": BIG // 2, "c": 16},
+            f"cuda: filter size times c must be between 1 and 2^30, got {1 << 60}",
+        ),
+        ({"r": -(1 << 31), "s": -(1 << 31)}, "cuda: r must be between 1 and 2^30, got -2147483648"),
+        ({"padding_h": BIG}, "cuda: padded height must be between 0 and 2^30, got 2147483656"),
+        (
+            {"h": 1 << 13, "w": 1 << 13, "k": 1 << 14, "splits": 65535, "tile_m": 32, "tile_n": 32},
+            "take more than 2^48 bytes",
+        ),
+        ({"activation": 3}, "cuda: activation must be 0 (none), 1 (relu) or 2 (relu6), got 3"),
+        ({"activation": -1}, "cuda: activation must be 0 (none), 1 (relu) or 2 (relu6), got -1"),
+    ],
+)  # fmt: skip
+def test_numbers_that_overflow_are_refused(changes: dict[str, int], sentence: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        planner().ask(request(SMALL, **changes), H100)
+    assert sentence in str(refusal.value)
+
+
+def test_a_device_without_multiprocessors_is_refused() -> None:
+    with pytest.raises(ValueError, match="a device has at least one multiprocessor, got 0"):
+        planner().ask(request(SMALL), dataclasses.replace(H100, sm_count=0))
+
+
+def test_requests_of_other_fields_or_of_no_32_bits_are_refused() -> None:
+    with pytest.raises(TypeError, match="plan: unknown argument colour"):
+        planner().ask(request(SMALL, colour=1), H100)
+    with pytest.raises(ValueError, match=f"n: expected a number of 32 bits, got {1 << 31}"):
+        planner().ask(request(SMALL, n=1 << 31), H100)
+
+
+def test_counters_are_no_more_than_a_launch_counts() -> None:
+    for k, splits in itertools.product((16, 200, 5000), (2, 7)):
+        plan = planner().ask(request(dataclasses.replace(SMALL, k=k), splits=splits, tile_m=32, tile_n=32), H100)
+        assert plan.grid[1] == splits
+        assert plan.grid[0] * 4 <= plan.counter_bytes < plan.grid[0] * 4 + 256
+        assert plan.workspace_bytes == plan.counter_bytes + plan.grid[0] * splits * 32 * 32 * 4
+
+
+def _blocks_per_sm(symbol: str, shared: int) -> int:
+    return min(planner().kernels[symbol].blocks_per_sm, H100.shared_per_sm // (shared + 1024))
+
+
+def test_what_memory_bounds_does_not_run_alone_on_an_sm() -> None:
+    """A block alone on its SM loads nothing while it stores: no largest tile, no parked one, where that takes long."""
+    alone = {}
+    for tail in RESNET_TAILS:
+        problem = dataclasses.replace(in_dtype(tail.problem, torch.float16), n=256, device_type="cuda")
+        launch = planner().plan(problem, "sm_90")
+        outputs = problem.n * problem.p * problem.q * problem.k
+        products = problem.r * problem.s * problem.c + (problem.projection.c if problem.projection else 0)
+        moved = 2 * outputs * (2 if problem.residual else 1) + 2 * problem.n * problem.h * problem.w * problem.c
+        if problem.projection:  # of what a stride leaves out, nothing is read
+            moved += 2 * problem.n * problem.p * problem.q * problem.projection.c
+        bound = moved / 4.3e12 > outputs * products * 2 / 500e12
+        alone[problem] = _blocks_per_sm(launch.kernel, launch.dynamic_shared_bytes) == 1
+        assert not (bound and alone[problem]), f"{tail.network} {tail.stage}: {launch.kernel}"
+    assert True in alone.values(), "where products bound, the largest tile is the best"
