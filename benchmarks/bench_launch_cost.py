@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet import backends, functional
+from fused_resnet.backends import registry
 from fused_resnet.core.packed_weights import PackedWeights
 from fused_resnet.core.problem import Problem
 from fused_resnet.core.reference import TailArguments
@@ -183,8 +184,8 @@ def measure() -> dict[str, float]:
     """Microseconds a call, by path; see the module."""
     x = torch.empty(1, 64, 14, 14, dtype=torch.float16)
     plans.clear()
-    known = mock.patch.object(backends, "NAMES", (*backends.NAMES, "nothing"))
-    with _triton(), _cuda(), known, mock.patch.dict(backends._loaded, nothing=_Nothing()):
+    known = mock.patch.object(registry, "NAMES", (*registry.NAMES, "nothing"))
+    with _triton(), _cuda(), known, mock.patch.dict(registry._loaded, nothing=_Nothing()):
         paths = {"way to a kernel": _call(PROBLEMS["residual"], "nothing")}
         for backend in BOUNDS:
             paths |= {f"{backend}, {name}": _call(problem, backend) for name, problem in PROBLEMS.items()}

@@ -25,7 +25,7 @@ from ..core import extensions
 from ..core.layout import output_memory_format
 from ..core.problem import Problem, Projection, dtype_name
 from ..core.reference import TailArguments
-from . import Backend
+from .base import Backend
 from .cpu_fused import FewChannels, FusedConvolution
 from .cpu_onednn import run_folded, run_pass
 from .cpu_rule import DIRECT, fastest, stem, winograd_choice

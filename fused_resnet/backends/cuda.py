@@ -19,7 +19,7 @@ from ..core import extensions
 from ..core.layout import output_memory_format
 from ..core.problem import Problem, dtype_name
 from ..core.reference import ConvBN, TailArguments
-from . import Backend
+from .base import Backend
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 #: By whether there is a weight, and a bias.

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.layout import output_memory_format
 from ..core.problem import Problem, dtype_name
 from ..core.reference import ConvBN, TailArguments
-from . import Backend
+from .base import Backend
 
 
 class CudnnBackend(Backend):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..core.problem import Problem
 from ..core.reference import TailArguments, reference
-from . import Backend
+from .base import Backend
 
 
 class EagerBackend(Backend):

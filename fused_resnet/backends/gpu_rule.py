@@ -1,4 +1,4 @@
-"""Which candidate runs where nothing has been timed: the rule of ``auto`` on CUDA.
+"""Which backend runs where nothing has been timed: the rule of ``auto`` on CUDA.
 
 Status: expected not slower than eager, **unmeasured**. The rule stands until a GPU's tuning file is committed, and
 ``fused-resnet tune`` replaces it on any machine. It compares what :mod:`fused_resnet.kernels.gpu_model`
@@ -7,14 +7,11 @@ expects of each way to run the call: the device's time, or the host's where that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
+from collections.abc import Iterable
 
 from ..core.problem import Problem
-from ..devices import Device, of
+from ..devices import Device
 from ..kernels import gpu_model
-from ..selection.candidates import Candidate
 
 #: What our own kernels are taken to need more than the model says, until a GPU has measured them.
 UNMEASURED = 1.05
@@ -26,21 +23,16 @@ TIE = 0.02
 PREFERENCE = ("cuda", "triton", "cudnn", "two_pass", "eager")
 
 
-def order(candidates: Sequence[Candidate], problem: Problem, device: Device) -> list[Candidate]:
-    """``candidates`` with the one to be tried first in front. Within a backend its own preference stands."""
-    expected = {c.backend: seconds(c.backend, problem, device) for c in candidates}
+def order(backends: Iterable[str], problem: Problem, device: Device) -> list[str]:
+    """The names ``backends``, the one to be tried first in front."""
+    expected = {name: seconds(name, problem, device) for name in backends}
     best = min(expected.values(), default=0.0)
 
-    def rank(backend: str) -> tuple[float, int]:
-        place = PREFERENCE.index(backend) if backend in PREFERENCE else len(PREFERENCE)
-        return (0.0 if expected[backend] <= best * (1 + TIE) else expected[backend], place)
+    def rank(name: str) -> tuple[float, int]:
+        place = PREFERENCE.index(name) if name in PREFERENCE else len(PREFERENCE)
+        return (0.0 if expected[name] <= best * (1 + TIE) else expected[name], place)
 
-    return sorted(candidates, key=lambda c: rank(c.backend))  # stable: keeps the order within a backend
-
-
-def ladder(problem: Problem, device: torch.device) -> tuple[str, ...]:
-    """The backends in the order of the rule on ``device``."""
-    return tuple(c.backend for c in order([Candidate(name) for name in PREFERENCE], problem, of(device)))
+    return sorted(expected, key=rank)
 
 
 def seconds(backend: str, problem: Problem, device: Device) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.problem import Problem, dtype_name
 from ..core.reference import TailArguments
-from . import Backend
+from .base import Backend
 
 if TYPE_CHECKING:
     from ..kernels.config import TailConfig

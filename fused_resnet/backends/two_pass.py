@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.layout import output_memory_format
 from ..core.problem import Problem, dtype_name
 from ..core.reference import ConvBN, TailArguments
-from . import Backend
+from .base import Backend
 from .triton import interpreting, why_not_device, why_not_triton
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)

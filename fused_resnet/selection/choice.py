@@ -47,12 +47,9 @@ def store_for(device: torch.device) -> Store:
     return _store(device, os.environ.get("FUSED_RESNET_CACHE_DIR"))
 
 
-def forget() -> None:
-    """Read the files anew and decide every call anew."""
-    from . import plans
-
+def forget_stores() -> None:
+    """Read the files anew."""
     _store.cache_clear()
-    plans.clear()
 
 
 def decide(problem: Problem, tail: TailArguments, backend: str = "auto") -> tuple[Runner, bool]:
@@ -126,7 +123,10 @@ def in_order(call: Call, device: torch.device, backend: str, store: Store, may_t
         offered = _candidates.of_backend(backend, problem, device)
     elif device.type == "cuda":
         offered = _candidates.every(problem, device)
-        offered = gpu_rule.order(offered, problem, devices.of(device))
+        order = gpu_rule.order(dict.fromkeys(c.backend for c in offered), problem, devices.of(device))
+        offered.sort(
+            key=lambda candidate: order.index(candidate.backend)
+        )  # stable: each backend's own preference stands
     else:
         offered = [Candidate(backends.choose(problem).name), Candidate("eager")]
     times = store.times(call.key)

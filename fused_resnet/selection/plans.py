@@ -30,6 +30,12 @@ def clear() -> None:
     _plans.clear()
 
 
+def forget() -> None:
+    """Read the verdicts and times of every device anew, and decide every call anew."""
+    choice.forget_stores()
+    clear()
+
+
 def switches(x: Tensor) -> tuple[Any, ...]:
     """The state of the process that a plan depends on."""
     backend = backends.default_backend()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..selection import candidates as _candidates
-from ..selection import choice, verify
+from ..selection import choice, plans, verify
 from ..selection.calls import Call
 from ..selection.search import LIMIT, ROUNDS, Result, Timer, tune_call
 from . import isolate, precompile
@@ -138,7 +138,7 @@ def tune(
         rejected = {name: v for name, v in store.verdicts().get(call.key, {}).items() if v not in ("ok", "")}
         if medians or (rejected and not tuning.interrupted):
             tuning.results.append(Result(call, medians or {}, rejected, call.key in known))
-    choice.forget()
+    plans.forget()
     return tuning
 
 
@@ -199,7 +199,7 @@ def selftest(
                     verdict = verify.judge(candidate, call, device, store)
                 turns.take(candidate, verdict, call.problem)
                 checks.append(Check(call, candidate.name, verdict))
-    choice.forget()
+    plans.forget()
     return checks
 
 

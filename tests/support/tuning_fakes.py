@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_resnet import backends
+from fused_resnet.backends import Backend, registry
 from fused_resnet.core.problem import Problem
 from fused_resnet.core.reference import TailArguments, reference
 from fused_resnet.selection import verify
@@ -49,7 +49,7 @@ class Configuration(str):
         return made
 
 
-class FakeBackend(backends.Backend):
+class FakeBackend(Backend):
     name = "fake"
 
     def __init__(self, configurations: Sequence[Configuration] = ()) -> None:
@@ -79,9 +79,9 @@ class FakeBackend(backends.Backend):
 def install(monkeypatch: pytest.MonkeyPatch, *configurations: Configuration) -> FakeBackend:
     """Make eager and the fake the only backends, and have the fake verified on first use."""
     backend = FakeBackend(configurations)
-    monkeypatch.setitem(backends._loaded, "fake", backend)
-    monkeypatch.setattr(backends, "NAMES", ("eager", "fake"))
-    monkeypatch.setattr(backends, "_LADDER", {"cpu": ("eager",)})
+    monkeypatch.setitem(registry._loaded, "fake", backend)
+    monkeypatch.setattr(registry, "NAMES", ("eager", "fake"))
+    monkeypatch.setattr(registry, "_LADDER", {"cpu": ("eager",)})
     monkeypatch.setattr(verify, "needed", lambda candidate, device: candidate.backend == "fake")
     return backend
 

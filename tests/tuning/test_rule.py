@@ -7,16 +7,14 @@ import torch
 
 from fused_resnet.backends import gpu_rule
 from fused_resnet.core.problem import Problem
-from fused_resnet.selection.candidates import Candidate
 from fused_resnet.testing import RESNET_TAILS, in_dtype
 
 
 def _best(text: str, device: str) -> list[str]:
     from fused_resnet import devices
 
-    candidates = [Candidate(name) for name in ("eager", "two_pass", "cudnn", "triton", "cuda")]
     problem = Problem.parse(text + ",device=cuda")
-    return [c.backend for c in gpu_rule.order(candidates, problem, devices.find(device))]
+    return gpu_rule.order(("eager", "two_pass", "cudnn", "triton", "cuda"), problem, devices.find(device))
 
 
 def test_the_rule_prefers_fusion_where_memory_binds() -> None:
@@ -101,6 +99,6 @@ def test_the_rules_first_is_never_expected_to_be_slower_than_eager(device: str) 
     for tail in RESNET_TAILS:
         for n in (1, 8, 256):
             problem = in_dtype(tail.problem, torch.float16, n=n, device_type="cuda")
-            first = gpu_rule.order([Candidate(name) for name in gpu_rule.PREFERENCE], problem, devices.find(device))[0]
-            chosen, eager = (gpu_rule.seconds(name, problem, devices.find(device)) for name in (first.backend, "eager"))
+            first = gpu_rule.order(gpu_rule.PREFERENCE, problem, devices.find(device))[0]
+            chosen, eager = (gpu_rule.seconds(name, problem, devices.find(device)) for name in (first, "eager"))
             assert chosen <= eager

@@ -172,7 +172,7 @@ def test_threads_verify_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def test_the_operator_takes_the_tuned_candidate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """From functional.conv_bn_add_relu down to the winner of a tuning file."""
     monkeypatch.setenv("FUSED_RESNET_CACHE_DIR", str(tmp_path))
-    choice.forget()
+    plans.forget()
     backend = install(monkeypatch, Configuration("a"), Configuration("b"))
     tail = make_tail(PROBLEM)
     functional.conv_bn_add_relu(**call_arguments(tail))
@@ -182,4 +182,4 @@ def test_the_operator_takes_the_tuned_candidate(monkeypatch: pytest.MonkeyPatch,
     y = functional.conv_bn_add_relu(**call_arguments(tail))
     assert backend.ran == ["b", "b", "b"]
     torch.testing.assert_close(y, right(tail))
-    choice.forget()
+    plans.forget()

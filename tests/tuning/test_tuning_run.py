@@ -17,7 +17,7 @@ from torch import nn
 import fused_resnet
 from fused_resnet.core.packed_weights import PackedWeights
 from fused_resnet.nn import FusedBasicBlock
-from fused_resnet.selection import choice
+from fused_resnet.selection import choice, plans
 from fused_resnet.selection.calls import Call
 from fused_resnet.selection.search import Result, tune_call
 from fused_resnet.tuning import isolate, selftest, selftest_table, tune
@@ -30,9 +30,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("FUSED_RESNET_CACHE_DIR", str(tmp_path))
-    choice.forget()
+    plans.forget()
     yield
-    choice.forget()
+    plans.forget()
 
 
 @pytest.fixture
