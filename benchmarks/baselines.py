@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fused_resnet import backends, functional
-from fused_resnet.comparison import sides as contenders
+from fused_resnet.comparison import sides
 from fused_resnet.comparison.sides import EAGER, EAGER_CHANNELS_LAST, FUSED, channels_last_inputs
 from fused_resnet.core.packed_weights import PackedWeights
 from fused_resnet.core.problem import Problem
@@ -97,30 +97,30 @@ def tail_contenders(problem: Problem, device: torch.device, compiled: bool) -> l
         function = partial(functional.conv_bn_add_relu, **arguments)
         return lambda x, residual=None: function(x, residual=residual)
 
-    sides = [
+    contenders = [
         Contender(EAGER, lambda: lambda *a: reference(_with_activations(nchw, *a)), _nchw),
         Contender(EAGER_CHANNELS_LAST, lambda: lambda *a: reference(_with_activations(tail, *a)), channels_last_inputs),
         Contender(FOLDED, lambda: lambda *a: reference(_with_activations(folded, *a)), channels_last_inputs),
     ]
     if device.type == "cpu":
-        sides.append(Contender(ONEDNN, lambda: onednn.tail(tail), channels_last_inputs, optional=True))
+        contenders.append(Contender(ONEDNN, lambda: onednn.tail(tail), channels_last_inputs, optional=True))
     else:
-        sides.append(Contender(CUDNN, lambda: _cudnn(folded), channels_last_inputs, optional=True))
+        contenders.append(Contender(CUDNN, lambda: _cudnn(folded), channels_last_inputs, optional=True))
     if compiled:
         for name, freezing in ((COMPILED, False), (FREEZING, True)):
             build = _compiled_tail(tail, freezing)
-            sides.append(Contender(name, build, channels_last_inputs, optional=True))
-    sides.append(Contender(FUSED, lambda: fused("auto"), channels_last_inputs))
+            contenders.append(Contender(name, build, channels_last_inputs, optional=True))
+    contenders.append(Contender(FUSED, lambda: fused("auto"), channels_last_inputs))
     if device.type == "cuda":
-        sides += [
+        contenders += [
             Contender(f"fused, {name}", lambda name=name: fused(name), channels_last_inputs, optional=True)
             for name in GPU_BACKENDS
         ]
-        sides.append(Contender(TMA, lambda: _described(problem, device), channels_last_inputs, optional=True))
+        contenders.append(Contender(TMA, lambda: _described(problem, device), channels_last_inputs, optional=True))
     if device.type == "cpu":
-        sides.append(Contender("fused, f2", lambda: fused("auto", "f2"), channels_last_inputs))
-        sides.append(Contender("fused, no Winograd", lambda: fused("auto", "off"), channels_last_inputs))
-    return sides
+        contenders.append(Contender("fused, f2", lambda: fused("auto", "f2"), channels_last_inputs))
+        contenders.append(Contender("fused, no Winograd", lambda: fused("auto", "off"), channels_last_inputs))
+    return contenders
 
 
 def _weights_of(problem: Problem, device: torch.device) -> TailArguments:
@@ -231,30 +231,30 @@ def _freezing(on: bool) -> Iterator[None]:
 
 def model_contenders(model: nn.Module, x: Tensor, threads: int) -> list[Contender]:
     """All sides of a whole network with the input ``x``."""
-    sides = [
-        contenders.eager(model),
-        contenders.eager_channels_last(model),
+    contenders = [
+        sides.eager(model),
+        sides.eager_channels_last(model),
         Contender(FOLDED, lambda: _folded_model(model), channels_last_inputs),
     ]
     if x.device.type == "cpu" and x.dtype is torch.float32:
-        sides.append(Contender(ONEDNN, lambda: onednn.network(model), channels_last_inputs, optional=True))
-    sides.append(Contender(COMPILED, lambda: _compile(_last(model), False), channels_last_inputs, optional=True))
-    sides.append(Contender(FREEZING, lambda: _compile(_last(model), True), channels_last_inputs, optional=True))
+        contenders.append(Contender(ONEDNN, lambda: onednn.network(model), channels_last_inputs, optional=True))
+    contenders.append(Contender(COMPILED, lambda: _compile(_last(model), False), channels_last_inputs, optional=True))
+    contenders.append(Contender(FREEZING, lambda: _compile(_last(model), True), channels_last_inputs, optional=True))
     if x.device.type == "cpu" and x.dtype is torch.float32:
         numpy_inputs = _numpy
-        sides += [
+        contenders += [
             Contender(ORT, lambda: _onnx_runtime(model, x, threads), numpy_inputs, optional=True),
             Contender(OPENVINO, lambda: _openvino(model, x, threads), numpy_inputs, optional=True),
             Contender(NCNN, lambda: _ncnn(model, x, threads), numpy_inputs, optional=True),
         ]
-    sides += [contenders.fused(model), contenders.frozen(model)]
+    contenders += [sides.fused(model), sides.frozen(model)]
     if x.device.type == "cpu":
-        sides.append(contenders.fused(model, "fused, no Winograd", winograd="off"))
+        contenders.append(sides.fused(model, "fused, no Winograd", winograd="off"))
     else:
         for name in GPU_BACKENDS:
-            own = contenders.fused(model, f"fused, {name}", backend=name)
-            sides.append(Contender(own.name, own.build, own.inputs, own.output, optional=True))
-    return sides
+            own = sides.fused(model, f"fused, {name}", backend=name)
+            contenders.append(Contender(own.name, own.build, own.inputs, own.output, optional=True))
+    return contenders
 
 
 def _last(model: nn.Module) -> nn.Module:
@@ -294,7 +294,7 @@ def _onnx_runtime(model: nn.Module, x: Tensor, threads: int) -> Callable[..., An
         torch.onnx.export(copy.deepcopy(model).eval(), (x.clone(),), str(path), dynamo=False)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        # Idle workers of ORT would take the other sides' cores between its own turns.
+        # Idle workers of ORT would take the other contenders' cores between its own turns.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name

@@ -60,7 +60,7 @@ def bench(
 
     Speed-ups are medians of the ratios of each round, over the faster eager layout, with a 95 % interval.
     """
-    from ..comparison import sides as contenders
+    from ..comparison import sides
     from ..comparison.verify import block_inputs
     from .target import load_target
 
@@ -71,16 +71,16 @@ def bench(
     names = _fused_names(fused)
     document: dict[str, Any] = {"model": target.name, "size": size, "dtype": dtype, "batches": []}
     for images in integers("--batch", batch):
-        sides = [contenders.eager(network), contenders.eager_channels_last(network)]
-        sides += [contenders.compiled(network)] if compiled else []
-        sides.append(contenders.fused(network, backend=backend, winograd=winograd))
-        sides.append(contenders.frozen(network, backend=backend, winograd=winograd))
+        contenders = [sides.eager(network), sides.eager_channels_last(network)]
+        contenders += [sides.compiled(network)] if compiled else []
+        contenders.append(sides.fused(network, backend=backend, winograd=winograd))
+        contenders.append(sides.frozen(network, backend=backend, winograd=winograd))
 
         def make_inputs(round_number: int, images: int = images) -> tuple[torch.Tensor]:
             return (target.example(images, size, where, what, seed=round_number),)
 
-        result = _compare(f"{target.name}, batch {images}", sides, make_inputs, rounds, where, threads)
-        rows = contenders.summary(result, images)
+        result = _compare(f"{target.name}, batch {images}", contenders, make_inputs, rounds, where, threads)
+        rows = sides.summary(result, images)
         title = f"{target.name}, batch {images}, {size}x{size}, {dtype}, {_where(result)}"
         entry: dict[str, Any] = {"batch": images, "threads": result.threads, "device": result.device,
                                  "rounds": rounds, "rows": rows, "absent": result.absent, "blocks": []}  # fmt: skip
@@ -105,7 +105,7 @@ def _where(result: Comparison) -> str:
 
 
 def _compare(
-    title: str, sides: list[Contender], make_inputs: Any, rounds: int, device: torch.device, threads: int | None
+    title: str, contenders: list[Contender], make_inputs: Any, rounds: int, device: torch.device, threads: int | None
 ) -> Comparison:
     from ..core.timing import compare
 
@@ -113,7 +113,7 @@ def _compare(
         task = progress.add_task(title, total=rounds)
         with user_errors(RuntimeError, ValueError, TypeError, NotImplementedError, prefix=f"{title}: "):
             return compare(
-                sides, make_inputs, rounds=rounds, device=device, num_threads=threads,
+                contenders, make_inputs, rounds=rounds, device=device, num_threads=threads,
                 max_error=_MAX_ERROR, progress=lambda done, total: progress.update(task, completed=done),
             )  # fmt: skip
 
@@ -139,8 +139,8 @@ def _time_block(
     from ..core.timing import Contender
 
     block, fused_block = model.get_submodule(name), fused.get_submodule(name)
-    sides = [eager(block), eager_channels_last(block), Contender(FUSED, lambda: fused_block, channels_last_inputs)]
-    result = _compare(name, sides, lambda _: (x,), rounds, device, threads)
+    contenders = [eager(block), eager_channels_last(block), Contender(FUSED, lambda: fused_block, channels_last_inputs)]
+    result = _compare(name, contenders, lambda _: (x,), rounds, device, threads)
     ratio = result.speedup(FUSED, EAGER_LAYOUTS)
     eager_name = result.best(EAGER_LAYOUTS)
     return {

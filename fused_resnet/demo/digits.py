@@ -1,11 +1,8 @@
-"""The demo's network and its held-out images; the training itself is the package's own."""
+"""A ResNet for handwritten digits, 8x8."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
-
-from ..trainer.data import Data
 
 
 class DigitsResNet(nn.Module):
@@ -37,16 +34,3 @@ def _stage(inplanes: int, planes: int, stride: int) -> nn.Sequential:
     if stride != 1 or inplanes != planes:
         downsample = nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
     return nn.Sequential(BasicBlock(inplanes, planes, stride, downsample), BasicBlock(planes, planes))
-
-
-def held_out(data: Data) -> tuple[Tensor, Tensor, Tensor]:
-    """The test images: as uint8 pixels, as normalised input, and their labels."""
-    pixels = data.test.images.load(torch.arange(len(data.test)))
-    return pixels, data.normalise(pixels), data.test.labels
-
-
-def predict(model: nn.Module, x: Tensor, batch: int = 120) -> Tensor:
-    """Logits of all images, in eval mode."""
-    model.eval()
-    with torch.inference_mode():
-        return torch.cat([model(piece) for piece in x.split(batch)])

@@ -15,7 +15,8 @@ pytest.importorskip("torchvision")
 pytest.importorskip("matplotlib")
 
 from fused_resnet.cli.demo import run as demo
-from fused_resnet.demo.digits import DigitsResNet, held_out, predict
+from fused_resnet.cli.demo.run import held_out, predict
+from fused_resnet.demo.digits import DigitsResNet
 from fused_resnet.trainer.data import load_data
 
 

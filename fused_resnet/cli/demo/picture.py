@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from .run import Outcome, Timed
+from .outcome import Outcome, Timed
 
 # Okabe-Ito: told apart by readers with any colour vision; the fused side stands out, the rest is grey to blue.
 _COLOURS = {

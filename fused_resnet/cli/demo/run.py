@@ -4,49 +4,26 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from ...comparison import sides as contenders
-from ...comparison.verify import Row, Verification, verify
+from ...comparison import sides
+from ...comparison.verify import Row, verify
 from ...core.timing import ROUNDS, compare
-from ...demo.digits import DigitsResNet, held_out, predict
+from ...demo.digits import DigitsResNet
 from ...surgery import explain, fuse
 from ...trainer.data import Data, load_data
 from ...trainer.loop import Result, TrainConfig, train
 from ..inspect import print_explanation
 from ..measure import print_table
+from .outcome import Outcome, Timed
+from .picture import draw
 
 #: What the demo promises of its training, in percent.
 WANTED_ACCURACY = 97.0
-
-
-@dataclass(frozen=True)
-class Timed:
-    """One network, timed on one input shape."""
-
-    title: str
-    images: int
-    rows: list[dict[str, Any]]
-    absent: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Everything the demo measured; the picture is drawn from it."""
-
-    training: Result
-    pixels: Tensor  # the held-out images
-    labels: Tensor
-    answers: Tensor  # the fused network's
-    same_predictions: int
-    verification: Verification
-    timed: list[Timed]
 
 
 def run(
@@ -95,8 +72,6 @@ def run(
         image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
         timed.append(_time("ResNet-18, 224x224, batch 1", resnet18().eval(), image, rounds, compiled, console))
 
-    from .picture import draw
-
     picture = draw(Outcome(result, pixels, labels, answers, same, verification, timed), folder / "demo.png")
     console.rule("5. what you have now")
     console.print(f"picture:    [bold]{picture}[/]")
@@ -122,6 +97,19 @@ def _train(data: Data, folder: Path, epochs: int, console: Console) -> Result:
     return result
 
 
+def held_out(data: Data) -> tuple[Tensor, Tensor, Tensor]:
+    """The test images: as uint8 pixels, as normalised input, and their labels."""
+    pixels = data.test.images.load(torch.arange(len(data.test)))
+    return pixels, data.normalise(pixels), data.test.labels
+
+
+def predict(model: nn.Module, x: Tensor, batch: int = 120) -> Tensor:
+    """Logits of all images, in eval mode."""
+    model.eval()
+    with torch.inference_mode():
+        return torch.cat([model(piece) for piece in x.split(batch)])
+
+
 def _save_images(pixels: Tensor, labels: Tensor, folder: Path) -> None:
     """Some held-out digits as files, for ``fused-resnet predict``."""
     from PIL import Image
@@ -142,12 +130,12 @@ def _print_errors(row: Row, same: int, images: int, console: Console) -> None:
 
 
 def _time(title: str, model: nn.Module, x: Tensor, rounds: int, compiled: bool, console: Console) -> Timed:
-    sides = [contenders.eager(model), contenders.eager_channels_last(model)]
-    sides += [contenders.compiled(model)] if compiled else []
-    sides += [contenders.fused(model), contenders.frozen(model)]
+    contenders = [sides.eager(model), sides.eager_channels_last(model)]
+    contenders += [sides.compiled(model)] if compiled else []
+    contenders += [sides.fused(model), sides.frozen(model)]
     with console.status(f"timing {title} ..."):
-        result = compare(sides, lambda _: (x,), expected=contenders.expected_output(model), rounds=rounds)
-    rows = contenders.summary(result, len(x))
+        result = compare(contenders, lambda _: (x,), expected=sides.expected_output(model), rounds=rounds)
+    rows = sides.summary(result, len(x))
     print_table(f"{title}, float32, CPU, {result.threads} threads", rows, result.absent, console)
     return Timed(title, len(x), rows, result.absent)
 
