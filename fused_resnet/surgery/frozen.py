@@ -25,7 +25,9 @@ from ..core.packed_weights import PackedWeights
 from ..nn import pristine
 from ..nn.onlookers import watched
 from ..nn.tail import may_go_inside
+from .arguments import Frozen, check_options, require_module
 from .cuda_graph import CudaGraph
+from .live import fuse
 from .plan import is_fused, original_class
 from .recorder import NotRecordable, Recorder
 from .recording import Recording
@@ -33,7 +35,7 @@ from .recording import Recording
 _SHAPES_KEPT = 8
 
 
-class FrozenModel(nn.Module):
+class FrozenModel(Frozen):
     """What :func:`fused_resnet.freeze` returns; called like the model itself.
 
     It runs a private copy, as the model was when it was frozen (or last refreshed): until :meth:`refresh`, changes of
@@ -41,9 +43,6 @@ class FrozenModel(nn.Module):
     runs every call that asks for more than the answer: gradients, autocast, tracing, tensor subclasses; and those for
     which it has been given other tensors, as ``torch.func.functional_call`` does.
     """
-
-    model: nn.Module
-    """The live model."""
 
     def __init__(self, model: nn.Module, backend: str = "auto", winograd: str = "auto") -> None:
         super().__init__()
@@ -282,8 +281,6 @@ class _Piece:
 
 @torch.inference_mode(False)  # what is made here also serves outside of it
 def _private_copy(model: nn.Module, backend: str, winograd: str) -> nn.Module:
-    from . import fuse
-
     copied = fuse(model, backend=backend, winograd=winograd)
     copied.requires_grad_(False)
     device = next((p.device for p in copied.parameters()), torch.device("cpu"))
@@ -346,8 +343,6 @@ def freeze(
         TypeError: ``model`` is not a module.
         ValueError: ``model`` is in training mode, ``backend`` or ``winograd`` is unknown.
     """
-    from . import check_options, require_module
-
     require_module(model, "freeze")
     check_options(backend, winograd)
     if isinstance(model, FrozenModel):

@@ -43,6 +43,8 @@ class Fusion:
 
     expands: bool = True
     """See :class:`fused_resnet.nn.tail.Options`; a plan whose sums always expand is none."""
+    replan: Callable[[Any], None] | None = field(default=None, repr=False, compare=False)
+    """Makes the plan again, of a module that has been loaded or changed: it stands above this file."""
     graphs: list[tuple[str, dict[str, Any]]] = field(default_factory=list, repr=False, compare=False)
     """The code of the graphs that the plan was made from, where the module is an ``fx.GraphModule``."""
     packed_weights: PackedWeights = field(default_factory=PackedWeights, repr=False, compare=False)
@@ -58,6 +60,12 @@ class Fusion:
     def __getstate__(self) -> dict[str, Any]:
         # The program is code; it is made again from the module's own code when it is loaded.
         return {**self.__dict__, "plan": None, "graphs": []}
+
+
+def _replan(module: Any) -> None:
+    fusion: Fusion = module.__dict__[ATTRIBUTE]
+    if fusion.replan is not None:
+        fusion.replan(module)
 
 
 class FusedForward:
@@ -87,9 +95,7 @@ class FusedForward:
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         if self.__dict__[ATTRIBUTE].plan is None:
-            from .discovery import replan
-
-            replan(self)  # type: ignore[arg-type]
+            _replan(self)
 
 
 class FusedGraphModule(FusedForward):
@@ -104,9 +110,7 @@ class FusedGraphModule(FusedForward):
         fusion: Fusion = self.__dict__[ATTRIBUTE]
         # A feature extractor exchanges its graphs for one another with each change of mode: both are in the plan.
         if all((code.src, code.globals) != known for known in fusion.graphs):
-            from .discovery import replan
-
-            replan(self)  # type: ignore[arg-type]
+            _replan(self)
         return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -136,10 +140,8 @@ def _as_it_was(module: Any) -> Iterator[Any]:
 
 
 def _fused_again(module: Any, fusion: Fusion) -> Any:
-    from .discovery import replan
-
     attach(module, fusion)
-    replan(module)
+    _replan(module)
     return module
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .arguments import require_module
 from .discovery import Discovery, Found, discover
 from .frozen import FrozenModel
 from .plan import ATTRIBUTE, Fusion, is_fused, original_class
@@ -171,3 +172,14 @@ def build_frozen(frozen: FrozenModel) -> Explanation:
     live = build(frozen.model, discover(frozen.model))
     notes = [f"frozen: {line}" for line in frozen.prepared_for()] or ["frozen, prepared at the first call"]
     return Explanation(f"frozen {live.model}", live.entries, (*live.notes, *notes))
+
+
+def explain(model: nn.Module) -> Explanation:
+    """One sentence for every block of ``model``: how it is fused, why it is not, or what :func:`fuse` would do.
+
+    Print the result, iterate over its entries, or take its ``to_dict()``. Nothing is changed.
+    """
+    require_module(model, "explain")
+    if isinstance(model, FrozenModel):
+        return build_frozen(model)
+    return build(model, discover(model))
