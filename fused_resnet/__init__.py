@@ -10,8 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .core import lazy_operators
-
-__version__ = "0.1.0"
+from .core.version import __version__
 
 # Where each public name lives. Loaded on first use, so that `import fused_resnet` stays quick.
 _LAZY: dict[str, str] = {

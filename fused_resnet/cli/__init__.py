@@ -27,7 +27,7 @@ for group in (inspect, measure, predict, command, train, tune, build):
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from .. import __version__
+        from ..core.version import __version__
 
         console.print(f"fused_resnet {__version__}", highlight=False)
         raise typer.Exit()

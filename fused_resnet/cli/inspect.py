@@ -75,8 +75,8 @@ def environment() -> dict[str, str]:
     """One line for each thing that decides what can run."""
     import torch
 
-    from .. import __version__
     from ..core import extensions
+    from ..core.version import __version__
 
     facts = {
         "fused_resnet": __version__,

@@ -12,14 +12,13 @@ from pathlib import Path
 import torch
 
 from ..core import extensions
+from ..core.version import __version__
 
 _PACKAGE = Path(__file__).parent.parent
 
 
 def environment(device: torch.device) -> dict[str, str]:
     """The identity of ``device`` and of everything that generates code for it."""
-    from .. import __version__
-
     found = {
         "fused_resnet": __version__,
         "code": code_digest(),
