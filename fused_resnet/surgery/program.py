@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import fx, nn
 
-from ..nn import tail as tails
+from ..nn import tail
 from ..nn.pristine import DROPOUTS
 from .guards import Bypassed, Guards, descend, names_of
 from .match import MatchedTail, Matcher
@@ -62,8 +62,8 @@ class Plan:
     def convs(self, root: nn.Module) -> list[nn.Conv2d]:
         """The convolutions that the programs run."""
         found: list[nn.Conv2d] = []
-        for tail in {str(t): t for p in self.programs for t in p.tails}.values():
-            for path in (tail.conv, tail.projection[0] if tail.projection else None):
+        for matched in {str(t): t for p in self.programs for t in p.tails}.values():
+            for path in (matched.conv, matched.projection[0] if matched.projection else None):
                 module = None if path is None else descend(root, tuple(path.split(".")))
                 if isinstance(module, nn.Conv2d) and not any(module is m for m in found):
                     found.append(module)
@@ -89,8 +89,8 @@ def _program(traced: Traced, residual: bool, opaque: dict[int, nn.Module]) -> Pr
     bypassed = {
         path: Bypassed(path, names_of(path), type(traced.modules[path]), True) for path in traced.inlined if path
     }
-    projections = {tail.projection[0] for tail in found if tail.projection}
-    for path in (p for tail in found for p in tail.bypassed):
+    projections = {matched.projection[0] for matched in found if matched.projection}
+    for path in (p for matched in found for p in matched.bypassed):
         for inner, module in traced.modules[path].named_modules(prefix=path):
             bypassed[inner] = Bypassed(inner, names_of(inner), type(module), False, inner in projections)
             _add_fields(module, inner, traced.reads)
@@ -138,17 +138,17 @@ def _function(value: Any) -> Any:
 
 def _is_work(node: fx.Node) -> bool:
     return node.op in ("call_module", "call_function", "call_method") and node.target not in (
-        tails.conv_bn_act,
-        tails.conv_bn_proj_act,
-        tails.enter,
-        tails.leave,
+        tail.conv_bn_act,
+        tail.conv_bn_proj_act,
+        tail.enter,
+        tail.leave,
     )
 
 
 def _name(node: fx.Node) -> str:
-    if node.target is tails.conv_bn_act_max_pool:  # the pool is part of the pass on the CPU only
+    if node.target is tail.conv_bn_act_max_pool:  # the pool is part of the pass on the CPU only
         node = cast(fx.Node, node.args[2])
-    if node.target is tails.call:
+    if node.target is tail.call:
         node = cast(fx.Node, node.args[0])
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 

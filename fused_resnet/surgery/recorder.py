@@ -20,8 +20,9 @@ from ..backends.cpu_program import NOTHING, Pool
 from ..core.layout import looks_channels_last, looks_contiguous
 from ..core.packed_weights import PackedWeights
 from ..core.reference import ConvBN, TailArguments
-from ..nn import tail as tails
+from ..nn import tail
 from ..nn.parts import geometry, uses_batch_statistics, why_not_bypassed
+from ..nn.tail import Options
 from ..selection import plans
 from .plan import ATTRIBUTE, Fusion, is_fused
 from .recording import Call, Convolutions, Recording, Slot, map_values
@@ -32,7 +33,7 @@ class NotRecordable(Exception):
     """A module that is not made of tails."""
 
 
-class Symbol(tails.Recorded):
+class Symbol(tail.Recorded):
     """An activation between tails: a slot's, or the output of a link."""
 
     def __init__(self, recorder: Recorder, tensor: Tensor, channels_last: bool, slot: Slot | None = None) -> None:
@@ -42,7 +43,7 @@ class Symbol(tails.Recorded):
 
     def tail(
         self, conv: nn.Conv2d, bn: Any, residual: Any, projection: Any, pool: Any, activation: str,
-        options: tails.Options, residual_first: bool = False,
+        options: Options, residual_first: bool = False,
     ) -> Any:  # fmt: skip
         return self.recorder.tail(self, conv, bn, residual, projection, pool, activation, options, residual_first)
 
@@ -115,7 +116,7 @@ class Recorder:
 
     def tail(
         self, x: Symbol, conv: nn.Conv2d, bn: Any, residual: Any, projection: Any, pool: Any, activation: str,
-        options: tails.Options, residual_first: bool = False,
+        options: Options, residual_first: bool = False,
     ) -> Any:  # fmt: skip
         """See :meth:`fused_resnet.nn.tail.Recorded.tail`."""
         if uses_batch_statistics(bn):  # a batch norm without running statistics
@@ -128,11 +129,11 @@ class Recorder:
             stride = geometry(proj_conv)["stride"]
             call = call._replace(proj_x=residual.tensor, proj=_conv_bn(proj_conv, proj_bn), proj_stride=stride)
         elif residual is not None:
-            if tails.broadcasts(conv, geometry(conv), x.tensor, residual.tensor):
+            if tail.broadcasts(conv, geometry(conv), x.tensor, residual.tensor):
                 raise NotRecordable
             call = call._replace(residual=residual.tensor)
         run = plans.find(_dense(call), options.backend)
-        pool_sizes = None if pool is None else tails.pool_sizes(pool)
+        pool_sizes = None if pool is None else tail.pool_sizes(pool)
         if pool_sizes is not None:
             run = _with_pool(run, pool_sizes)
         channels_last = _sum_is_channels_last(x, conv, residual, projection, residual_first)
@@ -170,17 +171,17 @@ class Recorder:
 
     def _live_tail(
         self, x: Symbol, conv: nn.Conv2d, bn: Any, residual: Any, projection: Any, activation: str,
-        options: tails.Options, residual_first: bool,
+        options: Options, residual_first: bool,
     ) -> Any:  # fmt: skip
         def run(image: Tensor, added: Tensor | None = None) -> Any:
             if projection is None:
-                y = tails.conv_bn_act(conv, bn, image, added, activation, options, residual_first=residual_first)
+                y = tail.conv_bn_act(conv, bn, image, added, activation, options, residual_first=residual_first)
             else:
                 proj_conv, proj_bn = projection
-                y = tails.conv_bn_proj_act(
+                y = tail.conv_bn_proj_act(
                     conv, bn, image, proj_conv, proj_bn, added, activation, options, residual_first=residual_first
                 )
-            return tails.leave(y)
+            return tail.leave(y)
 
         inputs = [self._leave(x)] + ([] if residual is None else [self._leave(residual)])
         return self._enter(self._emit(str(conv), run, tuple(inputs), {}))
@@ -203,7 +204,7 @@ class Recorder:
 
     def call(self, module: nn.Module, x: Any) -> Any:
         """See :func:`fused_resnet.nn.tail.call`."""
-        if isinstance(x, Symbol) and tails.may_go_inside(module):
+        if isinstance(x, Symbol) and tail.may_go_inside(module):
             if type(module) is nn.Identity:
                 return x
             y = self._inside(module, x)
@@ -238,7 +239,7 @@ class Recorder:
         """See :func:`fused_resnet.nn.tail.apply`."""
         return self._enter(self._emit(getattr(function, "__name__", "function"), function, (self._leave(x),), {}))
 
-    def _interpret(self, graph: fx.Graph, module: nn.Module, x: Symbol, options: tails.Options) -> Any:
+    def _interpret(self, graph: fx.Graph, module: nn.Module, x: Symbol, options: Options) -> Any:
         values: dict[fx.Node, Any] = {}
         inputs = iter((x, options))
         for node in graph.nodes:
@@ -254,9 +255,9 @@ class Recorder:
                 if any(isinstance(argument, Slot) for argument in entered):
                     raise NotRecordable  # no image, the operator's own error says so
                 values[node] = node.target(*entered, **kwargs)
-            elif node.target is tails.enter:
+            elif node.target is tail.enter:
                 values[node] = self._enter(args[0])
-            elif node.target is tails.leave:
+            elif node.target is tail.leave:
                 values[node] = self._leave(args[0]) if isinstance(args[0], Symbol) else args[0]
             else:
                 values[node] = self._emit(*_function(node, module), args, kwargs)
@@ -285,7 +286,7 @@ def _sum_is_channels_last(
 
 
 def _conv_bn(conv: nn.Conv2d, bn: Any) -> ConvBN:
-    return ConvBN(conv.weight, conv.bias, *tails.bn_tensors(bn), tails.bn_eps(bn))
+    return ConvBN(conv.weight, conv.bias, *tail.bn_tensors(bn), tail.bn_eps(bn))
 
 
 def _dense(call: TailArguments) -> TailArguments:
@@ -301,7 +302,7 @@ def _dense(call: TailArguments) -> TailArguments:
 
 def _with_pool(run: Callable[[TailArguments], Tensor], pool: Pool) -> Callable[[TailArguments], Tensor]:
     pooled = run.with_max_pool(pool) if isinstance(run, (FusedConvolution, FewChannels)) else None
-    return pooled or (lambda tail: F.max_pool2d(run(tail), *pool))
+    return pooled or (lambda call: F.max_pool2d(run(call), *pool))
 
 
 def _runner(run: Callable[[TailArguments], Tensor], call: TailArguments, kept: PackedWeights) -> Callable[..., Tensor]:

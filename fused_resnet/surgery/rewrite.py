@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..nn import tail as tails
+from ..nn import tail
 from .match import MatchedTail
 from .trace import Traced
 
-_TAILS = (tails.conv_bn_act, tails.conv_bn_proj_act, tails.conv_bn_act_max_pool)
-_VALUES = (*_TAILS, tails.call)
+_TAILS = (tail.conv_bn_act, tail.conv_bn_proj_act, tail.conv_bn_act_max_pool)
+_VALUES = (*_TAILS, tail.call)
 
 
 def rewrite(traced: Traced, found: list[MatchedTail], opaque: dict[int, nn.Module]) -> fx.Graph:
@@ -56,7 +56,7 @@ def _replace_calls(traced: Traced, opaque: dict[int, nn.Module], replaced: dict[
         one_image = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
         if one_image and isinstance(node.args[0], fx.Node) and may_be_tails(traced.modules.get(str(node.target))):
             with graph.inserting_before(node):
-                new = graph.call_function(tails.call, (graph.get_attr(str(node.target)), node.args[0]))
+                new = graph.call_function(tail.call, (graph.get_attr(str(node.target)), node.args[0]))
             node.replace_all_uses_with(new)
             graph.erase_node(node)
             replaced[node] = new
@@ -64,9 +64,12 @@ def _replace_calls(traced: Traced, opaque: dict[int, nn.Module], replaced: dict[
 
 def _replace_tails(graph: fx.Graph, found: list[MatchedTail], options: fx.Node, replaced: dict[Any, fx.Node]) -> None:
     place = {node: i for i, node in enumerate(graph.nodes)}
-    for tail in found:
-        end = max(tail.nodes, key=lambda n: place[n])
-        source, residual = replaced.get(tail.source, tail.source), replaced.get(tail.residual, tail.residual)
+    for matched in found:
+        end = max(matched.nodes, key=lambda n: place[n])
+        source, residual = (
+            replaced.get(matched.source, matched.source),
+            replaced.get(matched.residual, matched.residual),
+        )
         with graph.inserting_before(end):
 
             def get(path: str | None) -> fx.Node | None:
@@ -74,22 +77,22 @@ def _replace_tails(graph: fx.Graph, found: list[MatchedTail], options: fx.Node, 
 
             call: Callable[..., Any]
             args: tuple[Any, ...]
-            if tail.pool is not None:
-                call = tails.conv_bn_act_max_pool
-                args = (get(tail.conv), get(tail.bn), get(tail.pool), source)
-            elif tail.projection is not None:
-                call = tails.conv_bn_proj_act
-                proj = (get(tail.projection[0]), get(tail.projection[1]), residual)
-                args = (get(tail.conv), get(tail.bn), source, *proj)
+            if matched.pool is not None:
+                call = tail.conv_bn_act_max_pool
+                args = (get(matched.conv), get(matched.bn), get(matched.pool), source)
+            elif matched.projection is not None:
+                call = tail.conv_bn_proj_act
+                proj = (get(matched.projection[0]), get(matched.projection[1]), residual)
+                args = (get(matched.conv), get(matched.bn), source, *proj)
             else:
-                call = tails.conv_bn_act
-                args = (get(tail.conv), get(tail.bn), source, residual)
-            order: dict[str, Any] = {"residual_first": True} if tail.residual_first else {}
-            new = graph.call_function(call, (*args, tail.activation, options), order)
+                call = tail.conv_bn_act
+                args = (get(matched.conv), get(matched.bn), source, residual)
+            order: dict[str, Any] = {"residual_first": True} if matched.residual_first else {}
+            new = graph.call_function(call, (*args, matched.activation, options), order)
         end.replace_all_uses_with(new)
         place[new] = place[end]
         replaced[end] = new
-        for node in sorted(tail.nodes, key=lambda n: place[n], reverse=True):
+        for node in sorted(matched.nodes, key=lambda n: place[n], reverse=True):
             graph.erase_node(node)
 
 
@@ -105,7 +108,7 @@ def _leave(graph: fx.Graph, value: fx.Node) -> None:
         return
     order = {node: i for i, node in enumerate(graph.nodes)}
     with graph.inserting_before(min(readers, key=lambda n: order[n])):
-        left = graph.call_function(tails.leave, (value,))
+        left = graph.call_function(tail.leave, (value,))
     for reader in readers:
         reader.replace_input_with(value, left)
 
@@ -122,7 +125,7 @@ def _enter_once(graph: fx.Graph, node: fx.Node) -> None:
         return
     order = {n: i for i, n in enumerate(graph.nodes)}
     with graph.inserting_before(min(readers, key=lambda n: order[n])):
-        entered = graph.call_function(tails.enter, (node,))
+        entered = graph.call_function(tail.enter, (node,))
     for reader in readers:
         reader.replace_input_with(node, entered)
 

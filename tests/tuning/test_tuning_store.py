@@ -15,8 +15,7 @@ import torch
 
 from fused_resnet.core import extensions
 from fused_resnet.selection import environment
-from fused_resnet.selection import store as cache
-from fused_resnet.selection.store import Store
+from fused_resnet.selection.store import FORMAT, Store, file_of
 from tests.support.tuning_fakes import ENVIRONMENT, store_in
 
 
@@ -31,7 +30,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert again.verdict("call", "c") is None
     assert again.times("call") == {"a": 1e-6, "c": 2e-6}
     assert again.times("other") is None
-    assert json.loads(again.path.read_text())["format"] == cache.FORMAT
+    assert json.loads(again.path.read_text())["format"] == FORMAT
 
 
 BROKEN = {
@@ -88,7 +87,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     def fail(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache.json, "dump", fail)
+    monkeypatch.setattr(json, "dump", fail)
     store.set_verdict("call", "b", "ok")
     assert store.path.read_bytes() == before
     assert store.verdict("call", "b") == "ok"
@@ -181,7 +180,7 @@ def test_a_trial_that_is_still_running_is_no_verdict(tmp_path: Path, monkeypatch
 
 def test_each_environment_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_RESNET_CACHE_DIR", str(tmp_path))
-    files = {cache.file_of({**ENVIRONMENT, "driver": driver}) for driver in ("570.1", "580.2")}
+    files = {file_of({**ENVIRONMENT, "driver": driver}) for driver in ("570.1", "580.2")}
     assert len(files) == 2
     assert all(file.parent == tmp_path and "Abacus-3000" in file.name for file in files)
 
@@ -211,7 +210,7 @@ def test_another_instruction_set_is_another_environment(monkeypatch: pytest.Monk
         monkeypatch.setattr(extensions, "cpu", lambda extension=extension: extension)
         found.append(environment.environment(torch.device("cpu")))
     assert [there["kernels"] for there in found] == ["amx", "portable"]
-    assert cache.file_of(found[0]) != cache.file_of(found[1])
+    assert file_of(found[0]) != file_of(found[1])
 
 
 def test_changed_kernels_are_another_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
