@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_resnet.core.timing import median_interval
-from fused_resnet.trainer.config import TrainConfig, build_model
+from fused_resnet.trainer.config import TrainConfig
+from fused_resnet.trainer.recipe import build_model
 
 
 class Side:

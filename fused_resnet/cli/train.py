@@ -3,132 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import MISSING, fields
+from inspect import Parameter, Signature
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
+from ..trainer.config import ConfigError, FinetuneConfig, ModelFactory, TrainConfig
 from .common import UserError, console, reports_errors, say, user_errors
 
 if TYPE_CHECKING:
-    from ..trainer.loop import ModelFactory, Result, TrainConfig
+    from ..trainer.loop import Result
 
 
 def register(app: typer.Typer) -> None:
-    for function in (train, finetune):
-        app.command()(reports_errors(function))
+    for config, function in ((TrainConfig, train), (FinetuneConfig, finetune)):
+        app.command()(reports_errors(_with_options_of(config, function)))
 
 
-Data = Annotated[str, typer.Option(help="digits, cifar10 or folder:PATH")]
-DataRoot = Annotated[Path, typer.Option(help="where cifar-10-python.tar.gz is")]
-ImageSize = Annotated[int | None, typer.Option("--size", min=8, help="size of the images of a folder")]
-Model = Annotated[str, typer.Option(help="resnet18, 34, 50, 101, 152, or file.py:factory of (classes, channels)")]
-Stem = Annotated[Literal["cifar", "imagenet"], typer.Option(help="first convolution: 3x3, or 7x7 and pooling")]
-Fused = Annotated[bool, typer.Option("--fused/--eager", help="train fused blocks, or plain PyTorch")]
-Epochs = Annotated[int, typer.Option(min=1)]
-BatchSize = Annotated[int, typer.Option("--batch", "-b", min=1, help="images in a batch, per process")]
-Optimizer = Annotated[Literal["sgd", "adam"], typer.Option()]
-LearningRate = Annotated[float | None, typer.Option("--lr", min=0.0, help="learning rate", show_default=False)]
-Momentum = Annotated[float, typer.Option(min=0.0)]
-WeightDecay = Annotated[float, typer.Option(min=0.0)]
-Schedule = Annotated[Literal["cosine", "step", "constant"], typer.Option(help="of the learning rate")]
-Smoothing = Annotated[float, typer.Option("--label-smoothing", min=0.0, max=1.0)]
-Ema = Annotated[float | None, typer.Option(help="decay of an exponential moving average of the weights")]
-Amp = Annotated[Literal["off", "bf16", "fp16"], typer.Option(help="automatic mixed precision")]
-Layout = Annotated[bool, typer.Option("--channels-last/--contiguous", help="memory format")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
-Seed = Annotated[int, typer.Option()]
-Workers = Annotated[int, typer.Option(min=1, help="threads that decode images")]
-Resume = Annotated[bool, typer.Option("--resume", help="go on with the run in --output")]
-
-
-def train(
-    data: Data = "digits",
-    data_root: DataRoot = Path("data"),
-    size: ImageSize = None,
-    model: Model = "resnet18",
-    stem: Stem = "cifar",
-    fused: Fused = True,
-    epochs: Epochs = 30,
-    batch: BatchSize = 64,
-    optimizer: Optimizer = "sgd",
-    lr: LearningRate = None,
-    momentum: Momentum = 0.9,
-    weight_decay: WeightDecay = 5e-4,
-    schedule: Schedule = "cosine",
-    label_smoothing: Smoothing = 0.0,
-    ema: Ema = None,
-    amp: Amp = "off",
-    channels_last: Layout = True,
-    device: Device = "auto",
-    seed: Seed = 0,
-    workers: Workers = 4,
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder of the run")] = Path("runs/train"),
-    resume: Resume = False,
-) -> None:
+def train(**options: Any) -> None:
     """Train a ResNet with fused blocks from scratch; under torchrun, on many GPUs or CPUs.
 
     The folder of the run gets the last and the best checkpoint, weights.safetensors, log.csv and curves.png.
     """
-    from ..trainer.loop import TrainConfig
     from ..trainer.loop import train as run
 
-    _run(run, lambda: TrainConfig(
-        data=data, data_root=data_root, image_size=size, model=_factory(model), stem=stem, fused=fused, epochs=epochs,
-        batch_size=batch, optimizer=optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay, schedule=schedule,
-        label_smoothing=label_smoothing, ema=ema, amp=amp, channels_last=channels_last, device=device, seed=seed,
-        workers=workers, output=output, resume=resume,
-    ))  # fmt: skip
+    _run(run, TrainConfig, options)
 
 
-def finetune(
-    weights: Annotated[Path, typer.Option(help="checkpoint to start from (.pt or .safetensors)")],
-    data: Data = "digits",
-    num_classes: Annotated[int | None, typer.Option(min=2, help="checked against the data")] = None,
-    freeze_until: Annotated[str | None, typer.Option(help="keep what stands before this layer, such as layer3")] = None,
-    data_root: DataRoot = Path("data"),
-    size: ImageSize = None,
-    model: Model = "resnet18",
-    stem: Stem = "cifar",
-    fused: Fused = True,
-    epochs: Epochs = 10,
-    batch: BatchSize = 64,
-    optimizer: Optimizer = "sgd",
-    lr: LearningRate = 0.01,
-    momentum: Momentum = 0.9,
-    weight_decay: WeightDecay = 5e-4,
-    schedule: Schedule = "cosine",
-    label_smoothing: Smoothing = 0.0,
-    ema: Ema = None,
-    amp: Amp = "off",
-    channels_last: Layout = True,
-    device: Device = "auto",
-    seed: Seed = 0,
-    workers: Workers = 4,
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder of the run")] = Path("runs/finetune"),
-    resume: Resume = False,
-) -> None:
+def finetune(**options: Any) -> None:
     """Train on your own classes, from the weights of another run: the classifier is new, first layers may be kept."""
-    from ..trainer.loop import FinetuneConfig
     from ..trainer.loop import finetune as run
 
-    _run(run, lambda: FinetuneConfig(
-        weights=weights, num_classes=num_classes, freeze_until=freeze_until,
-        data=data, data_root=data_root, image_size=size, model=_factory(model), stem=stem, fused=fused, epochs=epochs,
-        batch_size=batch, optimizer=optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay, schedule=schedule,
-        label_smoothing=label_smoothing, ema=ema, amp=amp, channels_last=channels_last, device=device, seed=seed,
-        workers=workers, output=output, resume=resume,
-    ))  # fmt: skip
+    _run(run, FinetuneConfig, options)
 
 
-def _run(function: Callable[[Any], Result], config: Callable[[], TrainConfig]) -> None:
+def _with_options_of(config: type[TrainConfig], function: Callable[..., None]) -> Callable[..., None]:
+    """``function`` with a parameter for each option of ``config``, its own before those of every training."""
+    common = TrainConfig.__dataclass_fields__
+    parameters = []
+    for item in sorted(fields(config), key=lambda item: item.name in common):
+        if "option" in item.metadata:
+            kind = str if item.name == "model" else item.type
+            default = Parameter.empty if item.default is MISSING else item.default
+            option = typer.Option(*item.metadata["flags"], **item.metadata["option"])
+            annotation = Annotated[kind, option]  # type: ignore[valid-type]
+            parameters.append(Parameter(item.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+    function.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return function
+
+
+def _run(function: Callable[[Any], Result], config: type[TrainConfig], options: dict[str, Any]) -> None:
     from ..trainer.checkpoint import CheckpointError
     from ..trainer.data import DataError
-    from ..trainer.loop import ConfigError
 
     with user_errors(DataError, ConfigError, CheckpointError, OSError):
-        result = function(config())
+        result = function(config(**options | {"model": _factory(options["model"])}))
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("class")
     table.add_column("accuracy", justify="right")

@@ -1,67 +1,76 @@
-"""What a training run is made of: its configuration, the model, the optimizer and its schedule."""
+"""What a training run depends on: the one list of its options, of which the command line makes its own.
 
-from __future__ import annotations
+Neither torch nor future annotations here: the command line reads the types, and answers `--help` at once.
+"""
+
+# ruff: noqa: RUF009 (option makes a field)
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-import torch
-from torch import nn
-
-from . import checkpoint
-from .data import Data
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 #: Builds a model from the number of classes and of input channels.
-ModelFactory = Callable[[int, int], nn.Module]
+ModelFactory = Callable[[int, int], "nn.Module"]
 
 
 class ConfigError(ValueError):
     """The configuration does not fit; the message is one sentence."""
 
 
+def option(default: Any, text: str = "", *flags: str, **limits: Any) -> Any:
+    """A field that is an option of the command line too: its help, its flags where they are not its name, and what
+    ``typer.Option`` takes as ``limits``."""
+    metadata = {"option": {"help": text, **limits}, "flags": flags}
+    return field(default=default, kw_only=default is MISSING, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything a run depends on. ``batch_size`` is per process; ``lr=None`` is 0.1 for SGD and 0.001 for Adam."""
 
-    data: str = "digits"
-    data_root: Path = Path("data")
-    image_size: int | None = None
-    model: str | ModelFactory = "resnet18"
-    stem: str = "cifar"
-    fused: bool = True
-    epochs: int = 30
-    batch_size: int = 64
-    optimizer: str = "sgd"
-    lr: float | None = None
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    schedule: str = "cosine"
-    label_smoothing: float = 0.0
-    ema: float | None = None
-    amp: str = "off"
-    channels_last: bool = True
-    dtype: torch.dtype = torch.float32
-    device: str = "auto"
-    seed: int = 0
-    workers: int = 4
-    output: Path = Path("runs/train")
-    resume: bool = False
+    data: str = option("digits", "digits, cifar10 or folder:PATH")
+    data_root: Path = option(Path("data"), "where cifar-10-python.tar.gz is")
+    image_size: int | None = option(None, "size of the images of a folder", "--size", min=8)
+    model: str | ModelFactory = option(
+        "resnet18", "resnet18, 34, 50, 101, 152, or file.py:factory of (classes, channels)"
+    )
+    stem: Literal["cifar", "imagenet"] = option("cifar", "first convolution: 3x3, or 7x7 and pooling")
+    fused: bool = option(True, "train fused blocks, or plain PyTorch", "--fused/--eager")
+    epochs: int = option(30, min=1)
+    batch_size: int = option(64, "images in a batch, per process", "--batch", "-b", min=1)
+    optimizer: Literal["sgd", "adam"] = option("sgd")
+    lr: float | None = option(None, "learning rate", min=0.0)
+    momentum: float = option(0.9, min=0.0)
+    weight_decay: float = option(5e-4, min=0.0)
+    schedule: Literal["cosine", "step", "constant"] = option("cosine", "of the learning rate")
+    label_smoothing: float = option(0.0, min=0.0, max=1.0)
+    ema: float | None = option(None, "decay of an exponential moving average of the weights")
+    amp: Literal["off", "bf16", "fp16"] = option("off", "automatic mixed precision")
+    channels_last: bool = option(True, "memory format", "--channels-last/--contiguous")
+    dtype: "torch.dtype | None" = None
+    """None is float32."""
+    device: str = option("auto", "auto, cpu or cuda")
+    seed: int = option(0)
+    workers: int = option(4, "threads that decode images", min=1)
+    output: Path = option(Path("runs/train"), "folder of the run", "--output", "-o")
+    resume: bool = option(False, "go on with the run in --output", "--resume")
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("optimizer", ("sgd", "adam")),
-            ("schedule", ("cosine", "step", "constant")),
-            ("amp", ("off", "bf16", "fp16")),
-            ("stem", ("cifar", "imagenet")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for item in fields(self):
+            value, limits = getattr(self, item.name), item.metadata.get("option", {})
+            choices = get_args(item.type) if get_origin(item.type) is Literal else (value,)
+            if value not in choices:
+                raise ConfigError(f"{item.name}: expected one of {', '.join(choices)}, got {value!r}")
+            if value is not None and "min" in limits and value < limits["min"]:
+                raise ConfigError(f"{item.name}: expected at least {limits['min']}, got {value}")
+            if value is not None and "max" in limits and value > limits["max"]:
+                raise ConfigError(f"{item.name}: expected at most {limits['max']}, got {value}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ConfigError(f"ema: expected a decay between 0 and 1, got {self.ema}")
 
@@ -74,98 +83,9 @@ class FinetuneConfig(TrainConfig):
     ``num_classes`` is checked against the data.
     """
 
-    weights: Path = Path()
-    num_classes: int | None = None
-    freeze_until: str | None = None
-    lr: float | None = 0.01
-    output: Path = Path("runs/finetune")
-
-
-# ---- the model -------------------------------------------------------------------------------------------
-
-
-def build_model(config: TrainConfig, data: Data) -> nn.Module:
-    """The model of ``config`` with as many classes and input channels as the data has."""
-    if not isinstance(config.model, str):
-        return config.model(len(data.classes), data.channels)
-    from .. import models
-
-    factory = getattr(models, config.model, None) if config.model.startswith("resnet") else None
-    if factory is None:
-        names = ", ".join(name for name in dir(models) if name.startswith("resnet"))
-        raise ConfigError(f"model: expected one of {names}, got {config.model!r}")
-    model: nn.Module = factory(num_classes=len(data.classes), in_channels=data.channels, stem=config.stem)
-    return model if config.fused else _plain_twin(model, config.model, config.stem)
-
-
-def _plain_twin(model: nn.Module, name: str, stem: str) -> nn.Module:
-    """torchvision's model of the same name with the same weights, for comparison with plain PyTorch."""
-    try:
-        import torchvision
-    except ImportError:
-        raise ConfigError("training without fused blocks needs torchvision; install fused_resnet[demo]") from None
-    conv1: nn.Conv2d = model.get_submodule("conv1")  # type: ignore[assignment]
-    classes = model.get_parameter("fc.weight").shape[0]
-    twin: nn.Module = getattr(torchvision.models, name)(weights=None, num_classes=classes)
-    twin.conv1 = nn.Conv2d(conv1.in_channels, 64, conv1.kernel_size, conv1.stride, conv1.padding, bias=False)  # type: ignore[arg-type]
-    if stem == "cifar":
-        twin.maxpool = nn.Identity()
-    twin.load_state_dict(model.state_dict())
-    return twin
-
-
-def load_pretrained(model: nn.Module, config: FinetuneConfig, data: Data) -> None:
-    """Everything but the classifier from ``config.weights``."""
-    if config.num_classes is not None and config.num_classes != len(data.classes):
-        raise ConfigError(
-            f"num_classes: expected {len(data.classes)}, the classes of {config.data}, got {config.num_classes}"
-        )
-    state, _ = checkpoint.read_weights(config.weights)
-    own = model.state_dict()
-    classifier = [name for name in own if name.startswith(("fc.", "classifier.", "head."))]
-    for name, tensor in own.items():
-        if name in classifier:
-            state[name] = tensor
-        elif name not in state:
-            raise ConfigError(f"weights: {config.weights} has no {name}, which {config.model} needs")
-        elif state[name].shape != tensor.shape:
-            raise ConfigError(
-                f"weights: {config.weights} has {name} of shape {list(state[name].shape)}, "
-                f"{config.model} needs {list(tensor.shape)}"
-            )
-    model.load_state_dict({name: state[name] for name in own})
-
-
-def frozen_modules(model: nn.Module, until: str) -> list[nn.Module]:
-    """The children of ``model`` before the one called ``until``, in the order they were defined."""
-    names = [name for name, _ in model.named_children()]
-    if until not in names:
-        raise ConfigError(f"freeze_until: expected one of {', '.join(names)}, got {until!r}")
-    return [module for name, module in model.named_children()][: names.index(until)]
-
-
-def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum, or Adam, over the parameters that are not frozen."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if config.optimizer == "adam":
-        lr = 1e-3 if config.lr is None else config.lr
-        return torch.optim.Adam(parameters, lr, weight_decay=config.weight_decay)
-    lr = 0.1 if config.lr is None else config.lr
-    return torch.optim.SGD(parameters, lr, momentum=config.momentum, weight_decay=config.weight_decay)
-
-
-def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """Stepped once an epoch: cosine to zero, or a tenth at one half and again at three quarters."""
-    if config.schedule == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
-    milestones = [config.epochs // 2, config.epochs * 3 // 4] if config.schedule == "step" else []
-    return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
-
-
-def make_average(model: nn.Module, decay: float | None) -> Any:
-    """The exponential moving average of weights and buffers, or None."""
-    if decay is None:
-        return None
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    weights: Path = option(MISSING, "checkpoint to start from (.pt or .safetensors)")
+    num_classes: int | None = option(None, "checked against the data", min=2)
+    freeze_until: str | None = option(None, "keep what stands before this layer, such as layer3")
+    epochs: int = option(10, min=1)
+    lr: float | None = option(0.01, "learning rate", min=0.0)
+    output: Path = option(Path("runs/finetune"), "folder of the run", "--output", "-o")

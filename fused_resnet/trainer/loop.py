@@ -18,21 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoint
-from .config import (
-    ConfigError,
-    FinetuneConfig,
-    ModelFactory,
-    TrainConfig,
-    build_model,
-    frozen_modules,
-    load_pretrained,
-    make_average,
-    make_optimizer,
-    make_schedule,
-)
+from .config import ConfigError, FinetuneConfig, ModelFactory, TrainConfig
 from .data import Batches, Data, DataError, evaluation_batches, load_data
 from .distributed import Group, process_group
 from .log import Epoch, Progress, draw_curves, write_csv
+from .recipe import build_model, frozen_modules, load_pretrained, make_average, make_optimizer, make_schedule
 
 __all__ = ["ConfigError", "FinetuneConfig", "ModelFactory", "Result", "TrainConfig", "finetune", "train"]
 
@@ -71,6 +61,7 @@ class _Run:
 
     def __init__(self, config: TrainConfig, group: Group, data: Data) -> None:
         self.config, self.group, self.data = config, group, data
+        self.dtype = config.dtype or torch.float32
         self.last, self.best = config.output / "last.pt", config.output / "best.pt"
         if self.last.exists() and not config.resume:
             raise ConfigError(f"output: {config.output} holds a run; give --resume or another --output")
@@ -83,7 +74,7 @@ class _Run:
         for module in self.frozen:
             module.requires_grad_(False)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        model = model.to(device=group.device, dtype=config.dtype, memory_format=memory_format)  # type: ignore[call-overload]
+        model = model.to(device=group.device, dtype=self.dtype, memory_format=memory_format)  # type: ignore[call-overload]
         self.model, self.parallel = group.wrap(model)
         self.ema = make_average(self.model, config.ema)
         self.optimizer = make_optimizer(config, self.model)
@@ -167,7 +158,7 @@ class _Run:
 
     def _to_device(self, images: Tensor) -> Tensor:
         memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        return images.to(self.group.device, self.config.dtype, memory_format=memory_format)
+        return images.to(self.group.device, self.dtype, memory_format=memory_format)
 
     def _autocast(self) -> torch.autocast:
         dtype = torch.float16 if self.config.amp == "fp16" else torch.bfloat16

@@ -16,10 +16,10 @@ from PIL import Image
 from torch import nn
 
 from fused_resnet.trainer import checkpoint
-from fused_resnet.trainer.config import make_optimizer, make_schedule
 from fused_resnet.trainer.data import DataError, load_data
 from fused_resnet.trainer.log import Epoch, Progress, draw_curves, read_csv
 from fused_resnet.trainer.loop import ConfigError, FinetuneConfig, TrainConfig, finetune, train
+from fused_resnet.trainer.recipe import make_optimizer, make_schedule
 from tests.support.training_models import SmallResNet, small_resnet
 
 pytest.importorskip("sklearn")
