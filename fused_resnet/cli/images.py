@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["SUFFIXES", "Preprocessing", "batches", "find_images"]
+from ..trainer import data
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
+__all__ = ["Preprocessing", "batches", "find_images"]
+
+_SUFFIXES = data.SUFFIXES | {".gif", ".pbm"}
 
 #: From this size on the centre 7/8 of the resized image is kept, as ImageNet's evaluation does; small pictures
 #: (digits, CIFAR) have no margin to lose.
@@ -27,7 +29,7 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
         elif path.is_file():
             found.append(path)
         else:

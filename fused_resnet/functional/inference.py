@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops as _ops  # registers the operators
-from ..core.height_width import HeightWidth, height_width
+from ..core.height_width import HeightWidth, conv_geometry, height_width
 from ..core.packed_weights import PackedWeights
 from .training import (
     BatchNormBranch,
@@ -103,11 +103,7 @@ def conv_bn_add_relu(
 
     Source: the operator is defined in ``fused_resnet/core/reference.py``.
     """
-    stride, padding, dilation = (
-        height_width("stride", stride),
-        height_width("padding", padding),
-        height_width("dilation", dilation),
-    )
+    stride, padding, dilation = conv_geometry(stride, padding, dilation)
     result: Tensor = _CONV_BN_ADD_RELU(
         x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, residual,
         stride, padding, dilation, groups, activation, backend, _number(packed_weights), winograd,
@@ -166,8 +162,8 @@ def conv_bn_add_relu_max_pool(
         return F.max_pool2d(y, *pool)
     result: Tensor = _CONV_BN_ADD_RELU_MAX_POOL(
         x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps,
-        height_width("stride", stride), height_width("padding", padding), height_width("dilation", dilation),
-        groups, *pool, activation, backend, _number(packed_weights), winograd,
+        *conv_geometry(stride, padding, dilation), groups, *pool,
+        activation, backend, _number(packed_weights), winograd,
     )  # fmt: skip
     return result
 
@@ -222,11 +218,7 @@ def conv_bn_proj_add_relu(
 
     All other arguments, the returned tensor, gradients and errors are those of :func:`conv_bn_add_relu`.
     """
-    stride, padding, dilation = (
-        height_width("stride", stride),
-        height_width("padding", padding),
-        height_width("dilation", dilation),
-    )
+    stride, padding, dilation = conv_geometry(stride, padding, dilation)
     proj_stride = height_width("proj_stride", proj_stride)
     result: Tensor = _CONV_BN_PROJ_ADD_RELU(
         x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, stride, padding, dilation, groups,

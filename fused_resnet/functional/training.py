@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.convolution import trainable_conv2d
-from ..core.height_width import HeightWidth, height_width
+from ..core.height_width import HeightWidth, conv_geometry
 from ..core.layout import output_memory_format
 from ..ops import conv_stats as _conv_stats  # noqa: F401  (registers the operators)
 from .batch_norm import BatchNormBranch
@@ -102,12 +102,7 @@ def conv_bn_branch(
 
     Arguments and errors are those of :func:`conv_bn_add_relu_train`.
     """
-    geometry = (
-        height_width("stride", stride),
-        height_width("padding", padding),
-        height_width("dilation", dilation),
-        groups,
-    )
+    geometry = (*conv_geometry(stride, padding, dilation), groups)
     branch = (bn_weight, bn_bias, running_mean, running_var, momentum, eps, training, group)
     # An NCHW output is converted for the passes that follow; its statistics are then taken of that copy, since the
     # convolution would have to convert it once more.

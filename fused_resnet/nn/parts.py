@@ -10,6 +10,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.height_width import height_width
 
+#: Where a module keeps its hooks, and what each is called.
+HOOKS = {
+    "_forward_pre_hooks": "forward pre-hook",
+    "_forward_hooks": "forward hook",
+    "_backward_hooks": "backward hook",
+    "_backward_pre_hooks": "backward hook",
+}
+
 
 def is_plain_conv(module: Any) -> bool:
     """Whether ``module`` computes what ``nn.Conv2d`` computes: that class, or a subclass with the same forward.
@@ -123,12 +131,9 @@ def _measure_eps(bn: nn.Module) -> float:
 
 def why_not_bypassed(module: nn.Module) -> str | None:
     """None, or why calling ``module`` cannot be replaced by reading its tensors: it has hooks or its own forward."""
-    if module._forward_pre_hooks:
-        return "has a forward pre-hook"
-    if module._forward_hooks:
-        return "has a forward hook"
-    if module._backward_hooks or module._backward_pre_hooks:
-        return "has a backward hook"
+    for name, kind in HOOKS.items():
+        if getattr(module, name):
+            return f"has a {kind}"
     if "forward" in module.__dict__ or "_conv_forward" in module.__dict__:
         return "has a forward of its own (set on the instance)"
     return None

@@ -24,13 +24,10 @@ from .reads import Reads, Refused
 from .trace_reads import Recorder
 
 _HOOK_FIELDS = (
-    "_forward_hooks",
+    *parts.HOOKS,
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
-    "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
 )
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
