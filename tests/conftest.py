@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -66,11 +65,3 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def chained(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Counts the calls that are made in one piece."""
-    from chain_helpers import Counter
-
-    return Counter(monkeypatch)
