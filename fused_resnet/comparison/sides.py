@@ -32,7 +32,7 @@ __all__ = [
 EAGER, EAGER_CHANNELS_LAST, COMPILED, FUSED = "eager", "eager channels_last", "torch.compile", "fused"
 FROZEN = "frozen"
 
-#: What a speed-up is measured over: the better of the two layouts.
+#: A speed-up is measured over the better of these two layouts.
 EAGER_LAYOUTS = (EAGER, EAGER_CHANNELS_LAST)
 
 

@@ -1,4 +1,4 @@
-"""Where the CPU backend keeps packed copies of weights between calls: an object that its user owns.
+"""Packed copies of weights that the CPU backend keeps between calls, in an object that the caller owns.
 
 A fused module owns one, and so can a caller of :mod:`fused_resnet.functional`. Nothing about a weight is taken on
 trust: a copy serves again only after a checksum over all bytes of the weight (and of the vectors folded into the copy)
@@ -71,7 +71,7 @@ class PackedWeights:
         return packed
 
     def drop(self, weight: Tensor, key: Hashable) -> None:
-        """Forget a copy that is no longer true."""
+        """Drop a copy whose weight has changed."""
         with self._lock:
             self._copies.pop((key, weight.data_ptr()), None)
             self._used.pop((key, weight.data_ptr()), None)
@@ -87,8 +87,8 @@ class PackedWeights:
         return sum(_nbytes(packed.value) for packed in list(self._copies.values()))
 
     def _forget_unused(self) -> None:
-        # Weights that moved leave copies behind. What has not been asked for while everything kept could have been is
-        # such a copy, or of a size of image that has not come for long.
+        # Weights that moved leave stale copies behind: drop what was not used while everything that is kept could have
+        # been. That also drops copies for image sizes that have not come for long.
         oldest = self._clock - len(self._copies) - 16
         by_age = sorted(self._used.items(), key=lambda item: item[1])
         surplus = max(0, len(by_age) - _MOST)
@@ -104,7 +104,7 @@ class PackedWeights:
 
 
 def by_number(number: int) -> PackedWeights | None:
-    """The object that ``number`` stands for; None for 0 and for one that is gone."""
+    """The object with this number; None for 0, and for one that no longer exists."""
     return _owners.get(number) if number else None
 
 

@@ -1,4 +1,4 @@
-"""Where the package keeps what it has found out or compiled, for one user of this machine."""
+"""Where tuning results and compiled kernels are kept, for one user of this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a module is to a tail: which convolutions, batch norms and max pools the operator can stand for, and why not."""
+"""Which convolutions, batch norms and max pools the operator can stand for, and why not others."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Whether torch's own functions, for which a program stands, are still torch's own.
+"""Whether the functions of torch that a program replaces are still torch's own.
 
-People exchange ``nn.Conv2d.forward``, ``F.conv2d`` and their like, to tile, to count or to inject faults. A program
+People replace ``nn.Conv2d.forward``, ``F.conv2d`` and their like, to tile, to count or to inject faults. A program
 that replaces the call of a convolution is right only while the call would do what torch wrote. A TorchFunctionMode of
-the user's exchanges them too, for as long as it is active.
+the user's replaces them too, for as long as it is active.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def is_torchs_own(function: Any) -> bool:
     return isinstance(function, (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType))
 
 
-# What was exchanged before this file was imported is not torch's own either.
+# What was replaced before this file was imported is not torch's own either.
 _OWN = tuple(f if is_torchs_own(f) else None for f in map(getattr, _OWNERS, _NAMES))
 
 

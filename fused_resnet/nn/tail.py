@@ -1,4 +1,4 @@
-"""The tail on modules: what one fused launch does with a convolution's and a batch norm's own modules.
+"""The tail, computed from the modules of its convolution and its batch norm.
 
 ``nn`` and ``surgery`` both run their blocks through these functions. Everything is read from the modules at each call
 (parameters, buffers, ``training``, geometry), so that ``load_state_dict``, ``train()``, ``bn.eval()``, an optimizer
@@ -149,7 +149,7 @@ def bn_tensors(bn: Any) -> _BNTensors:
 
 
 def bn_eps(bn: Any) -> float:
-    """The eps of a batch norm; of none, anything."""
+    """The eps of a batch norm; any value without one."""
     return 1e-5 if bn is None else batch_norm_eps(bn)
 
 
@@ -160,7 +160,7 @@ def pool_sizes(pool: Any) -> tuple[tuple[int, int], tuple[int, int], tuple[int, 
 
 
 def _kept(conv: nn.Conv2d, options: Options) -> PackedWeights | None:
-    # The weights of a convolution that is being trained are others at each call.
+    # The weights of a convolution in training change at each call.
     return None if conv.training else options.packed_weights
 
 
@@ -227,7 +227,7 @@ def _laid_out_as(first: Any, y: Value) -> Any:
 
 
 def _tensor(x: Any) -> Any:
-    # What is no image goes as it is to the operator, which says what it expected.
+    # Anything but an image goes to the operator as it is: its error says what was expected.
     return x.tensor if isinstance(x, Value) else x
 
 

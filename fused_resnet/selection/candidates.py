@@ -54,18 +54,18 @@ def every(
             continue
         try:
             found += of_backend(name, problem, device)[:limit]
-        except Exception as error:  # a broken installation of one backend is no reason to tune none
+        except Exception as error:  # one broken installation must not stop the tuning of all backends
             logger.warning("fused_resnet: backend %s offers no candidates (%s)", name, first_line(error))
     return found
 
 
 def by_name(candidates: Sequence[Candidate], names: Sequence[str]) -> list[Candidate]:
-    """The candidates called ``names``, in that order; a name that no longer exists is left out."""
+    """The candidates called ``names``, in that order; names that no longer exist are left out."""
     known = {candidate.name: candidate for candidate in candidates}
     return [known[name] for name in names if name in known]
 
 
-#: How a verdict begins whose candidate did not compile: its backend's others would not either.
+#: The beginning of the verdict on a candidate that did not compile.
 UNCOMPILED = "failed to compile"
 
 #: What Triton raises when its compiler, or ptxas behind it, fails; a tile too large for the GPU is no such failure.
@@ -79,9 +79,9 @@ def is_compiler_error(error: BaseException) -> bool:
 
 
 class Turns:
-    """Whose turn has ended: a backend of which one candidate did not compile is not asked again for this call."""
+    """Backends to skip for the rest of a call: where one candidate does not compile, the others would not either."""
 
-    #: Backends of which the process has warned.
+    #: Backends that this process has warned about.
     _warned: ClassVar[set[str]] = set()
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class Turns:
         return self._ended.get(candidate.backend)
 
     def take(self, candidate: Candidate, verdict: str, problem: Problem) -> None:
-        """Note the verdict of a candidate."""
+        """Record the verdict of a candidate."""
         if not verdict.startswith(UNCOMPILED):
             return
         self._ended[candidate.backend] = verdict

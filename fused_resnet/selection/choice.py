@@ -48,7 +48,7 @@ def store_for(device: torch.device) -> Store:
 
 
 def forget_stores() -> None:
-    """Read the files anew."""
+    """Read the files of verdicts and times again."""
     _store.cache_clear()
 
 
@@ -79,7 +79,7 @@ def _decide(call: Call, tail: TailArguments, backend: str, store: Store, capturi
             candidate, call, device, store, capturing
         )  # fmt: skip
         if verdict == "ok":
-            # A call decided while something better could not be verified is decided again.
+            # If something better could not be verified now, decide again at the next call.
             keep = not any(reason == UNVERIFIED for reason in skipped)
             return candidate.bind(call.problem, tail), keep
         turns.take(candidate, verdict, call.problem)
@@ -150,6 +150,6 @@ def _tune_now(call: Call, device: torch.device, store: Store) -> dict[str, float
         return search.tune_call(call, device, store).medians or None
     except verify.DeviceLost:
         raise
-    except Exception as error:  # the answer is more important than its speed
+    except Exception as error:  # failing to tune must not fail the call
         logger.warning("fused_resnet: tuning %s failed (%s)", call.problem, _candidates.first_line(error))
         return None

@@ -1,4 +1,4 @@
-"""Plans: what is decided once per signature of a call, so that a repeated call pays for its kernel only.
+"""Plans: decisions made once per signature of a call, so that a repeated call pays for its kernel only.
 
 The signature is everything that the decision may depend on: shapes, strides, dtypes and devices of all tensors, the
 options, and the switches of torch that change the arithmetic.
@@ -26,12 +26,12 @@ _PLANS_KEPT = 4096
 
 
 def clear() -> None:
-    """Forget which backend runs which call, for when the answer of ``can_run`` or of the tuner may have changed."""
+    """Forget which backend runs which call, because ``can_run`` or the tuner may answer differently now."""
     _plans.clear()
 
 
 def forget() -> None:
-    """Read the verdicts and times of every device anew, and decide every call anew."""
+    """Read the verdicts and times of every device again, and decide every call again."""
     choice.forget_stores()
     clear()
 
@@ -63,7 +63,7 @@ def find(tail: TailArguments, backend: str) -> Runner:
     if run is None:
         run, keep = _decide(tail, backend)
         if keep:
-            if len(_plans) >= _PLANS_KEPT:  # shapes without end (a hypothesis test, a detector): start afresh
+            if len(_plans) >= _PLANS_KEPT:  # an endless variety of shapes (a detector): start afresh
                 clear()
             _plans[key] = run
     return run

@@ -40,7 +40,7 @@ Report = Callable[[str], None]
 
 @dataclass
 class Result:
-    """What the search found for a call."""
+    """The result of the search for one call."""
 
     call: Call
     medians: dict[str, float]  # seconds by candidate, the winner first

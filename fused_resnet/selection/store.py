@@ -1,4 +1,4 @@
-"""What has been found out about kernels on this machine, kept on disk: verdicts and times.
+"""The verdicts and times of kernels on this machine, kept on disk.
 
 One JSON file for each environment (GPU, driver, versions, the kernels' own code), so that an update of any of them
 starts afresh. Files are replaced as a whole (written beside, then renamed) and merged under a lock, so several
@@ -107,7 +107,7 @@ class Store:
         return {str(name): float(seconds) for name, seconds in record.get("medians", [])}
 
     def progress(self, key: str) -> int:
-        """A number that grows with everything that is found out about the call ``key``."""
+        """Grows with every verdict and time recorded for the call ``key``."""
         row = self._verdicts.get(key, {})
         return sum(_trials(text) if text.startswith("trying") else 100 for text in row.values())
 
@@ -121,7 +121,7 @@ class Store:
         self._update(lambda: self._verdicts.setdefault(key, {}).__setitem__(candidate, verdict))
 
     def set_trying(self, key: str, candidate: str) -> None:
-        """Leave a note before a candidate runs for the first time: should it end the process, the next one knows."""
+        """Record that a candidate is about to run for the first time: if it crashes this process, the next knows."""
 
         def note() -> None:
             row = self._verdicts.setdefault(key, {})
@@ -131,7 +131,7 @@ class Store:
         self._update(note)
 
     def forget(self, key: str, candidate: str) -> None:
-        """Take back a note or a verdict."""
+        """Remove such a record, or a verdict."""
 
         def remove() -> None:
             self._verdicts.get(key, {}).pop(candidate, None)
@@ -191,12 +191,12 @@ class Store:
 
 
 def _trials(note: str) -> int:
-    """How many processes have ended while they tried the candidate, by the note of the last one."""
+    """How many processes have crashed while trying the candidate, by the record of the last one."""
     return int(note.split()[1]) if note.startswith("trying") else 0
 
 
 def _verdict_of_trial(note: str) -> str | None:
-    """A note that was left twice by processes that are gone is a verdict; once may have been a kill from outside."""
+    """Two crashed processes make a verdict; a single one may have been killed from outside."""
     _, trial, host, pid = note.split()
     if host != socket.gethostname() or int(pid) == os.getpid():
         return None

@@ -30,7 +30,7 @@ _CHUNK_BYTES = 256 << 20
 
 
 class DeviceLost(RuntimeError):
-    """A kernel has broken the GPU's context; nothing runs in this process any more."""
+    """A kernel has broken the GPU's context; this process can run nothing more on it."""
 
 
 def enabled() -> bool:
@@ -73,7 +73,7 @@ def judge(candidate: Candidate, call: Call, device: torch.device, store: Store) 
 
 
 def lost(device: torch.device) -> bool:
-    """Whether the device does not answer any more, as after an illegal access."""
+    """Whether the device no longer answers, as after an illegal access."""
     if device.type != "cuda":
         return False
     try:
@@ -115,7 +115,7 @@ def _compare(y: Tensor, tail: TailArguments, problem: Problem, kind: Kind, winog
         limit, worst, baseline = WINOGRAD_F4_RMS_FACTOR, errors.rms, errors.eager_rms
     else:
         limit, worst, baseline = FORWARD_FACTOR, errors.worst, errors.eager_worst
-        if y.numel() < OUTPUTS_SEEN:  # too few outputs to know eager's error by
+        if y.numel() < OUTPUTS_SEEN:  # too few outputs for a reliable estimate of eager's error
             baseline = max(baseline, eager_error(problem, 1, y.device))
     if worst > limit * baseline:
         return f"error {worst:.1e}, where eager's own is {baseline:.1e} and {limit:g} times that is allowed"

@@ -19,10 +19,10 @@ import torch
 from ..selection.calls import Call
 from ..selection.store import Store
 
-#: Children that may die in a row without having found out anything, until a call is given up.
+#: How many children in a row may die without a new result before a call is given up.
 PATIENCE = 3
 
-#: Why a call is unfinished that was not begun.
+#: The reason given for calls that were never started.
 NO_TIME = "not begun within the time given"
 
 COMMAND = (sys.executable, "-m", "fused_resnet.tuning.worker")
@@ -37,7 +37,7 @@ def tune_calls(
     command: Sequence[str] = COMMAND,
     seconds: float | None = None,
 ) -> dict[str, str]:
-    """Tune ``calls`` in child processes. What could not be finished, by key, each with one sentence why.
+    """Tune ``calls`` in child processes. Returns what could not be finished, by key, with the reason.
 
     ``report(i, text)`` is told what happens to call number i. KeyboardInterrupt is passed on after the child has
     ended; what it had found is in the store. After ``seconds`` no further call is begun.

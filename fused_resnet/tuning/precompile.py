@@ -1,4 +1,4 @@
-"""Triton's kernels compiled before they are wanted: in parallel, and without the GPU that will run them.
+"""Triton's kernels compiled ahead of time: in parallel, and without the GPU that will run them.
 
 Triton keeps what it compiled in the folder ``TRITON_CACHE_DIR``, under a key of the kernel's source, its arguments'
 types and alignment, the target and the compiler. A driver that launches nothing, on tensors without memory, makes the
@@ -29,7 +29,7 @@ from ..selection.candidates import first_line
 
 logger = logging.getLogger("fused_resnet")
 
-#: What a later process needs of a compiled kernel; the stages in between are left out of an archive.
+#: The files of a compiled kernel that a later process needs; an archive leaves out the stages in between.
 _KEPT = (".json", ".cubin", ".ptx")
 
 
