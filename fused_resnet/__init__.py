@@ -74,4 +74,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-lazy_operators.announce()
+lazy_operators.announce(lambda: importlib.import_module(".ops", __name__))

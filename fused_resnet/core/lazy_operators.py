@@ -5,24 +5,24 @@ A saved program names operators, and whoever loads it has imported no more than 
 
 from __future__ import annotations
 
-import importlib
 import importlib.abc
 import importlib.util
 import sys
+from collections.abc import Callable
 from typing import Any
 
 _NAMESPACE = "fused_resnet"
 
 
-def announce() -> None:
-    """Make the namespace known to torch, now or as soon as somebody imports torch."""
+def announce(register: Callable[[], object]) -> None:
+    """Make the namespace known to torch, now or as soon as somebody imports torch; ``register`` fills it."""
     if "torch" in sys.modules:
-        _announce()
+        _announce(register)
     else:  # the command line answers without torch
-        sys.meta_path.insert(0, _WhenTorchComes())
+        sys.meta_path.insert(0, _WhenTorchComes(register))
 
 
-def _announce() -> None:
+def _announce(register: Callable[[], object]) -> None:
     import torch
     from torch._ops import _OpNamespace
 
@@ -32,13 +32,16 @@ def _announce() -> None:
         def __getattr__(self, name: str) -> Any:
             if name.startswith("__"):
                 raise AttributeError(name)
-            importlib.import_module("fused_resnet.ops")  # whose own look-ups come here as well, and find it begun
+            register()  # whose own look-ups come here as well, and find it begun
             return super().__getattr__(name)
 
     setattr(torch.ops, _NAMESPACE, Operators(_NAMESPACE))
 
 
 class _WhenTorchComes(importlib.abc.MetaPathFinder):
+    def __init__(self, register: Callable[[], object]) -> None:
+        self._register = register
+
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name != "torch":
             return None
@@ -50,7 +53,7 @@ class _WhenTorchComes(importlib.abc.MetaPathFinder):
 
             def exec_module(module: Any) -> None:
                 load(module)
-                _announce()
+                _announce(self._register)
 
             loader.exec_module = exec_module
         return spec
