@@ -107,7 +107,14 @@ def conv_bn(
     groups: int,
 ) -> Tensor:
     """``BN(conv2d(x))`` in evaluation mode, by eager PyTorch."""
-    y = conv2d(x, conv.weight, conv.bias, stride, padding, dilation, groups)
+    geometry = (stride, padding, dilation, groups)
+    if conv.running_mean is not None and conv.eps == 0:  # F.batch_norm refuses it in some versions (2.11)
+        scale, shift = scale_shift(conv, torch.promote_types(x.dtype, torch.float32))
+        assert scale is not None
+        assert shift is not None
+        y = conv2d(x, conv.weight, None, *geometry)
+        return (y * scale[:, None, None] + shift[:, None, None]).to(y.dtype)
+    y = conv2d(x, conv.weight, conv.bias, *geometry)
     if conv.running_mean is None:
         return y
     return F.batch_norm(

@@ -10,7 +10,7 @@ import dataclasses
 
 import pytest
 
-from tests.support.toolchain import why_not
+from tests.support.toolchain import why_not, why_not_disassembled
 
 if reason := why_not("_C", "g++", "nvcc", "cuobjdump"):
     pytest.skip(reason, allow_module_level=True)
@@ -26,6 +26,8 @@ OTHERS = tuple(arch for arch in gate.ARCHS if arch not in ("sm_80", "sm_90"))
 
 
 def _check(symbol: str, arch: str) -> None:
+    if reason := why_not_disassembled(arch):
+        pytest.skip(reason)
     broken = gate.violations(gate.read(KERNELS[symbol], arch))
     assert not broken, "\n".join(broken)
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from tests.support.toolchain import why_not
+from tests.support.toolchain import why_not, why_not_disassembled
 
 if reason := why_not("_C", "g++", "nvcc", "cuobjdump"):
     pytest.skip(reason, allow_module_level=True)
@@ -32,6 +32,8 @@ def test_main_architectures(op: str, arch: str) -> None:
 @pytest.mark.parametrize(("arch", "op"), list(zip(OTHERS, OPS, strict=True)))
 def test_other_architectures(arch: str, op: str) -> None:
     """One pass each; `make static` compiles all."""
+    if reason := why_not_disassembled(arch):
+        pytest.skip(reason)
     broken = [sentence for row in training.read(op, arch) for sentence in training.violations(row)]
     assert not broken, "\n".join(broken)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
 
 
 def _missing(tool: str) -> str | None:
@@ -32,3 +34,14 @@ def _missing(tool: str) -> str | None:
 def why_not(*tools: str) -> str | None:
     """Why the tests that need these tools cannot run here, or None."""
     return next((reason for tool in tools if (reason := _missing(tool))), None)
+
+
+def why_not_disassembled(arch: str) -> str | None:
+    """Why the loops of machine code for ``arch`` ("sm_120") cannot be read here, or None."""
+    from benchmarks.static import sass
+
+    printed = subprocess.run([sass.cuobjdump(), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+)\.", printed)
+    if arch == "sm_120" and found and int(found[1]) < 13:  # Triton 3.6 ships 12.8's
+        return f"needs cuobjdump of CUDA 13 for the loops of sm_120, got {found[0]}"
+    return None

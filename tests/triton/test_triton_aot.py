@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from fused_resnet.core.reference import reference
 from fused_resnet.kernels.config import TailConfig
 from fused_resnet.testing import assert_bitexact, assert_within_bar, eager_error, make_tail
 from tests.support.launch_harness import Memory, run_ptx
+from tests.support.toolchain import why_not_disassembled
 
 pytest.importorskip("triton")
 
@@ -103,5 +105,9 @@ def name_of(value: object) -> str:
 
 @pytest.mark.parametrize(("arch", "problem", "config", "stats"), GATE + SAMPLE, ids=name_of)
 def test_machine_code(arch: int, problem: Problem, config: TailConfig, stats: bool) -> None:
+    if reason := why_not_disassembled(f"sm_{arch}"):
+        pytest.skip(reason)
+    if (triton := version("triton")).startswith("3.6.") and stats and problem.tf32:
+        pytest.skip(f"Triton {triton} spills 8 bytes there; the bounds are of what 3.8 makes")
     row = gate.read(problem, config, arch, stats)
     assert gate.violations(row, problem, config, arch) == []
