@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..core.errors import first_line
+
 if TYPE_CHECKING:
     import torch
 
@@ -63,9 +65,7 @@ def user_errors(*types: type[Exception], prefix: str = "") -> Iterator[None]:
     try:
         yield
     except types as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        text = lines[0] if lines else type(error).__name__
-        raise UserError(prefix + text) from error
+        raise UserError(prefix + first_line(error)) from error
 
 
 def say(text: str = "") -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.errors import first_line
 from ..trainer import data
 
 __all__ = ["Preprocessing", "batches", "find_images"]
@@ -85,6 +86,6 @@ def batches(
                 tensors.append(preprocessing.load(path))
                 good.append(path)
             except (OSError, SyntaxError, ValueError) as error:  # PIL raises each of them for broken files
-                bad.append((path, str(error).splitlines()[0] if str(error) else type(error).__name__))
+                bad.append((path, first_line(error)))
         empty = torch.empty(0, preprocessing.channels, preprocessing.size, preprocessing.size)
         yield good, torch.stack(tensors) if tensors else empty, bad

@@ -108,6 +108,8 @@ def _top(logits: object, top: int) -> tuple[list[list[float]], list[list[int]]]:
 
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
         raise UserError("MODEL: predict needs a classifier, whose output is [images, classes]")
+    if bool(logits.isnan().any()):
+        raise UserError("MODEL: expected numbers from the network, got NaN; are the weights those of a finished run?")
     values, indices = logits.float().softmax(1).topk(min(top, logits.shape[1]))
     return values.tolist(), indices.tolist()
 

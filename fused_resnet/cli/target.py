@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .common import UserError, user_errors
+from ..core.errors import first_line
+from .common import UserError, errors, user_errors
 
 
 @dataclass
@@ -286,7 +287,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle, zip, EOF and runtime errors here
         raise UserError(
-            f"--weights: {path} cannot be read as a checkpoint of tensors ({str(error).splitlines()[0]}); save "
+            f"--weights: {path} cannot be read as a checkpoint of tensors ({first_line(error)}); save "
             f"model.state_dict(), not the model"
         ) from error
     meta: dict[str, Any] = {}
@@ -312,9 +313,13 @@ def _from_json(text: str) -> Any:
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _WRAPPERS:
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    """``state`` without the wrappers' prefixes, whatever wrapped what; a line on stderr says what was taken off."""
+    taken = ""
+    while state and (prefix := next((p for p in _WRAPPERS if all(key.startswith(p) for key in state)), None)):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+        taken += prefix
+    if taken:
+        errors.print(f"[yellow]note:[/] the weights' names begin with {taken}, which was taken off", highlight=False)
     return state
 
 
@@ -325,6 +330,9 @@ def _load_state(model: nn.Module, state: dict[str, Tensor], path: str) -> None:
         for key in own.keys() & state.keys()
         if own[key].shape != state[key].shape
     ]
+    # torch itself counts batches from 0 where a checkpoint does not say.
+    counters = {key: own[key] for key in own.keys() - state.keys() if key.endswith("num_batches_tracked")}
+    state = {**state, **counters}
     missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
     if missing:
         problems.append(f"{len(missing)} tensors are missing, first {missing[0]}")

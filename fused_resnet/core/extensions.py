@@ -11,6 +11,8 @@ from types import ModuleType
 
 import torch
 
+from .errors import first_line
+
 _REMEDIES = {
     "_C": "install a C++ compiler and run `pip install --no-build-isolation .` in the source tree",
     "_C_cuda": "install nvcc and run `FUSED_RESNET_CUDA=1 pip install --no-build-isolation .` in the source tree, "
@@ -27,10 +29,9 @@ def _load(name: str) -> ModuleType | str:
         except ModuleNotFoundError:
             _modules[name] = f"the extension fused_resnet.{name} is not built: {_REMEDIES[name]}"
         except ImportError as error:
-            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
             _modules[name] = (
-                f"the extension fused_resnet.{name} does not load with torch {torch.__version__} ({first_line}): "
-                f"{_REMEDIES[name]}"
+                f"the extension fused_resnet.{name} does not load with torch {torch.__version__} "
+                f"({first_line(error)}): {_REMEDIES[name]}"
             )
     return _modules[name]
 

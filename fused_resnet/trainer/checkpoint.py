@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import first_line
+
 #: Grows when the content of a checkpoint changes its meaning.
 FORMAT = 1
 
@@ -72,7 +74,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle, zip, EOF and runtime errors for damaged files
-        raise CheckpointError(f"checkpoint: {path} cannot be read ({str(error).splitlines()[0]})") from error
+        raise CheckpointError(f"checkpoint: {path} cannot be read ({first_line(error)})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"checkpoint: {path} is no checkpoint of format {FORMAT}, got {found!r}")

@@ -97,3 +97,13 @@ def test_preprocessing_is_that_of_torchvision(images: Path) -> None:
         actual = Preprocessing(224).load(images / name)
         assert actual.shape == expected.shape
         assert float((actual - expected).abs().max()) < 1.01 / 255 / 0.224
+
+
+def test_predict_says_so_when_the_answers_are_no_numbers(model_file: Path, images: Path, tmp_path: Path) -> None:
+    from fused_resnet.cli.target import load_target
+
+    state = load_target(f"{model_file}:Net").model.state_dict()
+    state["fc.weight"].fill_(torch.nan)
+    torch.save(state, tmp_path / "diverged.pt")
+    message = fails("predict", f"{model_file}:Net", images, "--weights", tmp_path / "diverged.pt")
+    assert "expected numbers from the network, got NaN" in message

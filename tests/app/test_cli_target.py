@@ -121,6 +121,9 @@ def test_wrong_weights_are_one_sentence(model_file: Path, tmp_path: Path) -> Non
     assert "no file" in fails("explain", spec, "--weights", "nowhere.pt")
     torch.save({"epoch": 3}, tmp_path / "empty.pt")
     assert "holds no state_dict" in fails("explain", spec, "--weights", tmp_path / "empty.pt")
+    for name in ("nothing.pt", "nothing.safetensors"):
+        (tmp_path / name).touch()
+        assert f"{name}" in fails("explain", spec, "--weights", tmp_path / name)
     (tmp_path / "garbage.safetensors").write_bytes(b"not a tensor")
     assert "--weights" in fails("explain", spec, "--weights", tmp_path / "garbage.safetensors")
     torch.save({"fc.weight": torch.zeros(2, 2), "other": torch.zeros(1)}, tmp_path / "other.pt")
@@ -128,3 +131,16 @@ def test_wrong_weights_are_one_sentence(model_file: Path, tmp_path: Path) -> Non
     assert "fc.weight has shape [2, 2], expected [4, 32]" in message
     assert "tensors are missing, first conv1.weight" in message
     assert "expected a file or one of IMAGENET1K_V1" in fails("explain", "resnet18", "--weights", "IMAGENET9")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_wrappers_prefixes_are_taken_off_in_any_order(model_file: Path, tmp_path: Path, prefix: str) -> None:
+    from fused_resnet.cli.target import load_target
+
+    state = load_target(f"{model_file}:Net").model.state_dict()
+    counted = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    assert len(counted) < len(state)
+    torch.save({prefix + key: value + 1 for key, value in counted.items()}, tmp_path / "wrapped.pt")
+    loaded = load_target(f"{model_file}:Net", str(tmp_path / "wrapped.pt")).model.state_dict()
+    assert all(torch.equal(loaded[key], value + 1) for key, value in counted.items())
+    assert all(int(loaded[key]) == 0 for key in state.keys() - counted.keys())
