@@ -42,9 +42,12 @@ class Target:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> Tensor:
-        """A random input."""
+        """A random input. UserError for a model whose forward takes anything but one batch of images."""
         g = torch.Generator().manual_seed(seed)
-        return torch.randn(batch, self.in_channels, size, size, generator=g).to(device, dtype)
+        x = torch.randn(batch, self.in_channels, size, size, generator=g).to(device, dtype)
+        with user_errors(TypeError, prefix=f"MODEL: expected a forward of one batch of images, got {self.name}'s: "):
+            inspect.signature(self.model.forward).bind(x)
+        return x
 
 
 @dataclass

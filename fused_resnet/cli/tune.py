@@ -98,7 +98,7 @@ def tune(
 def selftest(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="default: calls of all kinds")] = None,
     weights: WeightsOption = None,
-    batch: Annotated[int, typer.Option("--batch", "-b", min=1)] = 1,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="images in a batch")] = 1,
     size: SizeOption = 224,
     device: DeviceOption = None,
     dtype: DtypeOption = "float16",
@@ -195,7 +195,7 @@ def roofline(
     model: ModelArgument,
     weights: WeightsOption = None,
     device: Annotated[str, typer.Option("--device", help="a GPU of the table, such as H100 or 'A100 40GB'")] = "H100",
-    batch: Annotated[int, typer.Option("--batch", "-b", min=1)] = 256,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="images in a batch")] = 256,
     size: SizeOption = 224,
     dtype: DtypeOption = "float16",
     tflops: Annotated[float | None, typer.Option(min=0.0, help="your own 16-bit peak instead of the table's")] = None,

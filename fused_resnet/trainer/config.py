@@ -22,7 +22,7 @@ class ConfigError(ValueError):
     """The configuration does not fit; the message is one sentence."""
 
 
-def option(default: Any, text: str = "", *flags: str, **limits: Any) -> Any:
+def option(default: Any, text: str, *flags: str, **limits: Any) -> Any:
     """A field that is an option of the command line too: its help, its flags where they are not its name, and what
     ``typer.Option`` takes as ``limits``."""
     metadata = {"option": {"help": text, **limits}, "flags": flags}
@@ -41,21 +41,21 @@ class TrainConfig:
     )
     stem: Literal["cifar", "imagenet"] = option("cifar", "first convolution: 3x3, or 7x7 and pooling")
     fused: bool = option(True, "train fused blocks, or plain PyTorch", "--fused/--eager")
-    epochs: int = option(30, min=1)
+    epochs: int = option(30, "times through the training images", min=1)
     batch_size: int = option(64, "images in a batch, per process", "--batch", "-b", min=1)
-    optimizer: Literal["sgd", "adam"] = option("sgd")
+    optimizer: Literal["sgd", "adam"] = option("sgd", "SGD with momentum, or Adam")
     lr: float | None = option(None, "learning rate", min=0.0)
-    momentum: float = option(0.9, min=0.0)
-    weight_decay: float = option(5e-4, min=0.0)
+    momentum: float = option(0.9, "of SGD", min=0.0)
+    weight_decay: float = option(5e-4, "of every parameter that is trained", min=0.0)
     schedule: Literal["cosine", "step", "constant"] = option("cosine", "of the learning rate")
-    label_smoothing: float = option(0.0, min=0.0, max=1.0)
+    label_smoothing: float = option(0.0, "share of the target spread over all classes", min=0.0, max=1.0)
     ema: float | None = option(None, "decay of an exponential moving average of the weights")
     amp: Literal["off", "bf16", "fp16"] = option("off", "automatic mixed precision")
     channels_last: bool = option(True, "memory format", "--channels-last/--contiguous")
     dtype: "torch.dtype | None" = None
     """None is float32."""
     device: str = option("auto", "auto, cpu or cuda")
-    seed: int = option(0)
+    seed: int = option(0, "of weights, order and augmentation")
     workers: int = option(4, "threads that decode images", min=1)
     output: Path = option(Path("runs/train"), "folder of the run", "--output", "-o")
     resume: bool = option(False, "go on with the run in --output", "--resume")
@@ -86,6 +86,6 @@ class FinetuneConfig(TrainConfig):
     weights: Path = option(MISSING, "checkpoint to start from (.pt or .safetensors)")
     num_classes: int | None = option(None, "checked against the data", min=2)
     freeze_until: str | None = option(None, "keep what stands before this layer, such as layer3")
-    epochs: int = option(10, min=1)
+    epochs: int = option(10, "times through the training images", min=1)
     lr: float | None = option(0.01, "learning rate", min=0.0)
     output: Path = option(Path("runs/finetune"), "folder of the run", "--output", "-o")

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 
 import fused_resnet
 from fused_resnet.backends import cpu
+from fused_resnet.cli import app
 from tests.support.command_line import fails, invoke, ok
 
 torchvision = pytest.importorskip("torchvision")
@@ -32,6 +34,30 @@ def test_python_m_in_a_process_of_its_own(model_file: Path) -> None:
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: MODEL: ")
     assert "has no 'Nothing'; it defines Net, Mlp" in wrong.stderr
+
+
+def test_every_option_says_what_it_is() -> None:
+    silent = [
+        f"{name} {parameter.name}"
+        for name, command in typer.main.get_command(app).commands.items()  # type: ignore[attr-defined]
+        for parameter in command.params
+        if not getattr(parameter, "help", None)
+    ]
+    assert silent == []
+
+
+def test_a_model_of_several_inputs_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(
+        "from torchvision.models.resnet import BasicBlock, ResNet\n"
+        "class Two(ResNet):\n"
+        "    def forward(self, image1, image2):\n"
+        "        return super().forward(image1 - image2)\n"
+        "two = Two(BasicBlock, [1, 1, 1, 1])\n"
+    )
+    for command in ("verify", "bench", "tune", "selftest"):
+        message = fails(command, f"{tmp_path / 'two.py'}:two")
+        assert "expected a forward of one batch of images" in message
+        assert "'image2'" in message
 
 
 def test_help_needs_no_torch() -> None:
