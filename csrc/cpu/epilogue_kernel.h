@@ -25,16 +25,16 @@ struct EpilogueImpl {
           scale = load<kLanes>(problem.scale + i);
           shift = load<kLanes>(problem.shift + i);
         }
-        finish<S, kLanes>(load<kLanes>(y + i), scale, shift, bounds, residual + (kResidual ? i : 0), y + i,
-                          kLanes);
+        finish<S, kLanes, Lanes::kAll>(load<kLanes>(y + i), scale, shift, bounds,
+                                       residual + (kResidual ? i : 0), y + i, kLanes);
       }
       if (const int64_t rest = length - whole; rest > 0) {
         if (problem.channels_last) {
           scale = load_partial<kLanes>(problem.scale + whole, rest);
           shift = load_partial<kLanes>(problem.shift + whole, rest);
         }
-        finish<S, kLanes>(load_partial<kLanes>(y + whole, rest), scale, shift, bounds,
-                          residual + (kResidual ? whole : 0), y + whole, rest);
+        finish<S, kLanes, Lanes::kFewer>(load_partial<kLanes>(y + whole, rest), scale, shift, bounds,
+                                         residual + (kResidual ? whole : 0), y + whole, rest);
       }
     }
   }
