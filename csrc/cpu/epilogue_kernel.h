@@ -19,7 +19,7 @@ struct EpilogueImpl {
       T* y = static_cast<T*>(problem.y) + row * length;
       const T* residual = kResidual ? static_cast<const T*>(problem.residual) + row * length : nullptr;
       const int64_t channel = problem.channels_last ? 0 : row % problem.channels;
-      V scale = V{} + problem.scale[channel], shift = V{} + problem.shift[channel];
+      V scale = broadcast<kLanes>(problem.scale[channel]), shift = broadcast<kLanes>(problem.shift[channel]);
       for (int64_t i = 0; i < whole; i += kLanes) {
         if (problem.channels_last) {
           scale = load<kLanes>(problem.scale + i);
