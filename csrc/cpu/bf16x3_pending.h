@@ -23,13 +23,15 @@ struct Bf16x3Pending {
       if (outputs[row] < 0) continue;
       const float* sum = sums + row * sums_stride - k_begin;
       int64_t k = k_begin;
-      for (; k + kLanes <= k_end; k += kLanes) finish_vector(sum + k, outputs[row] + k, k, kLanes);
-      if (k < k_end) finish_vector(sum + k, outputs[row] + k, k, k_end - k);
+      for (; k + kLanes <= k_end; k += kLanes)
+        finish_vector<Lanes::kAll>(sum + k, outputs[row] + k, k, kLanes);
+      if (k < k_end) finish_vector<Lanes::kFewer>(sum + k, outputs[row] + k, k, k_end - k);
     }
   }
+  template <Lanes kWhich>
   FR_INLINE void finish_vector(const float* sum, int64_t at, int64_t k, int64_t count) const {
     const float* residual = problem->residual;
-    cpu::finish<AllSteps<Residual::kUnlessNull>, kLanes>(
+    cpu::finish<AllSteps<Residual::kUnlessNull>, kLanes, kWhich>(
         load<kLanes>(sum), load<kLanes>(problem->scale + k), load<kLanes>(problem->shift + k), bounds,
         residual == nullptr ? nullptr : residual + at, problem->y + at, count);
   }

@@ -242,20 +242,20 @@ struct Bf16x3Stem {
       if (begin >= pixels) return;
       end = std::min(end, pixels);
       if (count % kLanes == 0) {
-        finish_rows<true>(begin, end);
+        finish_rows<Lanes::kAll>(begin, end);
       } else {
-        finish_rows<false>(begin, end);
+        finish_rows<Lanes::kEither>(begin, end);
       }
     }
-    template <bool kWhole>
+    template <Lanes kWhich>
     FR_INLINE void finish_rows(int64_t begin, int64_t end) const {
       for (int64_t row = begin; row < end; ++row) {
         const float* from = sums + row * width;
         float* to = y + row * k;
         for (int64_t j = 0; j < count; j += kLanes) {
-          cpu::finish<AllSteps<Residual::kNone>, kLanes>(
+          cpu::finish<AllSteps<Residual::kNone>, kLanes, kWhich>(
               load<kLanes>(from + j), load<kLanes>(scale + j), load<kLanes>(shift + j), bounds,
-              static_cast<const float*>(nullptr), to + j, kWhole ? kLanes : count - j);
+              static_cast<const float*>(nullptr), to + j, count - j);
         }
       }
     }

@@ -38,8 +38,8 @@ FR_INLINE void finish_products(const Vec<Block::kLanes> (&sum)[kRows][Block::kCo
     const Vec<kLanes> shift = load<kLanes>(problem.shift + k + offset);
     unroll<kRows>([&](auto row) FR_LAMBDA {
       const int64_t at = row * k_count + offset;
-      finish<AllSteps<kResidual>, kLanes>(sum[row][j], scale, shift, bounds,
-                                          residual == nullptr ? nullptr : residual + at, y + at, count);
+      finish<AllSteps<kResidual>, kLanes, Lanes::kEither>(
+          sum[row][j], scale, shift, bounds, residual == nullptr ? nullptr : residual + at, y + at, count);
     });
   });
 }

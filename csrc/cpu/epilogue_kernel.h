@@ -19,22 +19,22 @@ struct EpilogueImpl {
       T* y = static_cast<T*>(problem.y) + row * length;
       const T* residual = kResidual ? static_cast<const T*>(problem.residual) + row * length : nullptr;
       const int64_t channel = problem.channels_last ? 0 : row % problem.channels;
-      V scale = V{} + problem.scale[channel], shift = V{} + problem.shift[channel];
+      V scale = broadcast<kLanes>(problem.scale[channel]), shift = broadcast<kLanes>(problem.shift[channel]);
       for (int64_t i = 0; i < whole; i += kLanes) {
         if (problem.channels_last) {
           scale = load<kLanes>(problem.scale + i);
           shift = load<kLanes>(problem.shift + i);
         }
-        finish<S, kLanes>(load<kLanes>(y + i), scale, shift, bounds, residual + (kResidual ? i : 0), y + i,
-                          kLanes);
+        finish<S, kLanes, Lanes::kAll>(load<kLanes>(y + i), scale, shift, bounds,
+                                       residual + (kResidual ? i : 0), y + i, kLanes);
       }
       if (const int64_t rest = length - whole; rest > 0) {
         if (problem.channels_last) {
           scale = load_partial<kLanes>(problem.scale + whole, rest);
           shift = load_partial<kLanes>(problem.shift + whole, rest);
         }
-        finish<S, kLanes>(load_partial<kLanes>(y + whole, rest), scale, shift, bounds,
-                          residual + (kResidual ? whole : 0), y + whole, rest);
+        finish<S, kLanes, Lanes::kFewer>(load_partial<kLanes>(y + whole, rest), scale, shift, bounds,
+                                         residual + (kResidual ? whole : 0), y + whole, rest);
       }
     }
   }

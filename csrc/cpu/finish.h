@@ -63,19 +63,20 @@ FR_INLINE void with_steps(Activation activation, bool residual, Body&& body) {
   return residual ? with_residual(std::true_type{}) : with_residual(std::false_type{});
 }
 
-// The first `count` of the vector's lanes, or all of them.
-template <class S, int kLanes, class T>
+// Of a vector's lanes: all, fewer, or either, which `count` says.
+enum class Lanes { kAll, kFewer, kEither };
+
+template <class S, int kLanes, Lanes kWhich, class T>
 FR_INLINE void finish(Vec<kLanes> value, Vec<kLanes> scale, Vec<kLanes> shift, Bounds bounds,
                       const T* residual, T* y, int64_t count) {
-  using V = Vec<kLanes>;
-  const bool whole = count >= kLanes;
+  const bool whole = kWhich == Lanes::kAll || (kWhich == Lanes::kEither && count >= kLanes);
   value = value * scale + shift;
   if (S::kResidual == Residual::kSome || (S::kResidual == Residual::kUnlessNull && residual != nullptr)) {
     value += whole ? load<kLanes>(residual) : load_partial<kLanes>(residual, count);
   }
-  if constexpr (S::kLower) value = at_least(value, V{} + bounds.lower);
-  if constexpr (S::kUpper) value = at_most(value, V{} + bounds.upper);
-  if constexpr (S::kZero) value += bounds.zero;
+  if constexpr (S::kLower) value = at_least(value, broadcast<kLanes>(bounds.lower));
+  if constexpr (S::kUpper) value = at_most(value, broadcast<kLanes>(bounds.upper));
+  if constexpr (S::kZero) value += broadcast<kLanes>(bounds.zero);
   if (whole) {
     store<kLanes>(y, value);
   } else {

@@ -25,6 +25,12 @@ struct VecTypes {
 template <int kLanes>
 using Vec = typename VecTypes<kLanes>::Vec;
 
+// Not 0 + x, which is another number where x is -0: compilers would have to add.
+template <int kLanes>
+FR_INLINE Vec<kLanes> broadcast(float x) {
+  return x - Vec<kLanes>{};
+}
+
 template <int kLanes>
 FR_INLINE Vec<kLanes> load(const float* p) {
   return *reinterpret_cast<const typename VecTypes<kLanes>::Unaligned*>(p);

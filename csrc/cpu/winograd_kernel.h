@@ -129,7 +129,7 @@ struct WinogradImpl {
 
   // Y = A^T M A and the epilogue, for one tile and one vector of output channels; y and residual point at its
   // first pixel.
-  template <class S>
+  template <class S, Lanes kWhich>
   static FR_INLINE void finish_channels(const ConvProblem& problem, const float* m, int64_t m_position,
                                         V scale, V shift, Bounds bounds, const float* residual, float* y,
                                         int64_t rows, int64_t columns, int64_t count) {
@@ -146,7 +146,7 @@ struct WinogradImpl {
       output_transform<W, V>([&](auto j) FR_LAMBDA { return half[i][j]; },
                              [&](auto j, V value) FR_LAMBDA {
                                if (j >= columns) return;
-                               finish<S, kLanes>(
+                               finish<S, kLanes, kWhich>(
                                    value, scale, shift, bounds,
                                    residual_row + (kResidual ? j * problem.residual_stride[2] : 0),
                                    y_row + j * problem.y_stride[2], count);
@@ -189,11 +189,11 @@ struct WinogradImpl {
       const float* residual = at.residual + (S::kResidual == Residual::kSome ? k : 0);
       if (fetch) next.fetch(k);
       if (k + kLanes <= k_end) {
-        finish_channels<S>(problem, m, m_position, scale, shift, bounds, residual, at.y + k, at.rows,
-                           at.columns, kLanes);
+        finish_channels<S, Lanes::kAll>(problem, m, m_position, scale, shift, bounds, residual, at.y + k,
+                                        at.rows, at.columns, kLanes);
       } else {
-        finish_channels<S>(problem, m, m_position, scale, shift, bounds, residual, at.y + k, at.rows,
-                           at.columns, k_end - k);
+        finish_channels<S, Lanes::kFewer>(problem, m, m_position, scale, shift, bounds, residual, at.y + k,
+                                          at.rows, at.columns, k_end - k);
       }
     }
   }

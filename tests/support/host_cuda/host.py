@@ -165,9 +165,10 @@ class HostCuda:
             return planner()
         sources = [*build_module(self.csrc).PLANNER, self.csrc / "bindings_planner.cpp", HERE / "planner_module.cpp"]
         include_dirs = (self.csrc, Path(pybind11.get_include()), Path(sysconfig.get_paths()["include"]))
-        flags = ("-O1", "-fvisibility=hidden", *(f"-I{path}" for path in include_dirs))
-        path = self._build(f"planner-{sources_key(self.csrc, '.cpp')}.so", sources, flags)
-        spec = importlib.util.spec_from_file_location("mutated_planner", path)
+        name = f"planner_{sources_key(self.csrc, '.cpp')}"
+        flags = ("-O1", "-fvisibility=hidden", f"-DMUTATED_PLANNER={name}", *(f"-I{path}" for path in include_dirs))
+        path = self._build(f"{name}.so", sources, flags)
+        spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
