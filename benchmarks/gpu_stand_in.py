@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from fused_resnet.kernels import workspace
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = torch.device("cuda", 0)
@@ -79,6 +82,17 @@ def _seen_from_inside(register: Any) -> Any:
         return register(library, name, inside if ours else function, *args, **kwargs)
 
     return impl
+
+
+class _Threads(ThreadPoolExecutor):
+    """Modes are each thread's own."""
+
+    def submit(self, function: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        def inside() -> Any:
+            with _Tensors():
+                return function(*args, **kwargs)
+
+        return super().submit(inside)
 
 
 # ---- torch.cuda --------------------------------------------------------------------------------------------
@@ -203,6 +217,7 @@ def _patch_torch() -> None:
     mock.patch.object(torch, "Generator", _Generator).start()
     mock.patch.object(torch, "compile", _uncompiled).start()
     mock.patch.object(torch.library.Library, "impl", _seen_from_inside(torch.library.Library.impl)).start()
+    mock.patch.object(workspace, "ThreadPoolExecutor", _Threads).start()
     _patch_torch.aten = aten = torch.library.Library("aten", "IMPL")  # type: ignore[attr-defined]
 
     def convolution(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Any:
@@ -223,7 +238,9 @@ def _patch_torch() -> None:
 
 
 def _patch_triton() -> None:
-    sys.path.insert(0, os.environ["PTXI_HOME"])
+    from tests.support.launch_harness import interpreter
+
+    interpreter()  # found, and told what this Triton leaves out
     import triton_device
 
     device = triton_device.activate(90)
