@@ -204,7 +204,10 @@ def test_every_way_to_write_is_seen(write: Callable[[Any], Any], dtype: torch.dt
 
     before = call(kept)
     assert torch.equal(call(kept), before)
+    bits = weight.detach().clone()
     write(weight)
+    if torch.equal(weight, bits):  # fused SGD in bfloat16 on a Zen 4 with torch 2.11
+        pytest.skip(f"torch {torch.__version__} itself writes nothing here")
     fresh = call(PackedWeights())
     assert not torch.allclose(fresh, before, rtol=1e-2, atol=1e-2), "the write changes nothing"
     for _ in range(2):
