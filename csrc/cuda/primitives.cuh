@@ -4,8 +4,9 @@
 //   threadIdx.x, blockIdx.x, blockIdx.y, __syncthreads()         (one-dimensional blocks)
 //   __device__, __global__, __forceinline__, __launch_bounds__, __grid_constant__, #pragma unroll
 // No static or extern __shared__ variable, no warp vote, no CUDA vector or half type, no
-// intrinsic, no printf. tests/support/host_cuda/ supplies another file of the same name with the same functions, so
-// that g++ compiles the kernels unchanged; add a function here only together with its twin there.
+// intrinsic, no printf. tests/support/host_cuda/ supplies another file of the same name with the same
+// functions, so that g++ compiles the kernels unchanged; add a function here only together with its twin
+// there.
 //
 // Shared memory is addressed by 32-bit byte addresses (`shared_base()` + offset); every access to it is one
 // of the functions below. Global memory is addressed by ordinary pointers, and every access to it is one of

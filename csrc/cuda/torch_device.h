@@ -1,5 +1,6 @@
-// What operator and workspace ask of torch about the device. tests/support/cuda_operator/ supplies another file of
-// this name, so that both run, otherwise unchanged, on CPU tensors above a stand-in for the CUDA runtime.
+// What operator and workspace ask of torch about the device. tests/support/cuda_operator/ supplies another
+// file of this name, so that both run, otherwise unchanged, on CPU tensors above a stand-in for the CUDA
+// runtime.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
