@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.training_call import MASK_BITS, BatchNorm, GradMeans, accumulate_dtype, mask_words
+from ...core.training_call import (
+    MASK_BITS,
+    BackwardPass,
+    BatchNorm,
+    ForwardPass,
+    Gradients,
+    GradMeans,
+    accumulate_dtype,
+    mask_words,
+)
 from .base import TrainingBackend
 
 
@@ -46,11 +55,11 @@ def unpack_mask(mask: Tensor, shape: torch.Size) -> Tensor:
     return bits.reshape(-1)[: n * c * h * w].view(n, h, w, c).permute(0, 3, 1, 2).bool()
 
 
-def _dz(grad_out: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    dz = grad_out.to(dtype)
-    if mask.numel() == 0:
+def _dz(backward: BackwardPass) -> Tensor:
+    dz = backward.grad_out.to(backward.bn.mean.dtype)
+    if backward.mask is None:
         return dz
-    return torch.where(unpack_mask(mask, grad_out.shape), dz, torch.zeros((), dtype=dtype, device=dz.device))
+    return torch.where(unpack_mask(backward.mask, dz.shape), dz, torch.zeros((), dtype=dz.dtype, device=dz.device))
 
 
 def _through_bn(bn: BatchNorm, dz: Tensor, means: GradMeans) -> Tensor:
@@ -69,16 +78,8 @@ class EagerTraining(TrainingBackend):
         var, mean = torch.var_mean(y.to(accumulate_dtype(y.dtype)), dim=(0, 2, 3), correction=0)
         return mean, var
 
-    def apply(
-        self,
-        bn: BatchNorm,
-        residual: Tensor | None,
-        proj: BatchNorm | None,
-        activation: str,
-        with_mask: bool,
-        out: Tensor,
-        mask: Tensor,
-    ) -> None:
+    def apply(self, forward: ForwardPass) -> None:
+        bn, residual, proj, activation, out, mask = forward
         z = _normalised(bn)
         if residual is not None:
             z = z + residual.to(z.dtype)
@@ -89,40 +90,25 @@ class EagerTraining(TrainingBackend):
             return
         upper = 6.0 if activation == "relu6" else float("inf")
         out.copy_(z.clamp(0.0, upper))
-        if with_mask:
+        if mask is not None:
             # Written so that NaN passes the gradient, as threshold_backward and hardtanh_backward do.
             drop = z <= 0 if activation == "relu" else (z <= 0) | (z >= upper)
             mask.copy_(pack_mask(~drop))
 
-    def backward_reduce(
-        self, grad_out: Tensor, mask: Tensor, bn: BatchNorm, proj: BatchNorm | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dz = _dz(grad_out, mask, bn.mean.dtype)
+    def backward_reduce(self, backward: BackwardPass) -> tuple[Tensor, Tensor, Tensor]:
+        dz, bn, proj = _dz(backward), backward.bn, backward.proj
         sum_dz = dz.sum(dim=(0, 2, 3))
         sum_dz_xhat = (dz * _xhat(bn)).sum(dim=(0, 2, 3))
         if proj is None:
             return sum_dz, sum_dz_xhat, sum_dz.new_empty(0)
         return sum_dz, sum_dz_xhat, (dz * _xhat(proj)).sum(dim=(0, 2, 3))
 
-    def backward_apply(
-        self,
-        grad_out: Tensor,
-        mask: Tensor,
-        bn: BatchNorm,
-        means: GradMeans,
-        proj: BatchNorm | None,
-        proj_means: GradMeans | None,
-        d_y: Tensor,
-        d_second: Tensor | None,
-    ) -> None:
-        dz = _dz(grad_out, mask, bn.mean.dtype)
-        d_y.copy_(_through_bn(bn, dz, means))
-        if d_second is None:
-            return
-        if proj is not None and proj_means is not None:
-            d_second.copy_(_through_bn(proj, dz, proj_means))
-        else:
-            d_second.copy_(dz)
+    def backward_apply(self, backward: BackwardPass, gradients: Gradients) -> None:
+        dz, proj = _dz(backward), backward.proj
+        means, proj_means, d_y, d_second = gradients
+        d_y.copy_(_through_bn(backward.bn, dz, means))
+        if d_second is not None:
+            d_second.copy_(dz if proj is None or proj_means is None else _through_bn(proj, dz, proj_means))
 
 
 BACKEND = EagerTraining()
