@@ -1,8 +1,8 @@
 """From benchmark JSON to a Markdown table and a plot.
 
     python -m benchmarks.report benchmarks/results/latest.json              # table.md and plot.png beside it
-    python -m benchmarks.report benchmarks/results/cpu_1_thread.json --readme README.md
-    python -m benchmarks.report OUT/gpu.json --readme README.md             # of benchmarks/gpu_day.sh
+    python -m benchmarks.report benchmarks/results/cpu_1_thread.json --readme docs/performance.md
+    python -m benchmarks.report OUT/gpu.json --readme docs/performance.md             # of benchmarks/gpu_day.sh
 
 ``--readme`` replaces what stands between ``<!-- benchmark NAME -->`` and ``<!-- /benchmark -->``, NAME being the
 JSON's file name without its suffix.
