@@ -67,7 +67,6 @@ GROUPS: dict[str, tuple[str, str]] = {
     "devices": ("Devices", "Choose a name of the list in the sentence."),
     "tuning": ("Tuning", "The command ends with status 1 or 2; what was found before is kept."),
     "comparison": ("Comparing models", "The comparison could not be made; nothing is known of the model's errors."),
-    "testing": ("The test suite for implementations", "The implementation under test failed: the sentence says where."),
     "trainer": ("Training runs", "Nothing has been written over; correct the named option or file and start again."),
     "cli": ("The command line", "Exit status 2: the input was wrong. `--help` lists the options."),
     "": ("The package", "See the sentence."),
