@@ -118,3 +118,26 @@ def test_the_metadata_is_what_tools_ask_for() -> None:
         api.Validator()(tomllib.loads((ROOT / "pyproject.toml").read_text()))
     else:
         pytest.skip("tomllib comes with Python 3.11")
+
+
+def test_the_workflow_is_one_and_its_targets_exist() -> None:
+    """By the schema where check-jsonschema is installed; `make` targets and options are those of this repository."""
+    text = (ROOT / ".github/workflows/ci.yml").read_text()
+    targets = set(re.findall(r"run: make ([\w-]+)", text))
+    assert targets
+    makefile = (ROOT / "Makefile").read_text()
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    workflow = yaml.safe_load(text)
+    assert set(workflow["jobs"]) == {"test", "cuda-build", "docs", "package", "gpu"}
+    stacks = workflow["jobs"]["test"]["strategy"]["matrix"]["include"]
+    assert len({stack["python"] for stack in stacks}) == len({stack["torch"] for stack in stacks}) == 2
+    assert workflow["jobs"]["gpu"]["if"] == "vars.GPU_RUNNER != ''"
+    checker = shutil.which("check-jsonschema", path=str(Path(sys.executable).parent))
+    if checker is not None:
+        done = subprocess.run(
+            [checker, "--builtin-schema", "vendor.github-workflows", str(ROOT / ".github/workflows/ci.yml")],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
