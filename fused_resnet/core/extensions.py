@@ -26,7 +26,7 @@ def _load(name: str) -> ModuleType | str:
     """The module, or the sentence that says why it cannot be had. Tried once per process."""
     if name not in _modules:
         try:
-            _modules[name] = importlib.import_module(f"fused_resnet.{name}")
+            _modules[name] = importlib.import_module(f"..{name}", __package__)
         except ModuleNotFoundError:
             _modules[name] = _why_not_built(name)
         except ImportError as error:

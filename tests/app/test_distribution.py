@@ -92,7 +92,7 @@ def test_what_the_build_wrote_down_is_in_the_sentence(tmp_path: Path, monkeypatc
     monkeypatch.setattr(extensions, "__file__", str(tmp_path / "core/extensions.py"))
     monkeypatch.setattr(extensions, "_modules", {})
 
-    def missing(name: str) -> None:
+    def missing(name: str, package: str) -> None:
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
