@@ -7,7 +7,7 @@ each call, so frozen and live ones may be mixed freely.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +43,21 @@ def _why_not_understood(role: str, module: nn.Module) -> str | None:
     if role == "relu":
         return None if parts.is_plain_relu(module) else f"is a {name}, not nn.ReLU"
     return None if type(module) is nn.Sequential else f"is a {name} with a forward of its own"
+
+
+def why_not_bypassed(modules: Iterable[tuple[str, nn.Module | None]]) -> str | None:
+    """None when a fused forward may stand for calls of these, by name, else one sentence that says why it may not."""
+    if torch_module._has_any_global_hook():
+        return "a hook for all modules is registered"
+    for name, module in modules:
+        if module is None:
+            if not name.endswith(".1"):
+                return f"{name} is None"
+        else:
+            why_not = parts.why_not_bypassed(module) or _why_not_understood(name, module)
+            if why_not is not None:
+                return f"{name} {why_not}"
+    return pristine.why_not()
 
 
 class FusedModule(nn.Module):
@@ -92,17 +107,7 @@ class FusedModule(nn.Module):
         Hooks, parametrizations and norms other than batch norm are looked at on each call, because they may come
         and go after construction.
         """
-        if torch_module._has_any_global_hook():
-            return "a hook for all modules is registered"
-        for name, module in self._bypassed():
-            if module is None:
-                if not name.endswith(".1"):
-                    return f"{name} is None"
-            else:
-                why_not = parts.why_not_bypassed(module) or _why_not_understood(name, module)
-                if why_not is not None:
-                    return f"{name} {why_not}"
-        return pristine.why_not()
+        return why_not_bypassed(self._bypassed())
 
 
 class _FusedBlock(FusedModule):

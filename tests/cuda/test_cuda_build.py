@@ -225,6 +225,7 @@ def test_a_cuda_module_that_does_not_compile_leaves_the_other_alone(tmp_path: Pa
     tree = small_tree(tmp_path / "tree")
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     modules = [tree / "fused_resnet" / (name + suffix) for name in ("_C", "_C_cuda")]
+    note = tree / "fused_resnet/_C_cuda.txt"  # what `fused-resnet doctor` reads
 
     def build(**environment: str) -> subprocess.CompletedProcess[str]:
         return setup_py(
@@ -236,6 +237,7 @@ def test_a_cuda_module_that_does_not_compile_leaves_the_other_alone(tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert "going on without" not in done.stdout
     assert all(module.exists() for module in modules)
+    assert not note.exists()
 
     for broken in ("csrc/cuda/kernel.cu", "csrc/bindings_cuda.cpp"):
         sound = (tree / broken).read_text()
@@ -244,9 +246,12 @@ def test_a_cuda_module_that_does_not_compile_leaves_the_other_alone(tmp_path: Pa
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("fused_resnet: going on without _C_cuda, which does not compile") == 1
         assert [module.exists() for module in modules] == [True, False], "an older _C_cuda is not taken for a new one"
+        assert note.read_text().startswith("it did not compile (")
         if broken.endswith(".cu"):
             (tree / broken).write_text(sound)
 
     done = build(FUSED_RESNET_CUDA="1")
     assert done.returncode != 0
     assert "going on without" not in done.stdout
+    assert build(FUSED_RESNET_CUDA="0").returncode == 0
+    assert note.read_text() == "FUSED_RESNET_CUDA=0 left it out of this build"
