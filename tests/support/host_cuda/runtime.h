@@ -11,6 +11,10 @@
 // Nothing here is thread safe: one launch at a time per process.
 #pragma once
 
+#ifndef FUSED_RESNET_HOST_TURING
+  #define FUSED_RESNET_HOST_TURING 0
+#endif
+
 #include <cstddef>
 #include <cstdint>
 #include <string>
