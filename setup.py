@@ -99,9 +99,10 @@ def extension(name: str, files: list[str], **arguments: Any) -> Any:
 
 def cuda_extension(build: CudaBuild) -> Any:
     toolkit, archs, cudart, runtime = build
+    *code, ptx = cuda_build.built_for(archs).split()
     say(
-        f"building _C_cuda with nvcc {toolkit.version} ({toolkit.nvcc}) for {', '.join('sm_' + a for a in archs)} and "
-        f"PTX of compute_{archs[0]}, CUDA runtime {cudart}, {os.environ.get('MAX_JOBS', 'all')} jobs"
+        f"building _C_cuda with nvcc {toolkit.version} ({toolkit.nvcc}) for {', '.join(code)} and PTX of {ptx}, "
+        f"CUDA runtime {cudart}, {os.environ.get('MAX_JOBS', 'all')} jobs"
     )
     files = sources("csrc/bindings_cuda.cpp", "csrc/bindings_planner.cpp", "csrc/cuda/*.cpp")
     files.remove("csrc/cuda/c_api.cpp")  # for the library without Python
@@ -110,7 +111,7 @@ def cuda_extension(build: CudaBuild) -> Any:
         files,
         include_dirs=list(toolkit.include_dirs),
         extra_compile_args=[
-            f'-DFUSED_RESNET_ARCHITECTURES="{" ".join("sm_" + a for a in archs)} compute_{archs[0]}"',
+            f'-DFUSED_RESNET_ARCHITECTURES="{cuda_build.built_for(archs)}"',
             f'-DFUSED_RESNET_CUDART="{cudart}"',
             f'-DFUSED_RESNET_NVCC="{toolkit.version}"',
         ],

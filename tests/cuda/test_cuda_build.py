@@ -97,11 +97,11 @@ def test_pypi_packages_of_cuda_12_lie_side_by_side(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (None, ["80", "90", "100", "120"]),
-        ("native", ["80", "90", "100", "120"]),
+        (None, ["75", "80", "90", "100", "120"]),
+        ("native", ["75", "80", "90", "100", "120"]),
         ("8.0;9.0+PTX", ["80", "90"]),
         ("9.0a 8.6", ["86", "90a"]),
-        ("12.0,7.5,8.0", ["80", "120"]),  # no kernel here runs before sm_80
+        ("12.0,7.0,8.0", ["80", "120"]),  # no kernel here runs before sm_75
         ("8.0;13.7", ["80"]),  # unknown to this nvcc
     ],
 )
@@ -116,8 +116,8 @@ def test_architectures(text: str | None, expected: list[str], monkeypatch: pytes
 def test_architectures_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST: expected numbers like 8.0;9.0\+PTX, got 'Ampere'"):
         cuda_build.architectures(TOOLKIT, "Ampere")
-    with pytest.raises(cuda_build.NoToolkit, match="none of \\['75'\\] that is sm_80 or newer"):
-        cuda_build.architectures(TOOLKIT, "7.5")
+    with pytest.raises(cuda_build.NoToolkit, match="none of \\['70'\\] that is sm_75 or newer"):
+        cuda_build.architectures(TOOLKIT, "7.0")
 
 
 def test_every_cubin_comes_from_the_embedded_ptx() -> None:
@@ -125,6 +125,11 @@ def test_every_cubin_comes_from_the_embedded_ptx() -> None:
     assert cuda_build.gencode(["80", "90a"]) == (
         "-gencode=arch=compute_80,code=[compute_80,sm_80] -gencode=arch=compute_90a,code=sm_90a"
     )
+    assert cuda_build.gencode(["75", "80", "90"]) == (
+        "-gencode=arch=compute_80,code=[compute_80,sm_80,sm_90] -gencode=arch=compute_75,code=sm_75"
+    )
+    assert cuda_build.built_for(["75", "80", "90"]) == "sm_75 sm_80 sm_90 compute_80"
+    assert cuda_build.gencode(["75"]) == "-gencode=arch=compute_75,code=[compute_75,sm_75]"
     assert cuda_build.gencode(["90a"]) == "-gencode=arch=compute_90a,code=[compute_90a,sm_90a]"
 
 
