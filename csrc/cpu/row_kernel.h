@@ -2,7 +2,8 @@
 // by side, a row of the filter is one run of S C values, and the runs of neighbouring output pixels are
 // stride C apart. The micro-kernel reads them from the input's rows as they are (with the padding put on).
 //
-// The weights are those of DirectImpl, the sums are added in its order: the same bits.
+// The weights are those of DirectImpl, the sums are added in its order: the same bits. float32 alone: pairs
+// of bfloat16 would begin at odd channels.
 #pragma once
 
 #include "direct_kernel.h"
@@ -18,7 +19,7 @@ struct RowRuns {
     static void run(const float* const* rows, int64_t offset, int64_t run_floats, int64_t depth,
                     const float* u, const ConvProblem& problem, int64_t k, Bounds bounds, float* y) {
       using V = Vec<Block::kLanes>;
-      constexpr int64_t kSegmentFloats = kSegment * kChunk;
+      constexpr int64_t kSegmentFloats = Block::kSegment * kChunk;
       V sum[kRows][Block::kCols] = {}, total[kRows][Block::kCols] = {};
       int64_t r = 0, i = 0;
       for (int64_t begin = 0; begin < depth; begin += kSegmentFloats) {
@@ -64,8 +65,9 @@ struct RowImpl {
   // Three channels at stride 1 and 2; elsewhere gathering costs little.
   static bool can_run(const ConvProblem& problem) {
     const ConvShape& shape = problem.shape;
-    return (step(shape) == 3 || step(shape) == 6) && shape.dilation_w == 1 && shape.r <= kMostRows &&
-           problem.x_stride[2] == shape.c && problem.residual == nullptr;
+    return std::is_same_v<typename Block::Element, float> && (step(shape) == 3 || step(shape) == 6) &&
+           shape.dilation_w == 1 && shape.r <= kMostRows && problem.x_stride[2] == shape.c &&
+           problem.residual == nullptr;
   }
 
   // Rows of the input with their padding: a ring of those that one row of the output reads, and one of zeros.
@@ -93,8 +95,8 @@ struct RowImpl {
       for (seen = std::max(seen, top); seen <= h; ++seen) {
         if (seen < 0) continue;
         float* to = scratch + seen % ring(shape) * row_floats + shape.pad_w * shape.c;
-        std::copy_n(problem.x + image * problem.x_stride[0] + seen * problem.x_stride[1], shape.w * shape.c,
-                    to);
+        std::copy_n(problem.input<float>() + image * problem.x_stride[0] + seen * problem.x_stride[1],
+                    shape.w * shape.c, to);
       }
       rows[r] = scratch + h % ring(shape) * row_floats;
     }
@@ -123,6 +125,7 @@ struct RowImpl {
 // Rows of one image for PooledImpl: by RowImpl where it can, gathered otherwise.
 template <class Block>
 struct DirectRows {
+  using Element = typename Block::Element;
   using Rows = RowImpl<Block>;
   using Direct = DirectImpl<Block>;
   static constexpr int kLanes = Block::kLanes;
@@ -145,10 +148,12 @@ struct DirectRows {
   }
 
   template <class Between>
-  void compute(int64_t p, float* y, Between&&) {
-    if (by_rows_) {
-      Rows::compute(problem_, image_, p, seen_, y, scratch_);
-      return;
+  void compute(int64_t p, Element* y, Between&&) {
+    if constexpr (std::is_same_v<Element, float>) {
+      if (by_rows_) {
+        Rows::compute(problem_, image_, p, seen_, y, scratch_);
+        return;
+      }
     }
     const ConvShape& shape = problem_.shape;
     ConvProblem to_y = problem_;

@@ -3,12 +3,13 @@
 Three ways, decided once per signature:
 
 ``fused``
-    float32, one group, weights whose packed copies the caller keeps: our kernels (:mod:`.cpu_fused`), BN live;
-    :func:`.cpu_rule.fastest` chooses among them.
+    float32, and bfloat16 where the processor has AVX512_BF16 and no matrix tiles; one group, weights whose packed
+    copies the caller keeps: our kernels (:mod:`.cpu_fused`), BN live; :func:`.cpu_rule.fastest` chooses among them.
 ``pass``
     other float32 convolutions: eager's (oneDNN), then one pass of our own over its output. BN live.
 ``folded``
-    16-bit types, grouped convolutions without activation, and installs without the extension (:mod:`.cpu_onednn`).
+    other 16-bit convolutions, grouped ones without activation, and installs without the extension
+    (:mod:`.cpu_onednn`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ..core.reference import TailArguments
 from .base import Backend
 from .cpu_fused import FewChannels, FusedConvolution
 from .cpu_onednn import run_folded, run_pass
-from .cpu_rule import DIRECT, fastest, stem, winograd_choice
+from .cpu_rule import DIRECT, fastest, stem, why_not_bf16, winograd_choice
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -76,12 +77,8 @@ class CpuBackend(Backend):
         if problem.output_dtype is not problem.dtype:
             # float16 x with a float32 residual, say: exact in the wider type, and rare
             return partial(_run_widened, self, problem.output_dtype)
-        if problem.dtype is not torch.float32 and _onednn_is_wrong(problem):
-            return partial(_run_widened, self, torch.float32)
-        if problem.dtype is not torch.float32 or extensions.cpu() is None:
-            return run_folded
-        otherwise = run_folded if problem.activation == "none" else run_pass
-        if problem.groups != 1:
+        otherwise = self._onednn(problem)
+        if problem.groups != 1 or not _have_kernels(problem.dtype):
             return otherwise
         choice = winograd_choice(tail.winograd)
         if problem.c < _LEAST_CHANNELS:
@@ -90,6 +87,21 @@ class CpuBackend(Backend):
         if problem.projection is not None:
             projection = fastest(_projection(problem, problem.projection), choice)
         return FusedConvolution(otherwise, fastest(problem, choice), projection)
+
+    def _onednn(self, problem: Problem) -> Callable[[TailArguments], Tensor]:
+        """What runs where there is no kernel of ours."""
+        if problem.dtype is not torch.float32 and _onednn_is_wrong(problem):
+            return partial(_run_widened, self, torch.float32)
+        if problem.dtype is not torch.float32 or extensions.cpu() is None or problem.activation == "none":
+            return run_folded
+        return run_pass
+
+
+def _have_kernels(dtype: torch.dtype) -> bool:
+    """Whether our own convolutions are the fastest of ``dtype`` here."""
+    if extensions.cpu() is None:
+        return False
+    return dtype is torch.float32 or (dtype is torch.bfloat16 and why_not_bf16() is None)
 
 
 def _projection(problem: Problem, proj: Projection) -> Problem:
