@@ -10,6 +10,8 @@ Three ways, decided once per signature:
 ``folded``
     other 16-bit convolutions, grouped ones without activation, and installs without the extension
     (:mod:`.cpu_onednn`).
+
+16-bit types that neither our kernels nor oneDNN have here are computed in float32, and rounded once.
 """
 
 from __future__ import annotations
@@ -64,8 +66,6 @@ class CpuBackend(Backend):
                 return f"cpu: dtype must be float32, bfloat16 or float16, got {dtype_name(dtype)}"
         if not torch.backends.mkldnn.is_available():
             return "cpu: torch must be built with oneDNN, got a build without"
-        if not _onednn_has(problem.output_dtype):
-            return f"cpu: dtype must be one that oneDNN has on this CPU, got {dtype_name(problem.output_dtype)}"
         return None
 
     def run(self, problem: Problem, tail: TailArguments) -> Tensor:
@@ -90,7 +90,7 @@ class CpuBackend(Backend):
 
     def _onednn(self, problem: Problem) -> Callable[[TailArguments], Tensor]:
         """What runs where there is no kernel of ours."""
-        if problem.dtype is not torch.float32 and _onednn_is_wrong(problem):
+        if problem.dtype is not torch.float32 and (not _onednn_has(problem.dtype) or _onednn_is_wrong(problem)):
             return partial(_run_widened, self, torch.float32)
         if problem.dtype is not torch.float32 or extensions.cpu() is None or problem.activation == "none":
             return run_folded
@@ -111,9 +111,27 @@ def _projection(problem: Problem, proj: Projection) -> Problem:
     )  # fmt: skip
 
 
+def arithmetic(dtype: torch.dtype) -> str | None:
+    """One sentence about how this CPU computes convolutions of a 16-bit type; None where by kernels of ours."""
+    if _have_kernels(dtype):
+        return None
+    name = dtype_name(dtype)
+    if not _onednn_has(dtype):
+        return f"{name}: this processor has no arithmetic for it, so each tail is computed in float32 and rounded once"
+    reason = f" ({why_not_bf16()})" if dtype is torch.bfloat16 else ""
+    return f"{name}: oneDNN's convolutions, with BN folded into their weights{reason}"
+
+
 def _run_widened(backend: CpuBackend, dtype: torch.dtype, tail: TailArguments) -> Tensor:
+    """``tail`` in a wider type, whose weights are kept where the caller keeps packed ones."""
     memory_format = output_memory_format(tail.x, tail.conv.weight)
-    wide = tail.to(dtype)
+    kept = tail.packed_weights
+    wide = tail._replace(packed_weights=None)
+    if kept is not None and extensions.cpu() is not None:
+        conv, proj = (conv and conv._replace(weight=kept.cast(conv.weight, dtype)) for conv in (tail.conv, tail.proj))
+        assert conv is not None
+        wide = tail._replace(conv=conv, proj=proj, packed_weights=kept.casts)
+    wide = wide.to(dtype)._replace(packed_weights=wide.packed_weights)
     y = backend.run(Problem.from_tail(wide), wide)
     return y.to(Problem.from_tail(tail).output_dtype).contiguous(memory_format=memory_format)
 

@@ -295,9 +295,7 @@ void run_all(const char* name) {
   using Bf16 = Bf16Block<Block::kLanes, Block::kRows, Block::kCols>;
   using Bf16Winograd = RegisterBlock<Block::kLanes, Block::kRows, Block::kCols, BFloat16>;
   const ConvKernel bf16 = DirectImpl<Bf16>::kernel(),
-                   bf16_f2 = WinogradImpl<Bf16Winograd, Winograd<2>>::kernel(),
-                   bf16_f4 = WinogradImpl<Bf16Winograd, Winograd<4>>::kernel(),
-                   bf16_fresh2 = FreshWinogradImpl<Bf16Winograd, Winograd<2>>::kernel();
+                   bf16_f2 = WinogradImpl<Bf16Winograd, Winograd<2>>::kernel();
   const WeightGradientKernel gradient2 = WeightGradientImpl<GradientBlock, Winograd<2>>::kernel(),
                              gradient4 = WeightGradientImpl<GradientBlock, Winograd<4>>::kernel();
   const int64_t shapes[][7] = {// n, h, w, c, k, pad_h, pad_w
@@ -317,10 +315,9 @@ void run_all(const char* name) {
         run(name, fresh4, s, residual, threads, 1e-3f);
         run(name, bf16x3_f2, s, residual, threads, 0);
         run(name, bf16x3_f4, s, residual, threads, 1e-3f);
-        for (const ConvKernel& kernel : {bf16, bf16_f2, bf16_fresh2}) {
+        for (const ConvKernel& kernel : {bf16, bf16_f2}) {
           run<BFloat16>("bfloat16", kernel, s, residual, threads, 0);
         }
-        run<BFloat16>("bfloat16 F(4x4)", bf16_f4, s, residual, threads, 1e-2f);
       }
       if (a[5] > 2 || a[6] > 2) continue;  // beyond the filter: left to torch in training
       const ConvShape s{a[0], a[1], a[2], a[3], a[4], 3, 3, 0, 0, 1, 1, a[5], a[6], 1, 1};
