@@ -8,8 +8,8 @@
 // neighbours in depth in bfloat16.
 //
 // The depth runs over taps and, within a tap, channels. Where C fills whole chunks a chunk lies within one
-// tap. Otherwise (a stem's 3 channels) taps follow each other without gaps, and a pixel's inputs are first
-// put in a line.
+// tap. Otherwise (a stem's 3 channels) taps follow each other without gaps but for half a word at the end of
+// a row of the filter, and a pixel's inputs are first put in a line.
 //
 // Gathering copies each input R S / stride^2 times; against the K multiply-adds made with each copy that is
 // little.
@@ -82,9 +82,13 @@ struct DirectImpl {
   static constexpr int64_t kPerWord = sizeof(float) / sizeof(Element);
   static constexpr int64_t kChunkValues = kPerWord * kChunk;
 
+  // A row of the filter begins with a word.
+  static int64_t row_values(const ConvShape& shape) {
+    return ceil_div(shape.s * shape.c, kPerWord) * kPerWord;
+  }
   // In words.
   static int64_t depth_of(const ConvShape& shape) {
-    return ceil_div(shape.r * shape.s * shape.c, kChunkValues) * kChunk;
+    return ceil_div(shape.r * row_values(shape), kChunkValues) * kChunk;
   }
   static int64_t weight_floats(const ConvShape& shape) {
     return ceil_div(shape.k, kPanel) * depth_of(shape) * kPanel;
@@ -96,9 +100,9 @@ struct DirectImpl {
     std::fill(packed + first_panel * depth * kPanel, packed + last_panel * depth * kPanel, 0.0f);
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       auto* out = reinterpret_cast<Element*>(packed + panel * depth * kPanel);
-      int64_t at = 0;  // in depth
       const int64_t channels = std::min<int64_t>(shape.k - panel * kPanel, kPanel);
       for (int64_t tap = 0; tap < shape.r * shape.s; ++tap) {
+        int64_t at = tap / shape.s * row_values(shape) + tap % shape.s * shape.c;  // in depth
         const float* from =
             weight + panel * kPanel * stride[0] + tap / shape.s * stride[2] + tap % shape.s * stride[3];
         for (int64_t c = 0; c < shape.c; ++c, ++at) {
@@ -136,9 +140,9 @@ struct DirectImpl {
     const ConvShape& shape = problem.shape;
     const int64_t top = window.top(), left = window.left();
     const Element* x = problem.input<Element>() + window.image * problem.x_stride[0];
-    int64_t depth = 0;
     for (int64_t r = 0; r < shape.r; ++r) {
       const int64_t h = top + r * shape.dilation_h;
+      int64_t depth = r * row_values(shape);
       for (int64_t s = 0; s < shape.s; ++s, depth += shape.c) {
         const int64_t w = left + s * shape.dilation_w;
         const bool inside = h >= 0 && h < shape.h && w >= 0 && w < shape.w;
@@ -169,7 +173,10 @@ struct DirectImpl {
   // copied at once: a stem's 7 taps of 3 channels are 21 values.
   static FR_INLINE void put_in_line(const ConvProblem& problem, const Window& window, Element* line) {
     const ConvShape& shape = problem.shape;
-    const int64_t c = shape.c;
+    const int64_t c = shape.c, row = row_values(shape);
+    if (row != shape.s * c) {
+      for (int64_t r = 0; r < shape.r; ++r) line[(r + 1) * row - 1] = Element{};
+    }
     if (shape.dilation_w != 1 || problem.x_stride[2] != c) {
       visit_taps(problem, window, [&](int64_t depth, const Element* from) FR_LAMBDA {
         if (from != nullptr) {
@@ -184,7 +191,7 @@ struct DirectImpl {
     const int64_t first = std::clamp<int64_t>(-left, 0, shape.s);  // the taps inside the image
     const int64_t last = std::clamp<int64_t>(shape.w - left, first, shape.s);
     const Element* x = problem.input<Element>() + window.image * problem.x_stride[0] + (left + first) * c;
-    for (int64_t r = 0; r < shape.r; ++r, line += shape.s * c) {
+    for (int64_t r = 0; r < shape.r; ++r, line += row) {
       const int64_t h = top + r * shape.dilation_h;
       if (h < 0 || h >= shape.h) {
         std::fill_n(line, shape.s * c, Element{});
@@ -213,7 +220,7 @@ struct DirectImpl {
       return;
     }
     // All lines first: a chunk read back at once would wait for the stores that it spans.
-    const int64_t taps = problem.shape.r * problem.shape.s * c;
+    const int64_t taps = problem.shape.r * row_values(problem.shape);
     for (int64_t i = 0; i < pixels; ++i, window.step()) {
       put_in_line(problem, window, lines + i * depth);
       std::fill_n(lines + i * depth + taps, depth - taps, Element{});
