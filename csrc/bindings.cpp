@@ -15,7 +15,8 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
       "scale_shift_add_act_(Tensor(a!) y, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? "
       "running_mean, "
       "Tensor? running_var, float eps, Tensor? residual, int activation) -> ()");
-  // cpu/conv_ops.cpp: float32, NHWC. m and weights: see cpu/kernel_choice.h
+  // cpu/conv_ops.cpp: NHWC, float32 or bfloat16; weights to pack are float32. m and weights: see
+  // cpu/kernel_choice.h
   m.def("conv_pack(Tensor weight, int m, str isa, str weights='whole') -> Tensor");
   m.def(
       "conv_fused(Tensor x, Tensor packed, int[] filter, int m, str isa, int[] stride, int[] padding, "

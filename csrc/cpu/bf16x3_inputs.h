@@ -70,8 +70,8 @@ class Bf16x3Inputs {
       }
       return;
     }
-    const float* from =
-        problem_.x + at_.n * problem_.x_stride[0] + h * problem_.x_stride[1] + w * problem_.x_stride[2];
+    const float* from = problem_.input<float>() + at_.n * problem_.x_stride[0] + h * problem_.x_stride[1] +
+                        w * problem_.x_stride[2];
     const int64_t c_count = problem_.shape.c;
     int64_t c = 0;
     for (; c + kTileDepth <= c_count; c += kTileDepth, to += layout_.chunk) convert_chunk(from + c, to);

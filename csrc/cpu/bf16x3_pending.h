@@ -30,10 +30,10 @@ struct Bf16x3Pending {
   }
   template <Lanes kWhich>
   FR_INLINE void finish_vector(const float* sum, int64_t at, int64_t k, int64_t count) const {
-    const float* residual = problem->residual;
+    const float* residual = problem->added<float>();
     cpu::finish<AllSteps<Residual::kUnlessNull>, kLanes, kWhich>(
         load<kLanes>(sum), load<kLanes>(problem->scale + k), load<kLanes>(problem->shift + k), bounds,
-        residual == nullptr ? nullptr : residual + at, problem->y + at, count);
+        residual == nullptr ? nullptr : residual + at, problem->output<float>() + at, count);
   }
   // What finish will need.
   FR_INLINE void fetch(int64_t begin, int64_t end) const {
@@ -41,8 +41,8 @@ struct Bf16x3Pending {
     for (int64_t row = begin; row < end; ++row) {
       if (outputs[row] < 0) continue;
       for (int64_t k = k_begin; k < k_end; k += kCacheLine) {
-        __builtin_prefetch(problem->y + outputs[row] + k, 1);
-        if (problem->residual) __builtin_prefetch(problem->residual + outputs[row] + k);
+        __builtin_prefetch(problem->output<float>() + outputs[row] + k, 1);
+        if (problem->residual) __builtin_prefetch(problem->added<float>() + outputs[row] + k);
       }
     }
   }

@@ -24,6 +24,7 @@ namespace fused_resnet::cpu {
 
 template <class Tiles, int kLanes_>
 struct Bf16x3Stem {
+  using Element = float;
   static constexpr int kLanes = kLanes_;
   using V = Vec<kLanes>;
   static constexpr int64_t kPanel = 2 * kTileCols;  // output channels
@@ -99,7 +100,7 @@ struct Bf16x3Stem {
         shape_(problem.shape),
         layout_(problem.shape),
         bounds_(Bounds::before_max_pool(problem.activation)),
-        x_(problem.x + image * problem.x_stride[0]),
+        x_(problem.input<float>() + image * problem.x_stride[0]),
         first_top_(top_of(first_row)),
         sums_(scratch),
         block_(reinterpret_cast<BFloat16*>(sums_ + 2 * kGroup * kPanel)),

@@ -47,7 +47,8 @@ struct Bf16x3Winograd {
   static constexpr int64_t kStepsAhead = 2;  // what is fetched is used so much later
   static constexpr int64_t kSkew = 32;       // values: keeps positions out of one another's cache sets
   static constexpr int kTile = W::kTile, kPositions = W::kPositions;
-  using Transforms = WinogradImpl<RegisterBlock<kLanes, 1, kPanel / kLanes>, W>;
+  using Block = RegisterBlock<kLanes, 1, kPanel / kLanes>;
+  using Transforms = WinogradImpl<Block, W>;
   using V = Vec<kLanes>;
 
   static int64_t chunks_of(const ConvShape& shape) { return ceil_div(shape.c, kTileDepth); }
@@ -67,7 +68,7 @@ struct Bf16x3Winograd {
     for (int64_t panel = first_panel; panel < last_panel; ++panel, out += panel_values(shape)) {
       for (int64_t chunk = 0; chunk < chunks_of(shape); ++chunk) {
         const float* from = weight + panel * kPanel * stride[0] + chunk * kTileDepth * stride[1];
-        FilterTransform<kLanes, W>::pack_panel(
+        FilterTransform<Block, W>::pack_panel(
             from, stride, std::min<int64_t>(shape.k - panel * kPanel, kPanel),
             std::min<int64_t>(shape.c - chunk * kTileDepth, kTileDepth), kTileDepth, kPanel, u, kChannels);
         for (int64_t position = 0; position < kPositions; ++position) {

@@ -1,7 +1,7 @@
 // The fused convolution as the rest of the extension sees it: plain structs and raw pointers, no Torch
-// header. float32, NHWC, one group. These kernels share this interface: direct (any filter, stride and
-// dilation), and Winograd F(2x2, 3x3) and F(4x4, 3x3) (3 x 3, stride 1, dilation 1), with weights as
-// kernel_choice.h lists them.
+// header. Activations in float32 or bfloat16, NHWC, one group. These kernels share this interface: direct
+// (any filter, stride and dilation), and Winograd F(2x2, 3x3) and F(4x4, 3x3) (3 x 3, stride 1, dilation 1),
+// with weights as kernel_choice.h lists them.
 #pragma once
 
 #include <cstdint>
@@ -20,18 +20,33 @@ struct ConvShape {
 
 // y = act(scale * conv(x, w) + shift + residual). Strides are in elements; channels are contiguous.
 // x and residual may be the same memory, and a stride may be 0; y overlaps neither.
+//
+// The activations are of the kernel's own type, float or BFloat16: input<T>() and so on.
 struct ConvProblem {
   ConvShape shape;
-  const float* x;
+  const void* x;
   int64_t x_stride[3];   // n, h, w
   const float* weights;  // as pack_weights wrote them
   const float* scale;    // K floats each, readable (whatever they hold) up to the next multiple of 32
   const float* shift;
-  const float* residual;       // or nullptr
+  const void* residual;        // or nullptr
   int64_t residual_stride[3];  // n, p, q
-  float* y;
+  void* y;
   int64_t y_stride[3];  // n, p, q
   Activation activation;
+
+  template <class T>
+  const T* input() const {
+    return static_cast<const T*>(x);
+  }
+  template <class T>
+  const T* added() const {
+    return static_cast<const T*>(residual);
+  }
+  template <class T>
+  T* output() const {
+    return static_cast<T*>(y);
+  }
 };
 
 // How the work is cut: row_blocks * k_blocks independent pieces, each a block of rows and a range of panels.

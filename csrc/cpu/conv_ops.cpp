@@ -56,7 +56,7 @@ Tensor conv_pack(const Tensor& weight, int64_t m, const std::string& isa, const 
     shape.dilation_h = shape.dilation_w = 1;  // of the filter alone; the order does not depend on the rest
     return pack(pooled_kernel(kind, isa, shape));
   }
-  return pack(conv_kernel(m, kind, isa, shape));
+  return pack(conv_kernel(m, kind, isa, shape, kind == WeightKind::kBf16));
 }
 
 // Strides of n, h and w.
@@ -69,7 +69,8 @@ ConvProblem read_problem(const Tensor& x, const Tensor& packed, const std::vecto
                          const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                          const std::vector<int64_t>& dilation) {
   check(x.dim() == 4, "x", "4 dimensions", x.dim());
-  check(x.scalar_type() == ScalarType::Float, "x", "dtype float32", "another one");
+  check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16, "x",
+        "dtype float32 or bfloat16", "another one");
   check(filter.size() == 3, "filter", "K, R and S", filter.size(), " numbers");
   check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, "stride, padding, dilation",
         "two numbers each", stride.size(), ", ", padding.size(), ", ", dilation.size());
@@ -95,10 +96,14 @@ ConvProblem read_problem(const Tensor& x, const Tensor& packed, const std::vecto
   }
   shape.p = room_h / shape.stride_h + 1, shape.q = room_w / shape.stride_w + 1;
   check(shape.c == 1 || x.stride(1) == 1, "x", "channels innermost", "channel stride ", x.stride(1));
-  problem.x = static_cast<const float*>(x.const_data_ptr());
+  problem.x = x.const_data_ptr();
   pixel_strides(x, problem.x_stride);
   problem.weights = static_cast<const float*>(packed.const_data_ptr());
   return problem;
+}
+
+bool is_bfloat16(const Tensor& t) {
+  return t.scalar_type() == ScalarType::BFloat16;
 }
 
 template <class Kernel>
@@ -116,21 +121,22 @@ Tensor fused_convolution(const Tensor& x, const Tensor& packed, const std::vecto
                          int64_t activation, WeightKind weights) {
   ConvProblem problem = read_problem(x, packed, filter, stride, padding, dilation);
   const ConvShape& shape = problem.shape;
-  const ConvKernel& kernel = conv_kernel(m, weights, isa, shape);
+  const bool bf16 = is_bfloat16(x);
+  const ConvKernel& kernel = conv_kernel(m, weights, isa, shape, bf16);
   check(m == 0 ||
             (shape.stride_h == 1 && shape.stride_w == 1 && shape.dilation_h == 1 && shape.dilation_w == 1),
         "m", "0 unless stride and dilation are 1", m);
   check_packed(packed, kernel, shape);
   if (residual.has_value()) {
     const Tensor& t = *residual;
-    check(t.scalar_type() == ScalarType::Float, "residual", "dtype float32", "another one");
+    check(t.scalar_type() == x.scalar_type(), "residual", "the dtype of x", "another one");
     check(t.dim() == 4 && t.size(0) == shape.n && t.size(1) == shape.k && t.size(2) == shape.p &&
               t.size(3) == shape.q,
           "residual", "the shape of the output", shape_of(t));
     check(shape.k == 1 || t.stride(1) == 1, "residual", "channels innermost", "channel stride ", t.stride(1));
     check(m != 0 || is_channels_last(t), "residual", "a dense channels_last tensor for direct convolution",
           "other strides");
-    problem.residual = static_cast<const float*>(t.const_data_ptr());
+    problem.residual = t.const_data_ptr();
     pixel_strides(t, problem.residual_stride);
   }
   const ScaleShift bn(bn_arguments, shape.k);
@@ -138,9 +144,9 @@ Tensor fused_convolution(const Tensor& x, const Tensor& packed, const std::vecto
   problem.shift = bn.shift();
   problem.activation = activation_from(activation);
 
-  Tensor y = empty_output(shape.n, shape.k, shape.p, shape.q);
+  Tensor y = empty_output(shape.n, shape.k, shape.p, shape.q, bf16);
   if (shape.n == 0) return y;
-  problem.y = static_cast<float*>(y.mutable_data_ptr());
+  problem.y = y.mutable_data_ptr();
   problem.y_stride[0] = shape.p * shape.q * shape.k;
   problem.y_stride[1] = shape.q * shape.k;
   problem.y_stride[2] = shape.k;
@@ -161,8 +167,11 @@ Tensor pooled_convolution(const Tensor& x, const Tensor& packed, const std::vect
   ConvProblem problem = read_problem(x, packed, filter, stride, padding, dilation);
   const ConvShape& shape = problem.shape;
   const PooledKernel& kernel = pooled_kernel(weights, isa, shape);
+  const bool bf16 = is_bfloat16(x);
+  check(bf16 == (weights == WeightKind::kBf16), "weights", "bf16 for x in bfloat16, and only there",
+        kWeightKinds[static_cast<size_t>(weights)]);
   check_packed(packed, kernel, shape);
-  check(weights == WeightKind::kWhole || shape.w == 1 || problem.x_stride[2] == shape.c, "x",
+  check(weights != WeightKind::kBf16x3Stem || shape.w == 1 || problem.x_stride[2] == shape.c, "x",
         "pixels side by side for bf16x3 stem", "a stride of ", problem.x_stride[2]);
   check(pool_sizes.size() == 6, "pool", "window, stride and padding, two numbers each", pool_sizes.size(),
         " numbers");
@@ -185,9 +194,9 @@ Tensor pooled_convolution(const Tensor& x, const Tensor& packed, const std::vect
   problem.shift = bn.shift();
   problem.activation = activation_from(activation);
 
-  Tensor y = empty_output(shape.n, shape.k, pool.p, pool.q);
+  Tensor y = empty_output(shape.n, shape.k, pool.p, pool.q, bf16);
   if (shape.n == 0) return y;
-  problem.y = static_cast<float*>(y.mutable_data_ptr());
+  problem.y = y.mutable_data_ptr();
   // Parts of one image share a row or two of the convolution, so there are no more than the threads need.
   const int64_t parts = std::min(pool.p, ceil_div(torch::stable::get_num_threads(), shape.n));
   torch::stable::parallel_for(0, shape.n * parts, 1, [&](int64_t begin, int64_t end) {

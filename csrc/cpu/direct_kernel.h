@@ -4,17 +4,19 @@
 //   V [depth / kChunk][pixel][kChunk]    the inputs of each pixel of the block (im2col, in the cache)
 //   U [panel][depth][kPanel]             weights
 //
-// Products go from registers through the epilogue to the output.
+// Products go from registers through the epilogue to the output. V and U are words: a float32 each, or two
+// neighbours in depth in bfloat16.
 //
-// The depth runs over taps and, within a tap, channels. Where C is a multiple of kChunk a chunk lies within
-// one tap. Otherwise (a stem's 3 channels) taps follow each other without gaps, and a pixel's inputs are
-// first put in a line.
+// The depth runs over taps and, within a tap, channels. Where C fills whole chunks a chunk lies within one
+// tap. Otherwise (a stem's 3 channels) taps follow each other without gaps but for half a word at the end of
+// a row of the filter, and a pixel's inputs are first put in a line.
 //
 // Gathering copies each input R S / stride^2 times; against the K multiply-adds made with each copy that is
 // little.
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "conv.h"
 #include "finish.h"
@@ -27,8 +29,8 @@ namespace fused_resnet::cpu {
 // channel k. y and residual are dense: a pixel is K floats.
 template <class Block, int kRows, Residual kResidual>
 FR_INLINE void finish_products(const Vec<Block::kLanes> (&sum)[kRows][Block::kCols],
-                               const ConvProblem& problem, int64_t k, Bounds bounds, const float* residual,
-                               float* y) {
+                               const ConvProblem& problem, int64_t k, Bounds bounds,
+                               const typename Block::Element* residual, typename Block::Element* y) {
   constexpr int kLanes = Block::kLanes;
   const int64_t k_count = problem.shape.k;
   unroll<Block::kCols>([&](auto j) FR_LAMBDA {
@@ -51,8 +53,10 @@ struct FinishProducts {
                   const ConvProblem& problem, int64_t k, Bounds bounds, int64_t out) {
     constexpr int kLanes = Block::kLanes, kCols = Block::kCols;
     const int64_t k_count = problem.shape.k;
-    float* y = problem.y + out;
-    const float* residual = problem.residual ? problem.residual + out : nullptr;
+    using Element = typename Block::Element;
+    constexpr int kLine = kCacheLine * int(sizeof(float) / sizeof(Element));
+    Element* y = problem.output<Element>() + out;
+    const Element* residual = problem.residual ? problem.added<Element>() + out : nullptr;
     // What the end will need is fetched meanwhile, a row or a few with each chunk: all at once would hold up
     // the loads of the products.
     const int64_t rows_at_once = ceil_div(kRows, chunks);
@@ -60,7 +64,7 @@ struct FinishProducts {
     multiply<Block, kRows>(v, v_chunk_stride, chunks, u, ahead, sum, [&](int64_t chunk) FR_LAMBDA {
       const int64_t end = std::min<int64_t>((chunk + 1) * rows_at_once, kRows);
       for (int64_t at = chunk * rows_at_once * k_count; at < end * k_count; at += k_count) {
-        for (int j = 0; j < Block::kPanel; j += kCacheLine) {
+        for (int j = 0; j < Block::kPanel; j += kLine) {
           __builtin_prefetch(y + at + j, 1);
           if (residual) __builtin_prefetch(residual + at + j);
         }
@@ -74,9 +78,17 @@ template <class Block>
 struct DirectImpl {
   static constexpr int kLanes = Block::kLanes, kPanel = Block::kPanel;
   using V = Vec<kLanes>;
+  using Element = typename Block::Element;
+  static constexpr int64_t kPerWord = sizeof(float) / sizeof(Element);
+  static constexpr int64_t kChunkValues = kPerWord * kChunk;
 
+  // A row of the filter begins with a word.
+  static int64_t row_values(const ConvShape& shape) {
+    return ceil_div(shape.s * shape.c, kPerWord) * kPerWord;
+  }
+  // In words.
   static int64_t depth_of(const ConvShape& shape) {
-    return ceil_div(shape.r * shape.s * shape.c, kChunk) * kChunk;
+    return ceil_div(shape.r * row_values(shape), kChunkValues) * kChunk;
   }
   static int64_t weight_floats(const ConvShape& shape) {
     return ceil_div(shape.k, kPanel) * depth_of(shape) * kPanel;
@@ -85,18 +97,21 @@ struct DirectImpl {
   static void pack_weights(const ConvShape& shape, const float* weight, const int64_t stride[4],
                            int64_t first_panel, int64_t last_panel, float* packed) {
     const int64_t depth = depth_of(shape);
-    float* out = packed + first_panel * depth * kPanel;
-    std::fill(out, packed + last_panel * depth * kPanel, 0.0f);
+    std::fill(packed + first_panel * depth * kPanel, packed + last_panel * depth * kPanel, 0.0f);
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      auto* out = reinterpret_cast<Element*>(packed + panel * depth * kPanel);
       const int64_t channels = std::min<int64_t>(shape.k - panel * kPanel, kPanel);
       for (int64_t tap = 0; tap < shape.r * shape.s; ++tap) {
+        int64_t at = tap / shape.s * row_values(shape) + tap % shape.s * shape.c;  // in depth
         const float* from =
             weight + panel * kPanel * stride[0] + tap / shape.s * stride[2] + tap % shape.s * stride[3];
-        for (int64_t c = 0; c < shape.c; ++c, out += kPanel) {
-          for (int64_t k = 0; k < channels; ++k) out[k] = from[k * stride[0] + c * stride[1]];
+        for (int64_t c = 0; c < shape.c; ++c, ++at) {
+          Element* to = out + at / kPerWord * kPerWord * kPanel + at % kPerWord;
+          for (int64_t k = 0; k < channels; ++k) {
+            to[k * kPerWord] = rounded<Element>(from[k * stride[0] + c * stride[1]]);
+          }
         }
       }
-      out += (depth - shape.r * shape.s * shape.c) * kPanel;
     }
   }
 
@@ -118,16 +133,16 @@ struct DirectImpl {
     int64_t left() const { return q * shape.stride_w - shape.pad_w; }
   };
 
-  // The inputs of one output pixel, tap by tap: put(depth index, pointer to C floats, or nullptr for
+  // The inputs of one output pixel, tap by tap: put(depth index, pointer to C values, or nullptr for
   // padding).
   template <class Put>
   static FR_INLINE void visit_taps(const ConvProblem& problem, const Window& window, Put&& put) {
     const ConvShape& shape = problem.shape;
     const int64_t top = window.top(), left = window.left();
-    const float* x = problem.x + window.image * problem.x_stride[0];
-    int64_t depth = 0;
+    const Element* x = problem.input<Element>() + window.image * problem.x_stride[0];
     for (int64_t r = 0; r < shape.r; ++r) {
       const int64_t h = top + r * shape.dilation_h;
+      int64_t depth = r * row_values(shape);
       for (int64_t s = 0; s < shape.s; ++s, depth += shape.c) {
         const int64_t w = left + s * shape.dilation_w;
         const bool inside = h >= 0 && h < shape.h && w >= 0 && w < shape.w;
@@ -136,32 +151,38 @@ struct DirectImpl {
     }
   }
 
-  static void copy_chunk(const float* from, float* to) {
+  static void copy_chunk(const Element* from, float* to) {
+    const auto* words = reinterpret_cast<const float*>(from);
     unroll<kChunk / kLanes>(
-        [&](auto i) FR_LAMBDA { store<kLanes>(to + i * kLanes, load<kLanes>(from + i * kLanes)); });
+        [&](auto i) FR_LAMBDA { store<kLanes>(to + i * kLanes, load<kLanes>(words + i * kLanes)); });
   }
 
-  // Whole vectors where there is one, the last overlapping the one before: nothing beyond `count` is touched.
-  static FR_INLINE void copy(const float* from, float* to, int64_t count) {
-    if (count < kLanes) {
-      for (int64_t i = 0; i < count; ++i) to[i] = from[i];
-      return;
+  // Pieces as long as may be, the last overlapping the one before: nothing beyond `count` is touched.
+  template <int64_t kPiece = kLanes * kPerWord>
+  static FR_INLINE void copy(const Element* from, Element* to, int64_t count) {
+    if (count >= kPiece) {
+      for (int64_t i = 0; i + kPiece < count; i += kPiece)
+        std::memcpy(to + i, from + i, kPiece * sizeof(Element));
+      std::memcpy(to + count - kPiece, from + count - kPiece, kPiece * sizeof(Element));
+    } else if constexpr (kPiece > 1) {
+      copy<kPiece / 2>(from, to, count);
     }
-    for (int64_t i = 0; i + kLanes < count; i += kLanes) store<kLanes>(to + i, load<kLanes>(from + i));
-    store<kLanes>(to + count - kLanes, load<kLanes>(from + count - kLanes));
   }
 
   // The inputs of one output pixel in a line. Where pixels lie side by side, a whole row of the filter is
   // copied at once: a stem's 7 taps of 3 channels are 21 values.
-  static FR_INLINE void put_in_line(const ConvProblem& problem, const Window& window, float* line) {
+  static FR_INLINE void put_in_line(const ConvProblem& problem, const Window& window, Element* line) {
     const ConvShape& shape = problem.shape;
-    const int64_t c = shape.c;
+    const int64_t c = shape.c, row = row_values(shape);
+    if (row != shape.s * c) {
+      for (int64_t r = 0; r < shape.r; ++r) line[(r + 1) * row - 1] = Element{};
+    }
     if (shape.dilation_w != 1 || problem.x_stride[2] != c) {
-      visit_taps(problem, window, [&](int64_t depth, const float* from) FR_LAMBDA {
+      visit_taps(problem, window, [&](int64_t depth, const Element* from) FR_LAMBDA {
         if (from != nullptr) {
           copy(from, line + depth, c);
         } else {
-          std::fill_n(line + depth, c, 0.0f);
+          std::fill_n(line + depth, c, Element{});
         }
       });
       return;
@@ -169,44 +190,44 @@ struct DirectImpl {
     const int64_t top = window.top(), left = window.left();
     const int64_t first = std::clamp<int64_t>(-left, 0, shape.s);  // the taps inside the image
     const int64_t last = std::clamp<int64_t>(shape.w - left, first, shape.s);
-    const float* x = problem.x + window.image * problem.x_stride[0] + (left + first) * c;
-    for (int64_t r = 0; r < shape.r; ++r, line += shape.s * c) {
+    const Element* x = problem.input<Element>() + window.image * problem.x_stride[0] + (left + first) * c;
+    for (int64_t r = 0; r < shape.r; ++r, line += row) {
       const int64_t h = top + r * shape.dilation_h;
       if (h < 0 || h >= shape.h) {
-        std::fill_n(line, shape.s * c, 0.0f);
+        std::fill_n(line, shape.s * c, Element{});
         continue;
       }
-      if (first > 0) std::fill_n(line, first * c, 0.0f);
+      if (first > 0) std::fill_n(line, first * c, Element{});
       copy(x + h * problem.x_stride[1], line + first * c, (last - first) * c);
-      if (last < shape.s) std::fill_n(line + last * c, (shape.s - last) * c, 0.0f);
+      if (last < shape.s) std::fill_n(line + last * c, (shape.s - last) * c, Element{});
     }
   }
 
   // V of a block of pixels; `lines` has room for all of them.
-  static void gather(const ConvProblem& problem, int64_t first_pixel, int64_t pixels, const float* zeros,
-                     float* lines, float* v) {
-    const int64_t c = problem.shape.c, depth = depth_of(problem.shape), v_chunk = pixels * kChunk;
+  static void gather(const ConvProblem& problem, int64_t first_pixel, int64_t pixels, const Element* zeros,
+                     Element* lines, float* v) {
+    const int64_t c = problem.shape.c, depth = depth_of(problem.shape) * kPerWord, v_chunk = pixels * kChunk;
     Window window(problem.shape, first_pixel);
-    if (c % kChunk == 0) {
+    if (c % kChunkValues == 0) {
       for (int64_t i = 0; i < pixels; ++i, v += kChunk, window.step()) {
-        visit_taps(problem, window, [&](int64_t at, const float* from) FR_LAMBDA {
-          const int64_t step = from != nullptr ? kChunk : 0;
+        visit_taps(problem, window, [&](int64_t at, const Element* from) FR_LAMBDA {
+          const int64_t step = from != nullptr ? kChunkValues : 0;
           if (from == nullptr) from = zeros;
-          float* to = v + at / kChunk * v_chunk;
-          for (int64_t j = 0; j < c; j += kChunk, from += step, to += v_chunk) copy_chunk(from, to);
+          float* to = v + at / kChunkValues * v_chunk;
+          for (int64_t j = 0; j < c; j += kChunkValues, from += step, to += v_chunk) copy_chunk(from, to);
         });
       }
       return;
     }
     // All lines first: a chunk read back at once would wait for the stores that it spans.
-    const int64_t taps = problem.shape.r * problem.shape.s * c;
+    const int64_t taps = problem.shape.r * row_values(problem.shape);
     for (int64_t i = 0; i < pixels; ++i, window.step()) {
       put_in_line(problem, window, lines + i * depth);
-      std::fill_n(lines + i * depth + taps, depth - taps, 0.0f);
+      std::fill_n(lines + i * depth + taps, depth - taps, Element{});
     }
     for (int64_t i = 0; i < pixels; ++i, v += kChunk) {
       float* to = v;
-      for (int64_t j = 0; j < depth; j += kChunk, to += v_chunk) copy_chunk(lines + i * depth + j, to);
+      for (int64_t j = 0; j < depth; j += kChunkValues, to += v_chunk) copy_chunk(lines + i * depth + j, to);
     }
   }
 
@@ -222,7 +243,7 @@ struct DirectImpl {
   }
 
   static int64_t scratch_floats(const ConvShape& shape, int64_t pixels) {
-    return kChunk + (shape.c % kChunk == 0 ? 1 : 2) * pixels * depth_of(shape);
+    return kChunk + (shape.c % kChunkValues == 0 ? 1 : 2) * pixels * depth_of(shape);
   }
 
   // Output pixels [first_pixel, first_pixel + pixels) and panels [first_panel, last_panel); the first pixel
@@ -230,12 +251,11 @@ struct DirectImpl {
   static void compute(const ConvProblem& problem, int64_t first_pixel, int64_t pixels, int64_t first_panel,
                       int64_t last_panel, Bounds bounds, int64_t out, float* scratch) {
     const int64_t depth = depth_of(problem.shape), k = problem.shape.k;
-    float* zeros = scratch;
-    float* v = zeros + kChunk;
-    float* lines = v + pixels * depth;
+    float* v = scratch + kChunk;
 
-    std::fill_n(zeros, kChunk, 0.0f);
-    gather(problem, first_pixel, pixels, zeros, lines, v);
+    std::fill_n(scratch, kChunk, 0.0f);
+    gather(problem, first_pixel, pixels, reinterpret_cast<const Element*>(scratch),
+           reinterpret_cast<Element*>(v + pixels * depth), v);
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       const float* u = problem.weights + panel * depth * kPanel;
       const float* next =

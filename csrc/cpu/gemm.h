@@ -1,5 +1,6 @@
 // The micro-kernel: M[t][k] = sum_c V[t][c] * U[c][k] for up to kRows rows and one panel of output channels,
-// held in registers from the first channel to the last.
+// held in registers from the first channel to the last. A c is a word: a float32, or two bfloat16 channels
+// (bf16_block.h), whose products are both added.
 #pragma once
 
 #include <array>
@@ -13,15 +14,27 @@ namespace fused_resnet::cpu {
 
 // The register block. 14 x 32 takes 28 accumulators, 2 weights and 1 broadcast of 32 registers (AVX-512),
 // 6 x 16 the same of 16 (AVX2): as many multiply-adds as possible for each load.
-template <int kLanes_, int kRows_, int kCols_>
+//
+// Element: the type of the activations in memory. Not that of the products, which are float32's here.
+template <int kLanes_, int kRows_, int kCols_, class Element_ = float>
 struct RegisterBlock {
+  using Element = Element_;
   static constexpr int kLanes = kLanes_;
   static constexpr int kRows = kRows_;           // pixels or tiles
   static constexpr int kCols = kCols_;           // vectors of output channels
   static constexpr int kPanel = kLanes * kCols;  // output channels
+
+  // Chunks that are summed in one accumulator; longer sums are made of such partial sums. The rounding error
+  // of one long sum grows with its length n, that of sums of b with about sqrt(n b): 3 to 5 times less at
+  // 1,000 to 4,600 products, which oneDNN's kernels for small images reach as well.
+  static constexpr int64_t kSegment = 6;
+
+  static FR_INLINE void multiply_add(Vec<kLanes>& sum, float value, Vec<kLanes> weight) {
+    sum += value * weight;
+  }
 };
 
-// Channels of a row that lie together. V is [C / kChunk][row][kChunk], so the distance between two rows is a
+// Words of a row that lie together. V is [C / kChunk][row][kChunk], so the distance between two rows is a
 // constant: fourteen addresses are one register and fourteen displacements.
 constexpr int kChunk = 16;
 
@@ -34,11 +47,6 @@ struct Ahead {
 };
 constexpr int kCacheLine = 16;  // floats
 
-// Chunks that are summed in one accumulator; longer sums are made of such partial sums. The rounding error of
-// one long sum grows with its length n, that of sums of b with about sqrt(n b): 3 to 5 times less at 1,000 to
-// 4,600 products, which oneDNN's kernels for small images reach as well.
-constexpr int64_t kSegment = 6;
-
 #if defined(__GNUC__) && !defined(__clang__)
   #pragma GCC diagnostic push  // GCC does not see that `total` is read only after it has been written
   #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -49,10 +57,10 @@ FR_INLINE void multiply(const float* v, int64_t v_chunk_stride, int64_t chunks, 
                         Vec<Block::kLanes> (&sum)[kRows][Block::kCols], BeforeChunk&& before_chunk) {
   using V = Vec<Block::kLanes>;
   V total[kRows][Block::kCols];  // in memory: the registers are taken
-  for (int64_t begin = 0;; begin += kSegment) {
+  for (int64_t begin = 0;; begin += Block::kSegment) {
     unroll<kRows>([&](auto row)
                       FR_LAMBDA { unroll<Block::kCols>([&](auto j) FR_LAMBDA { sum[row][j] = V{}; }); });
-    const int64_t end = begin + kSegment < chunks ? begin + kSegment : chunks;
+    const int64_t end = begin + Block::kSegment < chunks ? begin + Block::kSegment : chunks;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       before_chunk(chunk);
       // A loop: as unroll<kChunk> it makes the same code and takes twice as long to compile.
@@ -66,7 +74,7 @@ FR_INLINE void multiply(const float* v, int64_t v_chunk_stride, int64_t chunks, 
         });
         unroll<kRows>([&](auto row) FR_LAMBDA {
           const float value = v[row * kChunk + c];
-          unroll<Block::kCols>([&](auto j) FR_LAMBDA { sum[row][j] += value * weight[j]; });
+          unroll<Block::kCols>([&](auto j) FR_LAMBDA { Block::multiply_add(sum[row][j], value, weight[j]); });
         });
         // Compilers would issue all the prefetches of a chunk at once, and loads would wait behind them.
         __asm__ __volatile__("" ::: "memory");

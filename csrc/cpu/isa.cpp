@@ -22,11 +22,9 @@ bool have_amx() {
 #if defined(__linux__) && defined(__x86_64__)
   static const bool present = [] {
     constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // leaf 7, edx
-    constexpr unsigned kAvx512Bf16 = 1u << 5;                     // leaf 7, subleaf 1, eax
     unsigned eax, ebx, ecx, edx;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
     if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
-    if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || (eax & kAvx512Bf16) == 0) return false;
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   }();
@@ -42,11 +40,17 @@ bool have_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
 }
+bool have_avx512_bf16() {
+  constexpr unsigned kAvx512Bf16 = 1u << 5;  // leaf 7, subleaf 1, eax
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & kAvx512Bf16) != 0;
+}
 #endif
 
-// Best first. Each is a part of those before it, but for matrix tiles, which "portable" has in plain C++.
-constexpr const char* kIsas[] = {"amx", "avx512", "avx2", "portable"};
-constexpr int kIsaCount = 4;
+// Best first. Each is a part of those before it, but for bfloat16 and matrix tiles, which "portable" has in
+// plain C++.
+constexpr const char* kIsas[] = {"amx", "avx512_bf16", "avx512", "avx2", "portable"};
+constexpr int kIsaCount = 5;
 
 int index_of(const char* isa) {
   int index = 0;
@@ -60,9 +64,11 @@ const Kernels* of_this_processor(int index) {
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                              __builtin_cpu_supports("avx512dq");
-  if (index == 0 && avx512 && have_amx()) return &kernels_amx();
-  if (index == 1 && avx512) return &kernels_avx512();
-  if (index == 2 && avx2) return &kernels_avx2();
+  static const bool avx512_bf16 = avx512 && have_avx512_bf16();
+  if (index == 0 && avx512_bf16 && have_amx()) return &kernels_amx();
+  if (index == 1 && avx512_bf16) return &kernels_avx512_bf16();
+  if (index == 2 && avx512) return &kernels_avx512();
+  if (index == 3 && avx2) return &kernels_avx2();
 #endif
   return index == kIsaCount - 1 ? &kernels_portable() : nullptr;
 }
@@ -74,7 +80,7 @@ int best_index() {
     if (named != nullptr && *named != '\0') {
       const int index = index_of(named);
       check(of_this_processor(index) != nullptr, "FUSED_RESNET_CPU_ISA",
-            "amx, avx512, avx2 or portable, as this CPU has it", named);
+            "amx, avx512_bf16, avx512, avx2 or portable, as this CPU has it", named);
       return index;
     }
     int index = 0;

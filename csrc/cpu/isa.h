@@ -1,5 +1,6 @@
 // One binary, several instruction sets: each kernel is instantiated in isa_portable_*.cpp, isa_avx2_*.cpp,
-// isa_avx512_*.cpp and isa_amx_*.cpp, and the best set that this CPU has is taken at run time.
+// isa_avx512_*.cpp, isa_avx512_bf16_*.cpp and isa_amx_*.cpp, and the best set that this CPU has is taken at
+// run time.
 #pragma once
 
 #include <string>
@@ -12,13 +13,17 @@
 namespace fused_resnet::cpu {
 
 struct Kernels {
-  const char* isa;      // "amx", "avx512", "avx2" or "portable"
-  const char* vectors;  // the same but for "amx", whose vector code is that of "avx512"
+  const char* isa;      // "amx", "avx512_bf16", "avx512", "avx2" or "portable"
+  const char* vectors;  // the same but for "amx" and "avx512_bf16", whose float32 vector code is "avx512"'s
   ConvKernel direct, winograd2, winograd4, fresh_winograd2, fresh_winograd4;
   PooledKernel pooled;
   EpilogueKernel epilogue;
   ChecksumKernel checksum;
-  // Matrix tiles: absent (nullptr) in "avx512" and "avx2".
+  // Activations in bfloat16: absent (nullptr) in "avx512" and "avx2".
+  ConvKernel bf16_direct = {}, bf16_winograd2 = {}, bf16_winograd4 = {}, bf16_fresh_winograd2 = {},
+             bf16_fresh_winograd4 = {};
+  PooledKernel bf16_pooled = {};
+  // Matrix tiles: absent in "avx512_bf16" as well.
   ConvKernel bf16x3_direct = {}, fresh_bf16x3_direct = {}, bf16x3_winograd2 = {}, bf16x3_winograd4 = {};
   PooledKernel bf16x3_stem = {};
 };
@@ -28,6 +33,7 @@ struct Kernels {
 struct Portable;
 struct Avx2;
 struct Avx512;
+struct Avx512Bf16;
 struct Amx;
 template <class Isa>
 void add_direct(Kernels& set);
@@ -35,6 +41,12 @@ template <class Isa>
 void add_winograd2(Kernels& set);
 template <class Isa>
 void add_winograd4(Kernels& set);
+template <class Isa>
+void add_bf16_direct(Kernels& set);
+template <class Isa>
+void add_bf16_winograd2(Kernels& set);
+template <class Isa>
+void add_bf16_winograd4(Kernels& set);
 template <class Isa>
 void add_bf16x3_direct(Kernels& set);
 template <class Isa>
@@ -44,7 +56,8 @@ void add_bf16x3_winograd(Kernels& set);
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
-const Kernels& kernels_amx();  // those of AVX-512 and the ones on matrix tiles
+const Kernels& kernels_avx512_bf16();  // those of AVX-512 and the ones of bfloat16
+const Kernels& kernels_amx();          // and the ones on matrix tiles
 #endif
 const Kernels& kernels_portable();
 

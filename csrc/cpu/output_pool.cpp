@@ -79,12 +79,13 @@ Pool& pool() {
 
 }  // namespace
 
-Tensor empty_output(int64_t n, int64_t k, int64_t p, int64_t q) {
-  const int64_t bytes = n * k * p * q * int64_t(sizeof(float));
+Tensor empty_output(int64_t n, int64_t k, int64_t p, int64_t q, bool bf16) {
+  const int64_t bytes = n * k * p * q * (bf16 ? 2 : 4);
   if (torch_from_blob == nullptr || bytes < kLeast) {
+    using torch::headeronly::ScalarType;
     Tensor y =
-        torch::stable::empty({n, k, p, q}, torch::headeronly::ScalarType::Float, std::nullopt, std::nullopt,
-                             std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+        torch::stable::empty({n, k, p, q}, bf16 ? ScalarType::BFloat16 : ScalarType::Float, std::nullopt,
+                             std::nullopt, std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
     advise_huge_pages(y.mutable_data_ptr(), bytes);
     return y;
   }
@@ -92,8 +93,8 @@ Tensor empty_output(int64_t n, int64_t k, int64_t p, int64_t q) {
   Buffer* const buffer = pool().take(bytes);
   AtenTensorHandle result;
   const AOTITorchError error = torch_from_blob(
-      buffer->memory, 4, sizes, strides, 0, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), -1,
-      &result, aoti_torch_layout_strided(), nullptr, 0,
+      buffer->memory, 4, sizes, strides, 0, bf16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32(),
+      aoti_torch_device_type_cpu(), -1, &result, aoti_torch_layout_strided(), nullptr, 0,
       [](void*, void* context) { pool().give_back(static_cast<Buffer*>(context)); }, buffer);
   if (error != AOTI_TORCH_SUCCESS) {
     pool().give_back(buffer);

@@ -12,11 +12,15 @@ namespace fused_resnet::cpu {
 
 template <class Rows>
 struct PooledRows {
+  using Element = typename Rows::Element;
   static constexpr int kLanes = Rows::kLanes;
   using V = Vec<kLanes>;
   using Bits = typename IntVecTypes<kLanes>::U32;
 
-  static int64_t row_floats(const ConvShape& shape) { return shape.q * shape.k; }
+  static int64_t row_values(const ConvShape& shape) { return shape.q * shape.k; }
+  static int64_t row_floats(const ConvShape& shape) {
+    return ceil_div(row_values(shape) * int64_t(sizeof(Element)), int64_t(sizeof(float)));
+  }
   // The rows of a row of windows, and the one that is computed while the windows are.
   static int64_t ring(const Pool& pool) { return pool.window_h + 1; }
 
@@ -41,9 +45,9 @@ struct PooledRows {
     const ConvShape& shape;
     const Pool& pool;
     bool non_negative;
-    const float* rows[kMaxWindow];  // of the convolution
+    const Element* rows[kMaxWindow];  // of the convolution
     int64_t row_count;
-    float* y;
+    Element* y;
     int64_t next;  // window
 
     // The next `count` of them.
@@ -63,13 +67,13 @@ struct PooledRows {
         const int64_t count = std::min<int64_t>(shape.k - k, kLanes);
         V value = kNonNegative ? V{} : V{} - __builtin_inff();
         for (int64_t r = 0; r < row_count; ++r) {
-          const float* from = rows[r] + first * shape.k + k;
+          const Element* from = rows[r] + first * shape.k + k;
           for (int64_t w = first; w < last; ++w, from += shape.k) {
             value = maximum<kNonNegative>(
                 value, count == kLanes ? load<kLanes>(from) : load_partial<kLanes>(from, count));
           }
         }
-        float* to = y + next * shape.k + k;
+        Element* to = y + next * shape.k + k;
         if (count == kLanes) {
           store<kLanes>(to, value);
         } else {
@@ -86,6 +90,8 @@ struct PooledRows {
                   float* scratch) {
     const ConvShape& shape = problem.shape;
     const int64_t slot = row_floats(shape);
+    const auto row = [&](int64_t h)
+                         FR_LAMBDA { return reinterpret_cast<Element*>(scratch + h % ring(pool) * slot); };
     int64_t done = std::max<int64_t>(first * pool.stride_h - pool.pad_h, 0);  // rows before it are not needed
     Rows rows(problem, image, done, scratch + ring(pool) * slot);
     Windows windows{shape, pool, problem.activation != Activation::kNone, {}, 0, nullptr, pool.q};
@@ -99,14 +105,13 @@ struct PooledRows {
       const int64_t bottom = std::min(p * pool.stride_h - pool.pad_h + pool.window_h, shape.p);
       if (done < top) complete();  // the ring's slots no longer follow one another
       for (done = std::max(done, top); done < bottom; ++done) {
-        rows.compute(done, scratch + done % ring(pool) * slot,
-                     [&]() FR_LAMBDA { windows.compute(kWindowsAtOnce); });
+        rows.compute(done, row(done), [&]() FR_LAMBDA { windows.compute(kWindowsAtOnce); });
         windows.compute(pool.q);
       }
       complete();
-      for (int64_t h = top; h < bottom; ++h) windows.rows[h - top] = scratch + h % ring(pool) * slot;
+      for (int64_t h = top; h < bottom; ++h) windows.rows[h - top] = row(h);
       windows.row_count = bottom - top;
-      windows.y = problem.y + (image * pool.p + p) * pool.q * shape.k;
+      windows.y = problem.output<Element>() + (image * pool.p + p) * pool.q * shape.k;
       windows.next = 0;
     }
     complete();

@@ -9,37 +9,56 @@
 
 namespace fused_resnet::cpu {
 
-// Neighbouring pixels are kStep floats apart.
+// `kValues` values as one word, the rest of it 0.
+template <int64_t kValues, class T>
+FR_INLINE float word(const T* values) {
+  float result = 0;
+  std::memcpy(&result, values, kValues * sizeof(T));
+  return result;
+}
+
+// Neighbouring pixels are kStep values apart.
 template <int kStep>
 struct RowRuns {
   template <class Block, int kRows>
   struct Products {
-    // rows[r]: where the run of filter row r begins for the first of kRows pixels.
-    static void run(const float* const* rows, int64_t offset, int64_t run_floats, int64_t depth,
-                    const float* u, const ConvProblem& problem, int64_t k, Bounds bounds, float* y) {
+    using Element = typename Block::Element;
+    static constexpr int64_t kPerWord = DirectImpl<Block>::kPerWord;
+
+    // rows[r]: where the run of filter row r begins for the first of kRows pixels; depth in words.
+    static void run(const Element* const* rows, int64_t offset, int64_t run_values, int64_t depth,
+                    const float* u, const ConvProblem& problem, int64_t k, Bounds bounds, Element* y) {
       using V = Vec<Block::kLanes>;
-      constexpr int64_t kSegmentFloats = kSegment * kChunk;
+      constexpr int64_t kSegmentWords = Block::kSegment * kChunk;
+      const int64_t run_words = ceil_div(run_values, kPerWord), whole_words = run_values / kPerWord;
       V sum[kRows][Block::kCols] = {}, total[kRows][Block::kCols] = {};
       int64_t r = 0, i = 0;
-      for (int64_t begin = 0; begin < depth; begin += kSegmentFloats) {
+      for (int64_t begin = 0; begin < depth; begin += kSegmentWords) {
         unroll<kRows>([&](auto row)
                           FR_LAMBDA { unroll<Block::kCols>([&](auto j) FR_LAMBDA { sum[row][j] = V{}; }); });
-        const int64_t end = std::min(begin + kSegmentFloats, depth);
+        const int64_t end = std::min(begin + kSegmentWords, depth);
         for (int64_t d = begin; d < end;) {
-          const int64_t count = std::min(run_floats - i, end - d);
-          const float* v = rows[r] + offset + i;
-          for (int64_t t = 0; t < count; ++t, u += Block::kPanel) {
+          const int64_t count = std::min(run_words - i, end - d);
+          const Element* v = rows[r] + offset + i * kPerWord;
+          const auto multiply_word = [&](auto values) FR_LAMBDA {
             V weight[Block::kCols];
             unroll<Block::kCols>([&](auto j)
                                      FR_LAMBDA { weight[j] = load<Block::kLanes>(u + j * Block::kLanes); });
             unroll<kRows>([&](auto row) FR_LAMBDA {
-              const float value = v[row * kStep + t];
-              unroll<Block::kCols>([&](auto j) FR_LAMBDA { sum[row][j] += value * weight[j]; });
+              const float value = word<decltype(values)::value>(v + row * kStep);
+              unroll<Block::kCols>([&](auto j)
+                                       FR_LAMBDA { Block::multiply_add(sum[row][j], value, weight[j]); });
             });
-          }
+            u += Block::kPanel;
+            v += kPerWord;
+          };
+          const int64_t whole = std::min(count, whole_words - i);
+          for (int64_t t = 0; t < whole; ++t) multiply_word(std::integral_constant<int64_t, kPerWord>{});
+          // What follows an odd run is another pixel's.
+          if (whole < count) multiply_word(std::integral_constant<int64_t, 1>{});
           d += count;
           i += count;
-          if (i == run_floats) i = 0, ++r;
+          if (i == run_words) i = 0, ++r;
         }
         if (begin > 0) {
           unroll<kRows>([&](auto row) FR_LAMBDA {
@@ -58,6 +77,7 @@ struct RowRuns {
 
 template <class Block>
 struct RowImpl {
+  using Element = typename Block::Element;
   static constexpr int64_t kMostRows = 8;  // of a filter
 
   static int64_t step(const ConvShape& shape) { return shape.stride_w * shape.c; }
@@ -71,7 +91,9 @@ struct RowImpl {
   // Rows of the input with their padding: a ring of those that one row of the output reads, and one of zeros.
   static int64_t ring(const ConvShape& shape) { return (shape.r - 1) * shape.dilation_h + 1; }
   static int64_t padded_row(const ConvShape& shape) { return (shape.w + 2 * shape.pad_w) * shape.c; }
-  static int64_t scratch_floats(const ConvShape& shape) { return (ring(shape) + 1) * padded_row(shape); }
+  static int64_t scratch_floats(const ConvShape& shape) {
+    return ceil_div((ring(shape) + 1) * padded_row(shape), DirectImpl<Block>::kPerWord);
+  }
 
   // Before the first row of an image.
   static void start(const ConvShape& shape, float* scratch) {
@@ -79,24 +101,24 @@ struct RowImpl {
   }
 
   // Row p of the output to y. `seen`: the number of the input row from which on none is in the ring yet.
-  static void compute(const ConvProblem& problem, int64_t image, int64_t p, int64_t& seen, float* y,
-                      float* scratch) {
+  static void compute(const ConvProblem& problem, int64_t image, int64_t p, int64_t& seen, Element* y,
+                      Element* scratch) {
     const ConvShape& shape = problem.shape;
-    const int64_t row_floats = padded_row(shape), top = p * shape.stride_h - shape.pad_h;
-    const float* rows[kMostRows];
+    const int64_t row_values = padded_row(shape), top = p * shape.stride_h - shape.pad_h;
+    const Element* rows[kMostRows];
     for (int64_t r = 0; r < shape.r; ++r) {
       const int64_t h = top + r * shape.dilation_h;
       if (h < 0 || h >= shape.h) {
-        rows[r] = scratch + ring(shape) * row_floats;  // zeros
+        rows[r] = scratch + ring(shape) * row_values;  // zeros
         continue;
       }
       for (seen = std::max(seen, top); seen <= h; ++seen) {
         if (seen < 0) continue;
-        float* to = scratch + seen % ring(shape) * row_floats + shape.pad_w * shape.c;
-        std::copy_n(problem.x + image * problem.x_stride[0] + seen * problem.x_stride[1], shape.w * shape.c,
-                    to);
+        Element* to = scratch + seen % ring(shape) * row_values + shape.pad_w * shape.c;
+        std::copy_n(problem.input<Element>() + image * problem.x_stride[0] + seen * problem.x_stride[1],
+                    shape.w * shape.c, to);
       }
-      rows[r] = scratch + h % ring(shape) * row_floats;
+      rows[r] = scratch + h % ring(shape) * row_values;
     }
     if (step(shape) == 3) {
       multiply_row<RowRuns<3>>(problem, rows, y);
@@ -106,15 +128,16 @@ struct RowImpl {
   }
 
   template <class Runs>
-  static void multiply_row(const ConvProblem& problem, const float* const* rows, float* y) {
+  static void multiply_row(const ConvProblem& problem, const Element* const* rows, Element* y) {
     const ConvShape& shape = problem.shape;
-    const int64_t run_floats = shape.s * shape.c, depth = shape.r * run_floats;
+    const int64_t run_values = shape.s * shape.c;
+    const int64_t depth = shape.r * ceil_div(run_values, DirectImpl<Block>::kPerWord);
     const int64_t u_panel = DirectImpl<Block>::depth_of(shape) * Block::kPanel;
     const Bounds bounds = Bounds::before_max_pool(problem.activation);
     for (int64_t k = 0; k < shape.k; k += Block::kPanel) {
       const float* u = problem.weights + k / Block::kPanel * u_panel;
       for_groups<Block, Runs::template Products>(shape.q, [&](auto kernel, int64_t first, int64_t, int64_t) {
-        kernel(rows, first * step(shape), run_floats, depth, u, problem, k, bounds, y + first * shape.k + k);
+        kernel(rows, first * step(shape), run_values, depth, u, problem, k, bounds, y + first * shape.k + k);
       });
     }
   }
@@ -123,6 +146,7 @@ struct RowImpl {
 // Rows of one image for PooledImpl: by RowImpl where it can, gathered otherwise.
 template <class Block>
 struct DirectRows {
+  using Element = typename Block::Element;
   using Rows = RowImpl<Block>;
   using Direct = DirectImpl<Block>;
   static constexpr int kLanes = Block::kLanes;
@@ -145,9 +169,9 @@ struct DirectRows {
   }
 
   template <class Between>
-  void compute(int64_t p, float* y, Between&&) {
+  void compute(int64_t p, Element* y, Between&&) {
     if (by_rows_) {
-      Rows::compute(problem_, image_, p, seen_, y, scratch_);
+      Rows::compute(problem_, image_, p, seen_, y, reinterpret_cast<Element*>(scratch_));
       return;
     }
     const ConvShape& shape = problem_.shape;

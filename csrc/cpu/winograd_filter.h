@@ -18,8 +18,10 @@ struct DoubleTypes {
   typedef float Unaligned __attribute__((vector_size(kHalf * sizeof(float)), aligned(4), may_alias));
 };
 
-template <int kLanes, class W>
+// Block: for its lanes, and so that each set of kernels has its own.
+template <class Block, class W>
 struct FilterTransform {
+  static constexpr int kLanes = Block::kLanes;
   static constexpr int kHalf = DoubleTypes<kLanes>::kHalf, kTile = W::kTile;
   static constexpr int kStep = 16;  // input channels at a time
   using Double = typename DoubleTypes<kLanes>::Double;

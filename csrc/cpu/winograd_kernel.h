@@ -4,6 +4,9 @@
 //   V [position][C / kChunk][tile][kChunk]           transformed input of the block
 //   U [position][panel][C][kPanel]                   transformed weights, in the order in which they are read
 //   M [position][tile][panels_per_block * kPanel]    products
+//
+// U, V and M are float32 where the activations are bfloat16 as well: with a quarter of the multiply-adds,
+// F(4x4) is as fast as pairs of bfloat16, and what it rounds is far below the rounding of its output.
 #pragma once
 
 #include <algorithm>
@@ -22,6 +25,7 @@ struct WinogradImpl {
   static constexpr int kPositions = W::kPositions;
   static constexpr int64_t kSkew = 16;  // keeps the positions' rows out of one another's cache sets
   using V = Vec<kLanes>;
+  using Element = typename Block::Element;
 
   static int64_t chunks_of(int64_t c) { return ceil_div(c, kChunk); }
   static int64_t weight_floats(const ConvShape& shape) {
@@ -36,9 +40,9 @@ struct WinogradImpl {
     const int64_t c_padded = chunks_of(shape.c) * kChunk, u_panel = c_padded * kPanel;
     const int64_t u_position = ceil_div(shape.k, kPanel) * u_panel;
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      FilterTransform<kLanes, W>::pack_panel(weight + panel * kPanel * stride[0], stride,
-                                             std::min<int64_t>(shape.k - panel * kPanel, kPanel), shape.c,
-                                             c_padded, kPanel, packed + panel * u_panel, u_position);
+      FilterTransform<Block, W>::pack_panel(weight + panel * kPanel * stride[0], stride,
+                                            std::min<int64_t>(shape.k - panel * kPanel, kPanel), shape.c,
+                                            c_padded, kPanel, packed + panel * u_panel, u_position);
     }
   }
 
@@ -54,11 +58,11 @@ struct WinogradImpl {
   };
 
   // Where a tile's pixels lie; those outside the image are read from `zeros`.
-  static void find_pixels(const ConvProblem& problem, int64_t tile, const float* zeros,
-                          const float* (&pixels)[kTile][kTile]) {
+  static void find_pixels(const ConvProblem& problem, int64_t tile, const Element* zeros,
+                          const Element* (&pixels)[kTile][kTile]) {
     const ConvShape& shape = problem.shape;
     const Place place(shape, tile);
-    const float* image = problem.x + place.image * problem.x_stride[0];
+    const Element* image = problem.input<Element>() + place.image * problem.x_stride[0];
     for (int i = 0; i < kTile; ++i) {
       for (int j = 0; j < kTile; ++j) {
         const int64_t h = place.top - shape.pad_h + i, w = place.left - shape.pad_w + j;
@@ -71,10 +75,10 @@ struct WinogradImpl {
   // Whether activations come from beyond the second-level cache. Then a tile's are fetched while the tile
   // before is transformed: 5 % of the whole at batch 8. From the cache itself it would cost 2 %.
   static bool fetches(const ConvShape& shape) {
-    const int64_t floats = shape.n * (shape.h * shape.w * shape.c + shape.p * shape.q * shape.k);
-    return floats * int64_t(sizeof(float)) > 2 * level2_cache_bytes();
+    const int64_t values = shape.n * (shape.h * shape.w * shape.c + shape.p * shape.q * shape.k);
+    return values * int64_t(sizeof(Element)) > 2 * level2_cache_bytes();
   }
-  static FR_INLINE void fetch_pixels(const float* const (&pixels)[kTile][kTile], int64_t c) {
+  static FR_INLINE void fetch_pixels(const Element* const (&pixels)[kTile][kTile], int64_t c) {
     for (int i = 0; i < kTile; ++i) {
       for (int j = 0; j < kTile; ++j) __builtin_prefetch(pixels[i][j] + c);
     }
@@ -83,8 +87,8 @@ struct WinogradImpl {
   // transform(tile, pixels, those of the next tile) for tiles [first, last).
   template <class Transform>
   static FR_INLINE void for_pixels(const ConvProblem& problem, int64_t first, int64_t last,
-                                   const float* zeros, Transform&& transform) {
-    const float* pixels[2][kTile][kTile];
+                                   const Element* zeros, Transform&& transform) {
+    const Element* pixels[2][kTile][kTile];
     find_pixels(problem, first, zeros, pixels[0]);
     for (int64_t tile = first; tile < last; ++tile) {
       auto &now = pixels[(tile - first) % 2], &next = pixels[(tile - first + 1) % 2];
@@ -94,8 +98,8 @@ struct WinogradImpl {
   }
 
   // V = B^T d B for the channels of one tile.
-  static void transform_input(const ConvShape& shape, const float* const (&pixels)[kTile][kTile],
-                              const float* const (&next)[kTile][kTile], bool fetch, const float* zeros,
+  static void transform_input(const ConvShape& shape, const Element* const (&pixels)[kTile][kTile],
+                              const Element* const (&next)[kTile][kTile], bool fetch, const Element* zeros,
                               float* v, int64_t v_position, int64_t v_chunk) {
     const int64_t padded_c = chunks_of(shape.c) * kChunk, whole = shape.c / kLanes * kLanes;
     for (int64_t c = 0; c < padded_c; c += kLanes) {
@@ -131,7 +135,7 @@ struct WinogradImpl {
   // first pixel.
   template <class S, Lanes kWhich>
   static FR_INLINE void finish_channels(const ConvProblem& problem, const float* m, int64_t m_position,
-                                        V scale, V shift, Bounds bounds, const float* residual, float* y,
+                                        V scale, V shift, Bounds bounds, const Element* residual, Element* y,
                                         int64_t rows, int64_t columns, int64_t count) {
     constexpr bool kResidual = S::kResidual == Residual::kSome;
     V half[kM][kTile];  // A^T M
@@ -141,8 +145,8 @@ struct WinogradImpl {
     });
     unroll<kM>([&](auto i) FR_LAMBDA {
       if (i >= rows) return;
-      const float* residual_row = residual + (kResidual ? i * problem.residual_stride[1] : 0);
-      float* y_row = y + i * problem.y_stride[1];
+      const Element* residual_row = residual + (kResidual ? i * problem.residual_stride[1] : 0);
+      Element* y_row = y + i * problem.y_stride[1];
       output_transform<W, V>([&](auto j) FR_LAMBDA { return half[i][j]; },
                              [&](auto j, V value) FR_LAMBDA {
                                if (j >= columns) return;
@@ -158,16 +162,16 @@ struct WinogradImpl {
   struct Outputs {
     const ConvProblem* problem;
     int64_t rows, columns;
-    float* y;
-    const float* residual;
+    Element* y;
+    const Element* residual;
     Outputs(const ConvProblem& p, int64_t tile) : problem(&p) {
       const Place at(p.shape, tile);
       const auto offset = [&](const int64_t stride[3]) {
         return at.image * stride[0] + at.top * stride[1] + at.left * stride[2];
       };
       rows = std::min<int64_t>(p.shape.p - at.top, kM), columns = std::min<int64_t>(p.shape.q - at.left, kM);
-      y = p.y + offset(p.y_stride);
-      residual = p.residual ? p.residual + offset(p.residual_stride) : nullptr;
+      y = p.output<Element>() + offset(p.y_stride);
+      residual = p.residual ? p.added<Element>() + offset(p.residual_stride) : nullptr;
     }
     FR_INLINE void fetch(int64_t k) const {
       const int64_t *of_y = problem->y_stride, *of_residual = problem->residual_stride;
@@ -186,7 +190,7 @@ struct WinogradImpl {
     const Bounds bounds(problem.activation);
     for (int64_t k = k_begin; k < k_end; k += kLanes, m += kLanes) {
       const V scale = load<kLanes>(problem.scale + k), shift = load<kLanes>(problem.shift + k);
-      const float* residual = at.residual + (S::kResidual == Residual::kSome ? k : 0);
+      const Element* residual = at.residual + (S::kResidual == Residual::kSome ? k : 0);
       if (fetch) next.fetch(k);
       if (k + kLanes <= k_end) {
         finish_channels<S, Lanes::kAll>(problem, m, m_position, scale, shift, bounds, residual, at.y + k,
@@ -198,10 +202,11 @@ struct WinogradImpl {
     }
   }
 
-  // V of a block of tiles; zeros: room for as many floats as a pixel has channels.
-  static void transform_inputs(const ConvProblem& problem, int64_t first_tile, int64_t tiles, float* zeros,
+  // V of a block of tiles; room: for as many floats as a pixel has channels.
+  static void transform_inputs(const ConvProblem& problem, int64_t first_tile, int64_t tiles, float* room,
                                float* v) {
-    std::fill_n(zeros, chunks_of(problem.shape.c) * kChunk, 0.0f);
+    std::fill_n(room, chunks_of(problem.shape.c) * kChunk, 0.0f);
+    const auto* zeros = reinterpret_cast<const Element*>(room);
     const int64_t v_position = v_stride(problem.shape.c, tiles);
     const bool fetch = fetches(problem.shape);
     for_pixels(problem, first_tile, first_tile + tiles, zeros, [&](int64_t tile, auto& pixels, auto& next) {

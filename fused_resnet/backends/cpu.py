@@ -3,12 +3,15 @@
 Three ways, decided once per signature:
 
 ``fused``
-    float32, one group, weights whose packed copies the caller keeps: our kernels (:mod:`.cpu_fused`), BN live;
-    :func:`.cpu_rule.fastest` chooses among them.
+    float32, and bfloat16 where the processor has AVX512_BF16 and no matrix tiles; one group, weights whose packed
+    copies the caller keeps: our kernels (:mod:`.cpu_fused`), BN live; :func:`.cpu_rule.fastest` chooses among them.
 ``pass``
     other float32 convolutions: eager's (oneDNN), then one pass of our own over its output. BN live.
 ``folded``
-    16-bit types, grouped convolutions without activation, and installs without the extension (:mod:`.cpu_onednn`).
+    other 16-bit convolutions, grouped ones without activation, and installs without the extension
+    (:mod:`.cpu_onednn`).
+
+16-bit types that neither our kernels nor oneDNN have here are computed in float32, and rounded once.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from ..core.reference import TailArguments
 from .base import Backend
 from .cpu_fused import FewChannels, FusedConvolution
 from .cpu_onednn import run_folded, run_pass
-from .cpu_rule import DIRECT, fastest, stem, winograd_choice
+from .cpu_rule import DIRECT, fastest, stem, why_not_bf16, winograd_choice
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,8 +66,6 @@ class CpuBackend(Backend):
                 return f"cpu: dtype must be float32, bfloat16 or float16, got {dtype_name(dtype)}"
         if not torch.backends.mkldnn.is_available():
             return "cpu: torch must be built with oneDNN, got a build without"
-        if not _onednn_has(problem.output_dtype):
-            return f"cpu: dtype must be one that oneDNN has on this CPU, got {dtype_name(problem.output_dtype)}"
         return None
 
     def run(self, problem: Problem, tail: TailArguments) -> Tensor:
@@ -76,12 +77,8 @@ class CpuBackend(Backend):
         if problem.output_dtype is not problem.dtype:
             # float16 x with a float32 residual, say: exact in the wider type, and rare
             return partial(_run_widened, self, problem.output_dtype)
-        if problem.dtype is not torch.float32 and _onednn_is_wrong(problem):
-            return partial(_run_widened, self, torch.float32)
-        if problem.dtype is not torch.float32 or extensions.cpu() is None:
-            return run_folded
-        otherwise = run_folded if problem.activation == "none" else run_pass
-        if problem.groups != 1:
+        otherwise = self._onednn(problem)
+        if problem.groups != 1 or not _have_kernels(problem.dtype):
             return otherwise
         choice = winograd_choice(tail.winograd)
         if problem.c < _LEAST_CHANNELS:
@@ -91,6 +88,21 @@ class CpuBackend(Backend):
             projection = fastest(_projection(problem, problem.projection), choice)
         return FusedConvolution(otherwise, fastest(problem, choice), projection)
 
+    def _onednn(self, problem: Problem) -> Callable[[TailArguments], Tensor]:
+        """What runs where there is no kernel of ours."""
+        if problem.dtype is not torch.float32 and (not _onednn_has(problem.dtype) or _onednn_is_wrong(problem)):
+            return partial(_run_widened, self, torch.float32)
+        if problem.dtype is not torch.float32 or extensions.cpu() is None or problem.activation == "none":
+            return run_folded
+        return run_pass
+
+
+def _have_kernels(dtype: torch.dtype) -> bool:
+    """Whether our own convolutions are the fastest of ``dtype`` here."""
+    if extensions.cpu() is None:
+        return False
+    return dtype is torch.float32 or (dtype is torch.bfloat16 and why_not_bf16() is None)
+
 
 def _projection(problem: Problem, proj: Projection) -> Problem:
     return replace(
@@ -99,9 +111,27 @@ def _projection(problem: Problem, proj: Projection) -> Problem:
     )  # fmt: skip
 
 
+def arithmetic(dtype: torch.dtype) -> str | None:
+    """One sentence about how this CPU computes convolutions of a 16-bit type; None where by kernels of ours."""
+    if _have_kernels(dtype):
+        return None
+    name = dtype_name(dtype)
+    if not _onednn_has(dtype):
+        return f"{name}: this processor has no arithmetic for it, so each tail is computed in float32 and rounded once"
+    reason = f" ({why_not_bf16()})" if dtype is torch.bfloat16 else ""
+    return f"{name}: oneDNN's convolutions, with BN folded into their weights{reason}"
+
+
 def _run_widened(backend: CpuBackend, dtype: torch.dtype, tail: TailArguments) -> Tensor:
+    """``tail`` in a wider type, whose weights are kept where the caller keeps packed ones."""
     memory_format = output_memory_format(tail.x, tail.conv.weight)
-    wide = tail.to(dtype)
+    kept = tail.packed_weights
+    wide = tail._replace(packed_weights=None)
+    if kept is not None and extensions.cpu() is not None:
+        conv, proj = (conv and conv._replace(weight=kept.cast(conv.weight, dtype)) for conv in (tail.conv, tail.proj))
+        assert conv is not None
+        wide = tail._replace(conv=conv, proj=proj, packed_weights=kept.casts)
+    wide = wide.to(dtype)._replace(packed_weights=wide.packed_weights)
     y = backend.run(Problem.from_tail(wide), wide)
     return y.to(Problem.from_tail(tail).output_dtype).contiguous(memory_format=memory_format)
 

@@ -1,4 +1,4 @@
-"""Our own convolutions on the CPU: float32, one group, BN live, direct or Winograd.
+"""Our own convolutions on the CPU: float32 and bfloat16, one group, BN live, direct or Winograd.
 
 Weights are packed, taken apart or transformed for them. Where the caller keeps such copies (``packed_weights``),
 each call compares a checksum over the whole weight, on the way and at the speed of memory; a caller that keeps none
@@ -17,7 +17,7 @@ from ..core.layout import output_memory_format
 from ..core.packed_weights import PackedWeights
 from ..core.reference import ConvBN, TailArguments
 from .cpu_program import NOTHING, Link, Pool, input_number, pack_checked, program
-from .cpu_rule import DIRECT, Algorithm
+from .cpu_rule import BF16_DIRECT, DIRECT, Algorithm
 
 ACTIVATION_CODES = {"none": 0, "relu": 1, "relu6": 2}  # enum Activation in csrc/cpu/activation.h
 
@@ -50,7 +50,8 @@ class FusedConvolution:
         if self.algorithm.m != 0 or not can_pool(pool):
             return None
         if pool not in self._pooled:
-            self._pooled[pool] = FusedConvolution(self.otherwise, DIRECT, pool=pool)
+            direct = BF16_DIRECT if self.algorithm == BF16_DIRECT else DIRECT
+            self._pooled[pool] = FusedConvolution(self.otherwise, direct, pool=pool)
         return self._pooled[pool]
 
     def __call__(self, tail: TailArguments) -> Tensor:
@@ -60,7 +61,7 @@ class FusedConvolution:
         inputs = [tail.x.contiguous(memory_format=torch.channels_last)]
         added = tail.residual if tail.proj_x is None else tail.proj_x
         if added is not None:
-            inputs.append(added.to(torch.float32).contiguous(memory_format=torch.channels_last))
+            inputs.append(added.to(tail.x.dtype).contiguous(memory_format=torch.channels_last))
         if self._program is None:
             *others, last = self.links(tail, input_number(0), input_number(1), 0)
             self._program = program([*others, last._replace(returned=True)])

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core import extensions
 from ..core.convolution import conv2d, pad_width
 from ..core.layout import output_memory_format
-from ..core.packed_weights import Packed, PackedWeights
+from ..core.packed_weights import PackedWeights
 from ..core.reference import ConvBN, TailArguments, scale_shift
 from .cpu_fused import ACTIVATION_CODES
 
@@ -95,28 +95,15 @@ def _folded_weight(conv: ConvBN, geometry: Any, x: Tensor, kept: PackedWeights |
     tensors = [t.detach() for t in conv[:6] if isinstance(t, Tensor)]
     key = ("folded", conv.eps, geometry, *(None if t is None else t.data_ptr() for t in conv[1:6]))
 
-    def make() -> Packed:
-        # The checksum first: a write that comes in between must make the copy stale, not true.
-        checksum = _checksum(tensors, kept)
+    def make() -> tuple[Tensor, Tensor | None]:
         weight, bias = fold(conv)
         stride, padding, dilation, groups = geometry
         arguments = (padding, stride, dilation, groups, list(x.shape))
-        return Packed((torch.ops.mkldnn._reorder_convolution_weight(weight, *arguments), bias), checksum)
+        return torch.ops.mkldnn._reorder_convolution_weight(weight, *arguments), bias
 
     with torch.no_grad():
-        packed = kept.find(conv.weight, key, make)
-        if kept.checked and not torch.equal(packed.checksum, _checksum(tensors, kept)):
-            kept.drop(conv.weight, key)
-            packed = kept.find(conv.weight, key, make)
-    weight, bias = packed.value
+        weight, bias = kept.compared(tensors, key, make)
     return weight, bias
-
-
-def _checksum(tensors: list[Tensor], kept: PackedWeights) -> Tensor:
-    if not kept.checked:
-        return torch.empty(0)
-    checksum: Tensor = torch.ops.fused_resnet_C.checksum.default(tensors)
-    return checksum
 
 
 def _residual(tail: TailArguments, memory_format: torch.memory_format) -> Tensor | None:

@@ -16,7 +16,7 @@ from .cpu_rule import Algorithm
 #: In place of the number of a link, as in csrc/cpu/conv_program.cpp.
 NOTHING = -1
 #: What is kept of a weight, in the order of enum WeightKind in csrc/cpu/kernel_choice.h.
-WEIGHT_KINDS = ("whole", "fresh", "bf16x3", "fresh bf16x3", "bf16x3 stem")
+WEIGHT_KINDS = ("whole", "fresh", "bf16x3", "fresh bf16x3", "bf16x3 stem", "bf16")
 
 #: Window, stride and padding of a max pool, two numbers each.
 Pool = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -60,7 +60,8 @@ def program(links: Sequence[Link]) -> Tensor:
 
 def pack(weight: Tensor, algorithm: Algorithm) -> Tensor:
     """The copy of ``weight`` in the order in which ``algorithm`` reads it."""
-    packed: Tensor = torch.ops.fused_resnet_C.conv_pack.default(weight.detach(), algorithm.m, "", algorithm.weights)
+    values = weight.detach().float()  # of bfloat16: "bf16" rounds them back to what they were
+    packed: Tensor = torch.ops.fused_resnet_C.conv_pack.default(values, algorithm.m, "", algorithm.weights)
     return packed
 
 

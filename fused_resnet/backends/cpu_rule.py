@@ -6,6 +6,8 @@ import os
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
+
 from ..core import extensions
 from ..core.problem import Problem
 
@@ -26,6 +28,9 @@ _BF16X3_WEIGHT = 5
 _BF16X3_TRANSFORM = 2.3
 #: A weight in three bfloat16 parts takes so many times the bytes of one in float32.
 _BF16X3_BYTES = 1.5
+#: A multiply-add of two bfloat16 costs so much of one of float32 where the vector unit has instructions for pairs of
+#: them (AVX512_BF16; on a Zen 4 215 against 105 GFLOP/s); so does a weight's way from memory.
+_BF16_MULTIPLY_ADD = 0.5
 #: bf16x3 Winograd weights of more bytes do not stay in a core's second-level cache, where the tiles need them.
 _BF16X3_WEIGHTS_STAY = 1 << 20
 
@@ -37,7 +42,8 @@ class Algorithm(NamedTuple):
     transformed in each call, 9 values to read for 36 (F4) or 16 (F2); ``bf16x3``, the values in three bfloat16 parts
     for the processor's matrix tiles (AMX), which multiply as accurately as float32 does (csrc/cpu/bf16x3.h);
     ``fresh bf16x3``, the weights as they are, taken apart in each call; ``bf16x3 stem``, as ``bf16x3`` in the order in
-    which the kernel with a max pool reads them.
+    which the kernel with a max pool reads them; ``bf16``, the weights in bfloat16, for direct convolution of bfloat16.
+    Winograd of bfloat16 multiplies in float32.
     """
 
     m: int
@@ -47,6 +53,7 @@ class Algorithm(NamedTuple):
 DIRECT = Algorithm(0)
 BF16X3_DIRECT = Algorithm(0, "bf16x3")
 FRESH_BF16X3_DIRECT = Algorithm(0, "fresh bf16x3")
+BF16_DIRECT = Algorithm(0, "bf16")
 BF16X3_STEM = Algorithm(0, "bf16x3 stem")
 
 
@@ -62,17 +69,21 @@ def fastest(problem: Problem, winograd: str = "auto", tiles: bool | None = None)
     for each tile plus its transforms; each costs at least what it takes to fetch its weights: 9, 36 (F4) or 16 (F2) for
     each pair, or 9 and their transform. So F(4x4) wins on large images, with fresh weights where there are few tiles to
     share them, F(2x2) on 7x7 at batch 1, direct convolution where there is next to nothing (1x1 to 4x4 pixels) or few
-    channels; with matrix tiles direct convolution wins from 256 channels at 14x14 on. ``tiles``: whether there are
-    matrix tiles (None: whether this CPU has them).
+    channels; with matrix tiles direct convolution wins from 256 channels at 14x14 on. In bfloat16 direct convolution
+    costs half, Winograd what it costs in float32. ``tiles``: whether there are matrix tiles (None: whether this CPU has
+    them).
     """
+    bf16 = problem.dtype is torch.bfloat16
+    direct = BF16_DIRECT if bf16 else DIRECT
     if winograd == "off":
-        return DIRECT
+        return direct
     if tiles is None:
         tiles = has_tiles()
     c, k = _round_up(problem.c, 16), _round_up(problem.k, 32)  # the kernel's granularity
     taps, outputs = problem.r * problem.s, problem.n * problem.p * problem.q
-    cost = {DIRECT: float(taps * problem.c * problem.k * max(outputs, _ROWS_TO_HIDE_A_WEIGHT))}
-    if tiles:
+    each = _BF16_MULTIPLY_ADD if bf16 else 1.0
+    cost = {direct: each * taps * problem.c * problem.k * max(outputs, _ROWS_TO_HIDE_A_WEIGHT)}
+    if tiles and not bf16:
         pairs, rows = taps * _round_up(problem.c, 32) * k, _round_up(outputs, 32)
         for algorithm, work, fetched in (
             (BF16X3_DIRECT, _BF16X3_MULTIPLY_ADD * rows, _BF16X3_BYTES),
@@ -89,7 +100,7 @@ def fastest(problem: Problem, winograd: str = "auto", tiles: bool | None = None)
         fresh = max(positions * max(winograd_tiles, _LEAST_ROWS) + _FRESH_TRANSFORM[m], 9 * _ROWS_TO_HIDE_A_WEIGHT)
         cost[Algorithm(m, "fresh")] = c * k * fresh + transforms
         c32 = _round_up(problem.c, 32)
-        if tiles and 6 * positions * c32 * k <= _BF16X3_WEIGHTS_STAY:
+        if tiles and not bf16 and 6 * positions * c32 * k <= _BF16X3_WEIGHTS_STAY:
             multiply_adds = _BF16X3_MULTIPLY_ADD * _round_up(winograd_tiles, 16)
             cost[Algorithm(m, "bf16x3")] = c32 * k * positions * multiply_adds + _BF16X3_TRANSFORM * transforms
     return min(cost, key=lambda algorithm: cost[algorithm])
@@ -102,8 +113,24 @@ def has_tiles() -> bool:
     return extension is not None and extension.build_info()["cpu_isa"] == "amx"
 
 
+@lru_cache(maxsize=1)
+def why_not_bf16() -> str | None:
+    """None where our own kernels are the fastest in bfloat16 on this processor, else why not, in one sentence."""
+    extension = extensions.cpu()
+    if extension is None:
+        return extensions.why_not_cpu()
+    isa = extension.build_info()["cpu_isa"]
+    if isa == "avx512_bf16":
+        return None
+    if isa == "amx":
+        return "oneDNN multiplies bfloat16 on this processor's matrix tiles, faster than its vector unit does"
+    return f"our bfloat16 kernels need AVX512_BF16, and the instruction set in use is {isa}"
+
+
 def stem(problem: Problem, winograd: str) -> Algorithm:
     """The kernel for a convolution of few channels with its max pool (``can_run`` in csrc/cpu/bf16x3_stem.h)."""
+    if problem.dtype is torch.bfloat16:
+        return BF16_DIRECT
     on_tiles = problem.dilation == (1, 1) and problem.stride[0] <= problem.r and problem.r * problem.s * problem.c >= 32
     return BF16X3_STEM if on_tiles and winograd != "off" and has_tiles() else DIRECT
 

@@ -3,6 +3,8 @@
 ``torch.library.register_autocast`` would cast every tensor, running_var included, and to one fixed dtype. Here
 x, weight, bias, residual and the projection's follow the *active* autocast dtype, as eager's convolution does,
 and the BN vectors are left alone, as eager's batch_norm does.
+
+On the CPU the weights' casts are kept with their packed copies, and made again when a weight has changed.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core import extensions
+from ..core.packed_weights import PackedWeights, by_number
 from .schemas import LIBRARY
 
 _CAST = frozenset({"x", "weight", "bias", "residual", "proj_x", "proj_weight", "proj_bias"})
@@ -29,15 +33,35 @@ def _cast(value: Any, device_type: str, dtype: torch.dtype) -> Any:
     return value
 
 
+def _may_keep(weight: Tensor, kept: PackedWeights) -> bool:
+    """Whether a cast of ``weight`` may serve again: nobody differentiates it, and its bytes can be compared."""
+    return (
+        kept.checked
+        and weight.dtype is torch.float32
+        and weight.device.type == "cpu"
+        and type(weight) in (Tensor, torch.nn.Parameter)
+        and not torch.is_grad_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and extensions.cpu() is not None
+    )
+
+
 def _register(name: str, device_type: str, key: str) -> None:
     op = getattr(torch.ops.fused_resnet, name).default
     arguments = op._schema.arguments
     positions = [i for i, argument in enumerate(arguments) if argument.name in _CAST]
+    weights = [i for i, argument in enumerate(arguments) if argument.name in ("weight", "proj_weight")]
     kept_position = next((i for i, argument in enumerate(arguments) if argument.name == "packed_weights"), None)
 
     def autocast_kernel(*args: Any, **kwargs: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
         full = list(args) + [kwargs.get(argument.name, argument.default_value) for argument in arguments[len(args) :]]
+        if kept_position is not None:
+            kept = by_number(full[kept_position])
+            if kept is not None and all(_may_keep(full[position], kept) for position in weights):
+                for position in weights:
+                    full[position] = kept.cast(full[position], dtype)
+                full[kept_position] = kept.casts.number
         weight = full[1]
         for position in positions:
             full[position] = _cast(full[position], device_type, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from .. import backends
@@ -20,6 +21,12 @@ def check_options(backend: str, winograd: str) -> None:
         backends.get(backend)
     if winograd not in ("auto", "f2", "off"):
         raise ValueError(f"winograd: expected 'auto', 'f2' or 'off', got {winograd!r}")
+
+
+def check_dtype(dtype: object) -> None:
+    """ValueError for anything that a frozen model does not compute in."""
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype: expected None, torch.bfloat16 or torch.float16, got {dtype!r}")
 
 
 def require_module(model: object, function: str) -> None:

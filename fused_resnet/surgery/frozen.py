@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from .. import nn as fused_nn
 from ..core import extensions
 from ..core.packed_weights import PackedWeights
+from ..core.problem import dtype_name
 from ..nn import pristine
 from ..nn.onlookers import watched
 from ..nn.tail import may_go_inside
-from .arguments import Frozen, check_options, require_module
+from .arguments import Frozen, check_dtype, check_options, require_module
 from .cuda_graph import CudaGraph
 from .live import fuse
 from .plan import is_fused, original_class
 from .recorder import NotRecordable, Recorder
-from .recording import Recording
+from .recording import Recording, map_values
 
 _SHAPES_KEPT = 8
 
@@ -43,9 +44,12 @@ class FrozenModel(Frozen):
     which it has been given other tensors, as ``torch.func.functional_call`` does.
     """
 
-    def __init__(self, model: nn.Module, backend: str = "auto", winograd: str = "auto") -> None:
+    def __init__(
+        self, model: nn.Module, backend: str = "auto", winograd: str = "auto", dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        self.__dict__.update(_options={"backend": backend, "winograd": winograd}, _lock=threading.RLock())
+        options = {"backend": backend, "winograd": winograd, "dtype": dtype}
+        self.__dict__.update(_options=options, _lock=threading.RLock(), dtype=dtype)
         self.training = False
         self.model = model
         self.register_load_state_dict_post_hook(FrozenModel._loaded)
@@ -53,7 +57,8 @@ class FrozenModel(Frozen):
     def refresh(self) -> FrozenModel:
         """Read the live model anew; what was prepared is forgotten. Returns self.
 
-        ValueError where it is in training mode; modules in it may be, and are then run as they are.
+        ValueError where it is in training mode (modules in it may be, and are then run as they are), or where it is to
+        be computed in another type and is not in float32.
         """
         if self.model.training:
             raise ValueError("model: expected evaluation mode (model.eval()), got training mode")
@@ -80,9 +85,17 @@ class FrozenModel(Frozen):
         if kwargs or self._runs_live(args):
             return self.model(*args, **kwargs)
         with torch.no_grad():
-            return self._run(args)(*args)
+            if self.dtype is None:
+                return self._run(args)(*args)
+            args = tuple(t.to(self.dtype) if t.is_floating_point() else t for t in args)
+            return map_values(self._run(args)(*args), self._widened)
+
+    def _widened(self, value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.dtype is self.dtype else value
 
     def _runs_live(self, args: tuple[Tensor, ...]) -> bool:
+        if self.dtype is not None and any(t.is_floating_point() and t.dtype is not torch.float32 for t in args):
+            return True
         kinds = {t.device.type for t in args}
         if len(kinds) > 1 or not kinds <= {"cpu", "cuda"}:
             return True
@@ -191,12 +204,13 @@ class FrozenModel(Frozen):
         return _frozen, (self.model, *self._options.values())
 
     def extra_repr(self) -> str:
-        return f"{original_class(self.model).__name__}, {len(self._prepared)} kinds of input prepared"
+        computed = "" if self.dtype is None else f" computed in {dtype_name(self.dtype)}"
+        return f"{original_class(self.model).__name__}{computed}, {len(self._prepared)} kinds of input prepared"
 
 
-def _frozen(model: nn.Module, backend: str, winograd: str) -> FrozenModel:
+def _frozen(model: nn.Module, backend: str, winograd: str, dtype: torch.dtype | None = None) -> FrozenModel:
     cls: Any = type(model)
-    frozen: FrozenModel = _frozen_class(cls)(model, backend, winograd)
+    frozen: FrozenModel = _frozen_class(cls)(model, backend, winograd, dtype)
     return frozen
 
 
@@ -267,9 +281,11 @@ class _Piece:
 
 
 @torch.inference_mode(False)  # what is made here also serves outside of it
-def _private_copy(model: nn.Module, backend: str, winograd: str) -> nn.Module:
+def _private_copy(model: nn.Module, backend: str, winograd: str, dtype: torch.dtype | None) -> nn.Module:
     copied = fuse(model, backend=backend, winograd=winograd)
     copied.requires_grad_(False)
+    if dtype is not None:
+        _convert(copied, dtype)
     device = next((p.device for p in copied.parameters()), torch.device("cpu"))
     if device.type == "cuda":
         return copied.to(memory_format=torch.channels_last)  # what the kernels read: a graph converts nothing
@@ -278,6 +294,21 @@ def _private_copy(model: nn.Module, backend: str, winograd: str) -> nn.Module:
         for module in _pieces(copied):
             module.__dict__["forward"] = _Piece(module, kept)
     return copied
+
+
+def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """``model.to(dtype)``, but for batch norms, which torch and our kernels compute in float32 either way."""
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for tensor in held.values():
+                if tensor is None or not tensor.is_floating_point():
+                    continue
+                if tensor.dtype not in (torch.float32, dtype):
+                    raise ValueError(
+                        f"model: expected parameters and buffers in float32 for dtype={dtype}, got {tensor.dtype}"
+                    )
+                if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    tensor.data = tensor.data.to(dtype)
 
 
 def _pieces(module: nn.Module) -> Iterator[nn.Module]:
@@ -307,7 +338,7 @@ def _is_piece(module: nn.Module) -> bool:
 
 def freeze(
     model: nn.Module, example: Tensor | tuple[Tensor, ...] | None = None, *, backend: str = "auto",
-    winograd: str = "auto",
+    winograd: str = "auto", dtype: torch.dtype | None = None,
 ) -> FrozenModel:  # fmt: skip
     """``model`` as fast as it gets, on the promise that it does not change: ``fast = fused_resnet.freeze(model)``.
 
@@ -320,6 +351,9 @@ def freeze(
         model: in evaluation mode; fused where it is not yet (a copy, ``model`` itself is left alone).
         example: an input, or a tuple of inputs, to prepare for at once.
         backend, winograd: as for :func:`fused_resnet.fuse`.
+        dtype: ``torch.bfloat16`` or ``torch.float16``: what a model of float32 is computed in, from input to output in
+            float32, as ``model.to(dtype)`` would compute it with its batch norms left in float32. The live model stays
+            in float32. ``explain(fast)`` says how this device computes the type.
 
     Returns:
         a module to be called under ``torch.inference_mode()`` or ``torch.no_grad()``. Calls that want gradients, run
@@ -328,13 +362,17 @@ def freeze(
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: ``model`` is in training mode, ``backend`` or ``winograd`` is unknown.
+        ValueError: ``model`` is in training mode, ``backend``, ``winograd`` or ``dtype`` is unknown, or ``dtype`` is
+            given and ``model`` is not in float32.
     """
     require_module(model, "freeze")
     check_options(backend, winograd)
+    check_dtype(dtype)
     if isinstance(model, FrozenModel):
-        return model
-    frozen = _frozen(model, backend, winograd)
+        if dtype in (None, model.dtype):
+            return model
+        model = model.model
+    frozen = _frozen(model, backend, winograd, dtype)
     if example is not None:
         args = example if isinstance(example, tuple) else (example,)
         if not args or not all(isinstance(value, Tensor) for value in args):

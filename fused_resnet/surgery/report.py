@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..backends import cpu
+from ..core.problem import dtype_name
 from .arguments import require_module
 from .discovery import Discovery, Found, discover
 from .frozen import FrozenModel
@@ -163,6 +166,9 @@ def build(model: nn.Module, discovery: Discovery) -> Explanation:
             f"No block of this {original_class(model).__name__} adds a residual to a convolution's output: "
             "there is no residual tail to fuse, and the model is left as it is."
         )
+    weight = next((m.weight for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if entries and weight is not None:
+        notes += _arithmetic(weight.dtype, weight.device)
     ordered = tuple(sorted(entries.values(), key=lambda e: order[e.name]))
     return Explanation(original_class(model).__name__, ordered, tuple(notes))
 
@@ -171,7 +177,18 @@ def build_frozen(frozen: FrozenModel) -> Explanation:
     """The explanation of a frozen model: that of its live model, and what has been prepared."""
     live = build(frozen.model, discover(frozen.model))
     notes = [f"frozen: {line}" for line in frozen.prepared_for()] or ["frozen, prepared at the first call"]
+    if frozen.dtype is not None:
+        notes.insert(0, f"computed in {dtype_name(frozen.dtype)}, from float32 to float32")
+        notes += _arithmetic(frozen.dtype, next(frozen.model.parameters(), torch.empty(0)).device)
     return Explanation(f"frozen {live.model}", live.entries, (*live.notes, *notes))
+
+
+def _arithmetic(dtype: torch.dtype, device: torch.device) -> list[str]:
+    """How this device computes a 16-bit type, where that is not with kernels of ours."""
+    if device.type != "cpu" or dtype.itemsize != 2:
+        return []
+    sentence = cpu.arithmetic(dtype)
+    return [] if sentence is None else [sentence]
 
 
 def explain(model: nn.Module) -> Explanation:

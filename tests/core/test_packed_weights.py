@@ -214,21 +214,22 @@ def test_every_way_to_write_is_seen(write: Callable[[Any], Any], dtype: torch.dt
         assert torch.equal(call(kept), fresh)
 
 
-def test_vectors_folded_into_a_copy_are_compared() -> None:
-    """bfloat16 folds BN into the packed weight."""
-    weight = torch.randn(32, 32, 3, 3).bfloat16()
+@pytest.mark.parametrize("groups", [1, 2])
+def test_vectors_folded_into_a_copy_are_compared(groups: int) -> None:
+    """Grouped convolutions of bfloat16, and others where we have no kernels, fold BN into the packed weight."""
+    weight = torch.randn(32, 32 // groups, 3, 3).bfloat16()
     vectors = [torch.rand(32) + 0.5 for _ in range(5)]
     vectors[0] = vectors[0].bfloat16()
     x, kept = torch.randn(1, 32, 9, 9).bfloat16(), PackedWeights()
 
-    def call() -> Tensor:
-        return functional.conv_bn_add_relu(x, weight, *vectors, padding=1, packed_weights=kept)
+    def call(kept: PackedWeights) -> Tensor:
+        return functional.conv_bn_add_relu(x, weight, *vectors, padding=1, groups=groups, packed_weights=kept)
 
     for vector in vectors:
-        before = call()
+        before = call(kept)
         vector[7] += 3
-        fresh = functional.conv_bn_add_relu(x, weight, *vectors, padding=1)
-        assert torch.equal(call(), fresh)
+        fresh = call(PackedWeights())
+        assert torch.equal(call(kept), fresh)
         assert not torch.equal(fresh, before)
 
 

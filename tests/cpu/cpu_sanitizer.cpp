@@ -12,6 +12,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/bf16_block.h"
 #include "cpu/bf16x3_direct.h"
 #include "cpu/bf16x3_stem.h"
 #include "cpu/bf16x3_winograd.h"
@@ -33,14 +34,25 @@ using namespace fused_resnet::cpu;
 namespace {
 
 // malloc rather than a vector: nothing behind the last element.
-struct Floats {
-  explicit Floats(int64_t count)
-      : size(count), data(static_cast<float*>(std::malloc(count * sizeof(float)))) {}
-  ~Floats() { std::free(data); }
-  Floats(const Floats&) = delete;
+template <class T>
+struct Array {
+  explicit Array(int64_t count) : size(count), data(static_cast<T*>(std::malloc(count * sizeof(T)))) {}
+  ~Array() { std::free(data); }
+  Array(const Array&) = delete;
   int64_t size;
-  float* data;
+  T* data;
 };
+using Floats = Array<float>;
+
+float value_of(float x) {
+  return x;
+}
+float value_of(BFloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
 
 uint32_t state = 1;
 float small_integer() {
@@ -48,10 +60,17 @@ float small_integer() {
   return static_cast<float>(static_cast<int>(state >> 16) % 7 - 3);
 }
 
-void fill(Floats& a) {
-  for (int64_t i = 0; i < a.size; ++i) a.data[i] = small_integer();
+template <class T>
+void fill(Array<T>& a) {
+  for (int64_t i = 0; i < a.size; ++i) a.data[i] = rounded<T>(small_integer());
+}
+template <class T>
+void fill_nan(Array<T>& a) {
+  for (int64_t i = 0; i < a.size; ++i) a.data[i] = rounded<T>(NAN);
 }
 
+// T: the type of the activations.
+template <class T>
 float expected(const ConvProblem& problem, const float* weight, int64_t n, int64_t p, int64_t q, int64_t k) {
   const ConvShape& s = problem.shape;
   float sum = 0;
@@ -61,25 +80,28 @@ float expected(const ConvProblem& problem, const float* weight, int64_t n, int64
                     w = q * s.stride_w + t * s.dilation_w - s.pad_w;
       if (h < 0 || h >= s.h || w < 0 || w >= s.w) continue;
       for (int64_t c = 0; c < s.c; ++c) {
-        sum += problem.x[((n * s.h + h) * s.w + w) * s.c + c] * weight[((k * s.c + c) * s.r + r) * s.s + t];
+        sum += value_of(problem.input<T>()[((n * s.h + h) * s.w + w) * s.c + c]) *
+               weight[((k * s.c + c) * s.r + r) * s.s + t];
       }
     }
   }
   sum = sum * problem.scale[k] + problem.shift[k];
-  if (problem.residual) sum += problem.residual[((n * s.p + p) * s.q + q) * s.k + k];
-  return problem.activation == Activation::kRelu && sum < 0 ? 0 : sum;
+  if (problem.residual) sum += value_of(problem.added<T>()[((n * s.p + p) * s.q + q) * s.k + k]);
+  return value_of(rounded<T>(problem.activation == Activation::kRelu && sum < 0 ? 0 : sum));
 }
 
 int failures = 0;
 
+template <class T = float>
 void run(const char* name, const ConvKernel& kernel, ConvShape s, bool residual, int threads,
          float tolerance) {
   s.p = (s.h + 2 * s.pad_h - s.dilation_h * (s.r - 1) - 1) / s.stride_h + 1;
   s.q = (s.w + 2 * s.pad_w - s.dilation_w * (s.s - 1) - 1) / s.stride_w + 1;
-  Floats x(s.n * s.h * s.w * s.c), weight(s.k * s.c * s.r * s.s), packed(kernel.weight_floats(s));
-  Floats y(s.n * s.p * s.q * s.k), other(y.size), scale(ceil_div(s.k, 32) * 32), shift(scale.size);
-  for (Floats* a : {&x, &weight, &other, &scale, &shift}) fill(*a);
-  for (int64_t i = 0; i < y.size; ++i) y.data[i] = NAN;
+  Array<T> x(s.n * s.h * s.w * s.c), y(s.n * s.p * s.q * s.k), other(y.size);
+  Floats weight(s.k * s.c * s.r * s.s), packed(kernel.weight_floats(s));
+  Floats scale(ceil_div(s.k, 32) * 32), shift(scale.size);
+  for (Floats* a : {&weight, &scale, &shift}) fill(*a);
+  fill(x), fill(other), fill_nan(y);
   const int64_t stride[4] = {s.c * s.r * s.s, s.r * s.s, s.s, 1};
   kernel.pack_weights(s, weight.data, stride, 0, ceil_div(s.k, kernel.panel), packed.data);
 
@@ -102,10 +124,10 @@ void run(const char* name, const ConvKernel& kernel, ConvShape s, bool residual,
   }
   for (int64_t i = 0; i < y.size; ++i) {
     const int64_t k = i % s.k, q = i / s.k % s.q, p = i / s.k / s.q % s.p, n = i / s.k / s.q / s.p;
-    const float want = expected(problem, weight.data, n, p, q, k);
-    if (!(std::fabs(y.data[i] - want) <= tolerance * (1 + std::fabs(want)))) {
+    const float want = expected<T>(problem, weight.data, n, p, q, k), got = value_of(y.data[i]);
+    if (!(std::fabs(got - want) <= tolerance * (1 + std::fabs(want)))) {
       std::printf("%s: [%ld %ld %ld %ld] got %g, expected %g\n", name, long(n), long(p), long(q), long(k),
-                  y.data[i], want);
+                  got, want);
       ++failures;
       return;
     }
@@ -145,15 +167,17 @@ void run_weight_gradient(const char* name, const WeightGradientKernel& kernel, C
 }
 
 // A stem: convolution, epilogue and max pool, in parts of two rows of windows.
+template <class T = float>
 void run_pooled(const char* name, const PooledKernel& kernel, ConvShape s, Pool pool) {
   s.p = (s.h + 2 * s.pad_h - s.dilation_h * (s.r - 1) - 1) / s.stride_h + 1;
   s.q = (s.w + 2 * s.pad_w - s.dilation_w * (s.s - 1) - 1) / s.stride_w + 1;
   pool.p = (s.p + 2 * pool.pad_h - pool.window_h) / pool.stride_h + 1;
   pool.q = (s.q + 2 * pool.pad_w - pool.window_w) / pool.stride_w + 1;
-  Floats x(s.n * s.h * s.w * s.c), weight(s.k * s.c * s.r * s.s), packed(kernel.weight_floats(s));
-  Floats y(s.n * pool.p * pool.q * s.k), scale(ceil_div(s.k, 32) * 32), shift(scale.size);
-  for (Floats* a : {&x, &weight, &scale, &shift}) fill(*a);
-  for (int64_t i = 0; i < y.size; ++i) y.data[i] = NAN;
+  Array<T> x(s.n * s.h * s.w * s.c), y(s.n * pool.p * pool.q * s.k);
+  Floats weight(s.k * s.c * s.r * s.s), packed(kernel.weight_floats(s));
+  Floats scale(ceil_div(s.k, 32) * 32), shift(scale.size);
+  for (Floats* a : {&weight, &scale, &shift}) fill(*a);
+  fill(x), fill_nan(y);
   const int64_t stride[4] = {s.c * s.r * s.s, s.r * s.s, s.s, 1};
   kernel.pack_weights(s, weight.data, stride, 0, ceil_div(s.k, kernel.panel), packed.data);
   ConvProblem problem{};
@@ -178,12 +202,12 @@ void run_pooled(const char* name, const PooledKernel& kernel, ConvShape s, Pool 
       for (int64_t w = q * pool.stride_w - pool.pad_w; w < q * pool.stride_w - pool.pad_w + pool.window_w;
            ++w) {
         if (h < 0 || h >= s.p || w < 0 || w >= s.q) continue;
-        want = std::max(want, expected(problem, weight.data, n, h, w, k));
+        want = std::max(want, expected<T>(problem, weight.data, n, h, w, k));
       }
     }
-    if (y.data[i] != want) {
+    if (value_of(y.data[i]) != want) {
       std::printf("%s: pooled [%ld %ld %ld %ld] got %g, expected %g\n", name, long(n), long(p), long(q),
-                  long(k), y.data[i], want);
+                  long(k), value_of(y.data[i]), want);
       ++failures;
       return;
     }
@@ -268,6 +292,10 @@ void run_all(const char* name) {
                    fresh_bf16x3 = Bf16x3Direct<PlainTiles, Block::kLanes, true>::kernel();
   const ConvKernel bf16x3_f2 = Bf16x3Winograd<PlainTiles, Block::kLanes, Winograd<2>>::kernel(),
                    bf16x3_f4 = Bf16x3Winograd<PlainTiles, Block::kLanes, Winograd<4>>::kernel();
+  using Bf16 = Bf16Block<Block::kLanes, Block::kRows, Block::kCols>;
+  using Bf16Winograd = RegisterBlock<Block::kLanes, Block::kRows, Block::kCols, BFloat16>;
+  const ConvKernel bf16 = DirectImpl<Bf16>::kernel(),
+                   bf16_f2 = WinogradImpl<Bf16Winograd, Winograd<2>>::kernel();
   const WeightGradientKernel gradient2 = WeightGradientImpl<GradientBlock, Winograd<2>>::kernel(),
                              gradient4 = WeightGradientImpl<GradientBlock, Winograd<4>>::kernel();
   const int64_t shapes[][7] = {// n, h, w, c, k, pad_h, pad_w
@@ -287,6 +315,9 @@ void run_all(const char* name) {
         run(name, fresh4, s, residual, threads, 1e-3f);
         run(name, bf16x3_f2, s, residual, threads, 0);
         run(name, bf16x3_f4, s, residual, threads, 1e-3f);
+        for (const ConvKernel& kernel : {bf16, bf16_f2}) {
+          run<BFloat16>("bfloat16", kernel, s, residual, threads, 0);
+        }
       }
       if (a[5] > 2 || a[6] > 2) continue;  // beyond the filter: left to torch in training
       const ConvShape s{a[0], a[1], a[2], a[3], a[4], 3, 3, 0, 0, 1, 1, a[5], a[6], 1, 1};
@@ -305,6 +336,7 @@ void run_all(const char* name) {
   };
   for (const ConvShape& s : others) {
     for (const ConvKernel& kernel : {direct, bf16x3, fresh_bf16x3}) run(name, kernel, s, true, 2, 0);
+    run<BFloat16>("bfloat16", bf16, s, true, 2, 0);
   }
   const ConvShape stems[] = {
       {2, 21, 19, 3, 20, 7, 7, 0, 0, 2, 2, 3, 3, 1, 1}, {1, 9, 12, 3, 33, 3, 3, 0, 0, 1, 1, 1, 1, 1, 1},
@@ -314,6 +346,8 @@ void run_all(const char* name) {
   for (const ConvShape& s : stems) {
     run_pooled(name, PooledImpl<Block>::kernel(), s, {3, 3, 2, 2, 1, 1, 0, 0});
     run_pooled(name, PooledImpl<Block>::kernel(), s, {2, 1, 3, 1, 0, 0, 0, 0});
+    run_pooled<BFloat16>("bfloat16", PooledImpl<Bf16>::kernel(), s, {3, 3, 2, 2, 1, 1, 0, 0});
+    run_pooled<BFloat16>("bfloat16", PooledImpl<Bf16>::kernel(), s, {2, 1, 3, 1, 0, 0, 0, 0});
   }
 }
 

@@ -17,6 +17,7 @@ from fused_resnet.core.reference import ConvBN, TailArguments, reference
 from fused_resnet.testing import assert_bitexact, assert_within_bar, make_tail
 from fused_resnet.testing.problems import Problem
 from fused_resnet.testing.tolerances import WINOGRAD_F4_RMS_FACTOR
+from tests.support.conv_problems import DIRECT_PROBLEMS, REAL, WINOGRAD_PROBLEMS
 from tests.support.instruction_sets import ALL, TILES, need
 
 if extensions.cpu() is None:
@@ -63,46 +64,6 @@ def run(tail: TailArguments, algorithm: Algorithm, isa: str = "") -> Tensor:
 
 def problem(text: str) -> Problem:
     return Problem.parse(text)
-
-
-# Every remainder of lanes (4, 8, 16), panels (8, 16, 32) and tiles (2, 4) in C, K, P and Q; more tiles than a register
-# block has rows; several blocks; padding that reaches beyond the filter; one pixel.
-WINOGRAD_PROBLEMS = [
-    "n=1,h=1,w=1,c=1,k=1,padding=1,residual=1",
-    "n=2,h=5,w=6,c=3,k=5,padding=1,residual=1",
-    "n=1,h=7,w=7,c=17,k=33,padding=1,residual=1",
-    "n=3,h=9,w=4,c=20,k=12,padding=0,residual=1",
-    "n=1,h=3,w=8,c=15,k=31,padding=2,residual=1",
-    "n=1,h=6,w=5,c=8,k=16,padding=3:0,residual=1",
-    "n=2,h=30,w=29,c=16,k=32,padding=1,residual=1",
-    "n=1,h=12,w=13,c=70,k=100,padding=1,residual=0",
-    "n=1,h=8,w=8,c=33,k=40,padding=1,residual=1,activation=relu6",
-    "n=1,h=8,w=8,c=33,k=40,padding=1,residual=1,activation=none,bn=0,bias=1",
-    "n=1,h=8,w=8,c=33,k=40,padding=1,residual=0,activation=none,bn=1,bias=1",
-    "n=1,h=9,w=11,c=200,k=70,padding=1,residual=1",  # several slabs of fresh weights, the last one short
-]
-DIRECT_PROBLEMS = [
-    *WINOGRAD_PROBLEMS,
-    "n=2,h=9,w=7,c=19,k=37,r=1,residual=1",
-    "n=2,h=9,w=7,c=32,k=64,r=1,stride=2,residual=1",
-    "n=1,h=21,w=19,c=3,k=16,r=7,stride=2,padding=3",
-    "n=1,h=13,w=11,c=16,k=24,stride=2:1,padding=2:1,dilation=1:2,residual=1",
-    "n=1,h=9,w=10,c=48,k=24,r=3,s=1,padding=1:0,residual=1",
-    "n=1,h=9,w=10,c=12,k=20,r=5,s=2,stride=3,padding=4,residual=1",
-    # 33 to 64 positions, which fresh bf16x3 weights pass once: many steps, one step, a last panel of few channels
-    "n=1,h=7,w=7,c=600,k=40,r=1,residual=1",
-    "n=1,h=6,w=8,c=8,k=20,r=1,residual=1",
-    "n=1,h=5,w=9,c=40,k=81,r=3,padding=1,activation=relu6",
-    # images side by side in strips, where that throws fewer positions away: one strip, a strip that is not full, with
-    # a stride, with a dilation, with a filter that needs no zeros
-    "n=9,h=7,w=7,c=40,k=33,padding=1,residual=1",
-    "n=11,h=6,w=14,c=8,k=20,padding=1,residual=1",
-    "n=5,h=9,w=8,c=8,k=20,stride=2,padding=1,residual=1",
-    "n=4,h=9,w=9,c=4,k=8,padding=2:1,dilation=2:1,residual=1",
-    "n=3,h=6,w=7,c=8,k=20,padding=0,residual=1",
-    # weights beyond the second-level cache, in slabs: sums of all panels wait; a last panel of two channels
-    "n=3,h=9,w=9,c=320,k=130,padding=1,residual=1",
-]
 
 
 @pytest.mark.parametrize("algorithm", F2, ids=name_of)
@@ -158,10 +119,6 @@ def test_f4_finds_every_index(text: str, algorithm: Algorithm, isa: str) -> None
     tail = make_tail(problem(text), "random")
     exact = reference(tail.to(torch.float64))
     torch.testing.assert_close(run(tail, algorithm, isa).double(), exact, rtol=0, atol=2e-5)
-
-
-REAL = ["n=1,h=28,w=28,c=128,k=128,padding=1,residual=1", "n=2,h=14,w=14,c=256,k=256,padding=1,residual=1",
-        "n=1,h=56,w=56,c=64,k=64,padding=1,residual=1", "n=1,h=7,w=7,c=512,k=512,padding=1,residual=1"]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", REAL)
@@ -316,7 +273,10 @@ def test_the_environment_names_the_best_instruction_set(isa: str) -> None:
 
 def test_an_unknown_instruction_set_is_refused() -> None:
     ran = with_environment("mmx", "extensions.cpu().build_info()")
-    assert "FUSED_RESNET_CPU_ISA: expected amx, avx512, avx2 or portable, as this CPU has it, got mmx" in ran.stderr
+    assert (
+        "FUSED_RESNET_CPU_ISA: expected amx, avx512_bf16, avx512, avx2 or portable, as this CPU has it, got mmx"
+        in ran.stderr
+    )
 
 
 def test_relu6_and_none() -> None:
@@ -331,7 +291,10 @@ def test_relu6_and_none() -> None:
     ("change", "message"),
     [
         ({"m": 3}, "m: expected 0, 2 or 4, got 3"),
-        ({"weights": "halved"}, "weights: expected whole, fresh, bf16x3, fresh bf16x3 or bf16x3 stem, got halved"),
+        (
+            {"weights": "halved"},
+            "weights: expected whole, fresh, bf16x3, fresh bf16x3, bf16x3 stem or bf16, got halved",
+        ),
         ({"weights": "fresh"}, 'weights: expected a kind that this kernel has, got "fresh" for m = 0 with '),
         ({"weights": "bf16x3", "isa": "portable"}, "packed: expected what conv_pack made for this filter"),
         ({"isa": "mmx"}, "isa: expected an instruction set of this CPU, got mmx"),

@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fused_resnet import backends, functional
+from fused_resnet.core.packed_weights import PackedWeights
 from fused_resnet.core.problem import Problem, Projection
 from fused_resnet.testing import call_arguments, check_tail
 
@@ -56,16 +57,18 @@ def problems(draw: st.DrawFn) -> Problem:
 
 @pytest.mark.parametrize("backend", ["cpu", "auto"])
 @settings(max_examples=60, deadline=None)
-@given(problem=problems(), winograd=st.sampled_from(["f2", "off"]))
-def test_the_bar_holds(backend: str, problem: Problem, winograd: str) -> None:
+@given(problem=problems(), winograd=st.sampled_from(["f2", "off"]), kept=st.booleans())
+def test_the_bar_holds(backend: str, problem: Problem, winograd: str, kept: bool) -> None:
     assert Problem.parse(str(problem)) == problem
     chosen = backends.choose(problem, backend) if backend == "auto" else backends.get(backend)
     assume(chosen.can_run(problem) is None)
     # eager rounds between its steps; whatever rounds once is bit-exact on integers in 16 bits, too
     rounds_once = chosen.name != "eager" or problem.dtype is torch.float32
     call = functional.conv_bn_add_relu if problem.projection is None else functional.conv_bn_proj_add_relu
+    weights = PackedWeights() if kept else None  # with it the CPU's own kernels run
+
     check_tail(
-        lambda tail: call(**call_arguments(tail), backend=backend, winograd=winograd),
+        lambda tail: call(**call_arguments(tail), backend=backend, winograd=winograd, packed_weights=weights),
         problem,
         kinds=("integers", "random") if rounds_once else ("random",),
         any_order=chosen.name == "cpu",  # weights that may not be kept: oneDNN adds up, in an order of its own

@@ -8,9 +8,11 @@ import pytest
 
 from fused_resnet.core import extensions
 
-ALL = ("amx", "avx512", "avx2", "portable")
-#: Those with vector code of their own: "amx" has that of "avx512".
-VECTORS = ALL[1:]
+ALL = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
+#: Those with float32 vector code of their own: "amx" and "avx512_bf16" have that of "avx512".
+VECTORS = ALL[2:]
+#: Those with products of bfloat16, "portable" in plain C++.
+BF16 = ("amx", "avx512_bf16", "portable")
 #: Those with matrix tiles, "portable" in plain C++.
 TILES = ("amx", "portable")
 
