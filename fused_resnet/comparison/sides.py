@@ -19,6 +19,7 @@ from ..surgery import freeze, fuse
 __all__ = [
     "EAGER",
     "FROZEN",
+    "FROZEN_BF16",
     "FUSED",
     "channels_last_inputs",
     "compiled",
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 EAGER, EAGER_CHANNELS_LAST, COMPILED, FUSED = "eager", "eager channels_last", "torch.compile", "fused"
-FROZEN = "frozen"
+FROZEN, FROZEN_BF16 = "frozen", "frozen, bfloat16"
 
 #: A speed-up is measured over the better of these two layouts.
 EAGER_LAYOUTS = (EAGER, EAGER_CHANNELS_LAST)
@@ -68,9 +69,12 @@ def fused(model: nn.Module, name: str = FUSED, backend: str = "auto", winograd: 
     return Contender(name, lambda: fuse(model, backend=backend, winograd=winograd).eval(), channels_last_inputs)
 
 
-def frozen(model: nn.Module, name: str = FROZEN, backend: str = "auto", winograd: str = "auto") -> Contender:
-    """``freeze(model)`` on channels_last input."""
-    return Contender(name, lambda: freeze(model, backend=backend, winograd=winograd), channels_last_inputs)
+def frozen(
+    model: nn.Module, name: str = FROZEN, backend: str = "auto", winograd: str = "auto",
+    dtype: torch.dtype | None = None,
+) -> Contender:  # fmt: skip
+    """``freeze(model)`` on channels_last input, computed in ``dtype``."""
+    return Contender(name, lambda: freeze(model, backend=backend, winograd=winograd, dtype=dtype), channels_last_inputs)
 
 
 def _channels_last(model: nn.Module) -> nn.Module:

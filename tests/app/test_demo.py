@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,21 @@ def test_it_keeps_its_promises(outcome: tuple[demo.Outcome, Path, str]) -> None:
 @pytest.mark.slow
 def test_it_times_both_eager_layouts_and_the_fused_network(outcome: tuple[demo.Outcome, Path, str]) -> None:
     (timed,) = outcome[0].timed
-    assert [row["name"] for row in timed.rows] == ["eager", "eager channels_last", "fused", "frozen"]
-    assert all(row["median_ms"] > 0 and row["error"] < 1e-5 for row in timed.rows)
+    *float32, bfloat16 = timed.rows
+    assert [row["name"] for row in float32] == ["eager", "eager channels_last", "fused", "frozen"]
+    assert all(row["median_ms"] > 0 and row["error"] < 1e-5 for row in float32)
+    assert bfloat16["name"] == "frozen, bfloat16"
+    assert bfloat16["median_ms"] > 0
+    assert 1e-5 < bfloat16["error"] < 5e-2  # it rounds, and no more than that
+
+
+@pytest.mark.slow
+def test_it_says_how_right_bfloat16_is(outcome: tuple[demo.Outcome, Path, str]) -> None:
+    _, _, text = outcome
+    line = next(line for line in text.splitlines() if "computed in bfloat16" in line)
+    accuracy = re.search(r"([0-9.]+) % are right", line)
+    assert accuracy is not None
+    assert float(accuracy[1]) >= 97.0
 
 
 @pytest.mark.slow
