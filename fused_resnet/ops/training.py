@@ -48,10 +48,15 @@ def _dense(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-def _canonical(bn: BatchNorm) -> BatchNorm:
+def canonical_vectors(bn: BatchNorm) -> BatchNorm:
+    """``bn`` with its statistics and parameters in the dtype of the arithmetic."""
     acc = accumulate_dtype(bn.y.dtype)
     vectors = (None if t is None else t.to(acc).contiguous() for t in bn[1:])
-    return BatchNorm(_dense(bn.y), *vectors)  # type: ignore[arg-type]
+    return BatchNorm(bn.y, *vectors)  # type: ignore[arg-type]
+
+
+def _canonical(bn: BatchNorm) -> BatchNorm:
+    return canonical_vectors(bn)._replace(y=_dense(bn.y))
 
 
 def _branch(
@@ -77,7 +82,8 @@ def _empty_dense(like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(like.shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def _out_dtype(y: Tensor, residual: Tensor | None, proj_y: Tensor | None) -> torch.dtype:
+def out_dtype(y: Tensor, residual: Tensor | None, proj_y: Tensor | None) -> torch.dtype:
+    """The dtype of a tail's output."""
     other = residual if residual is not None else proj_y
     return y.dtype if other is None else torch.promote_types(y.dtype, other.dtype)
 
@@ -121,7 +127,7 @@ def _bn_apply_add_relu(
             raise ValueError(f"{op}: residual and proj_y: expected at most one of them, got both")
         check_y(op, "proj_y", proj.y, y)
         _check_bn(op, proj, "proj_")
-    out = _empty_dense(y, _out_dtype(y, residual, proj_y))
+    out = _empty_dense(y, out_dtype(y, residual, proj_y))
     with_mask = with_mask and activation != "none"
     mask = torch.empty(mask_words(y.numel()) if with_mask else 0, dtype=torch.int32, device=y.device)
     if y.numel() != 0:
@@ -256,7 +262,7 @@ def _fake_apply(
 ) -> tuple[Tensor, Tensor]:
     _check_activation("bn_apply_add_relu", activation)
     words = mask_words(y.numel()) if with_mask and activation != "none" else 0
-    out = _empty_in_format_of(y, _out_dtype(y, residual, proj_y))
+    out = _empty_in_format_of(y, out_dtype(y, residual, proj_y))
     return out, y.new_empty(words, dtype=torch.int32)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.training_call import MASK_BITS, BatchNorm, GradMeans, accumulate_dtype, mask_words
@@ -27,33 +28,63 @@ def _normalised(bn: BatchNorm) -> Tensor:
     return z
 
 
+def normalised_sum(bn: BatchNorm, residual: Tensor | None, proj: BatchNorm | None) -> Tensor:
+    """``bn + (residual or proj)``, what the activation is applied to, in the dtype of the statistics."""
+    z = _normalised(bn)
+    if residual is not None:
+        z = z + residual.to(z.dtype)
+    return z if proj is None else z + _normalised(proj)
+
+
+def activated(z: Tensor, activation: str) -> Tensor:
+    """The activation of ``z``."""
+    return z if activation == "none" else z.clamp(0.0, _upper(activation))
+
+
+def passed(z: Tensor, activation: str) -> Tensor:
+    """The mask of where the activation of ``z`` passes a gradient."""
+    # Written so that NaN passes it, as threshold_backward and hardtanh_backward do.
+    drop = z <= 0 if activation == "relu" else (z <= 0) | (z >= _upper(activation))
+    return pack_mask(~drop)
+
+
+def _upper(activation: str) -> float:
+    return 6.0 if activation == "relu6" else float("inf")
+
+
 def pack_mask(keep: Tensor) -> Tensor:
     """Boolean [N, C, H, W] to int32 words over the NHWC order, tail bits zero."""
     flat = keep.permute(0, 2, 3, 1).reshape(-1)
     words = mask_words(flat.numel())
-    bits = torch.zeros(words * MASK_BITS, dtype=torch.int64, device=keep.device)
-    bits[: flat.numel()] = flat
-    weights = 2 ** torch.arange(MASK_BITS, dtype=torch.int64, device=keep.device)
-    packed = (bits.view(words, MASK_BITS) * weights).sum(dim=1)
-    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+    bits = F.pad(flat.to(torch.int64), (0, words * MASK_BITS - flat.numel()))
+    return _as_int32((bits.view(words, MASK_BITS) * _weights(keep.device)).sum(dim=1))
 
 
 def unpack_mask(mask: Tensor, shape: torch.Size) -> Tensor:
     """The inverse of :func:`pack_mask`."""
     n, c, h, w = shape
-    shifts = torch.arange(MASK_BITS, dtype=torch.int32, device=mask.device)
-    bits = (mask.unsqueeze(1) >> shifts) & 1
-    return bits.reshape(-1)[: n * c * h * w].view(n, h, w, c).permute(0, 3, 1, 2).bool()
+    bits = (mask.unsqueeze(1) & _as_int32(_weights(mask.device))) != 0
+    return bits.reshape(-1)[: n * c * h * w].view(n, h, w, c).permute(0, 3, 1, 2)
 
 
-def _dz(grad_out: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+def _weights(device: torch.device) -> Tensor:
+    return 2 ** torch.arange(MASK_BITS, dtype=torch.int64, device=device)
+
+
+def _as_int32(words: Tensor) -> Tensor:
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def dz_of(grad_out: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad_out`` where the activation passes it, else 0; an empty mask passes everything."""
     dz = grad_out.to(dtype)
     if mask.numel() == 0:
         return dz
     return torch.where(unpack_mask(mask, grad_out.shape), dz, torch.zeros((), dtype=dtype, device=dz.device))
 
 
-def _through_bn(bn: BatchNorm, dz: Tensor, means: GradMeans) -> Tensor:
+def through_bn(bn: BatchNorm, dz: Tensor, means: GradMeans) -> Tensor:
+    """What ``dz`` hands on to ``bn.y``, in the dtype of the statistics."""
     scale = bn.invstd if bn.weight is None else bn.invstd * bn.weight
     centred = dz - _per_channel(means.dz) - _xhat(bn) * _per_channel(means.dz_xhat)
     return centred * _per_channel(scale)
@@ -79,25 +110,15 @@ class EagerTraining(TrainingBackend):
         out: Tensor,
         mask: Tensor,
     ) -> None:
-        z = _normalised(bn)
-        if residual is not None:
-            z = z + residual.to(z.dtype)
-        if proj is not None:
-            z = z + _normalised(proj)
-        if activation == "none":
-            out.copy_(z)
-            return
-        upper = 6.0 if activation == "relu6" else float("inf")
-        out.copy_(z.clamp(0.0, upper))
+        z = normalised_sum(bn, residual, proj)
+        out.copy_(activated(z, activation))
         if with_mask:
-            # Written so that NaN passes the gradient, as threshold_backward and hardtanh_backward do.
-            drop = z <= 0 if activation == "relu" else (z <= 0) | (z >= upper)
-            mask.copy_(pack_mask(~drop))
+            mask.copy_(passed(z, activation))
 
     def backward_reduce(
         self, grad_out: Tensor, mask: Tensor, bn: BatchNorm, proj: BatchNorm | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dz = _dz(grad_out, mask, bn.mean.dtype)
+        dz = dz_of(grad_out, mask, bn.mean.dtype)
         sum_dz = dz.sum(dim=(0, 2, 3))
         sum_dz_xhat = (dz * _xhat(bn)).sum(dim=(0, 2, 3))
         if proj is None:
@@ -115,12 +136,12 @@ class EagerTraining(TrainingBackend):
         d_y: Tensor,
         d_second: Tensor | None,
     ) -> None:
-        dz = _dz(grad_out, mask, bn.mean.dtype)
-        d_y.copy_(_through_bn(bn, dz, means))
+        dz = dz_of(grad_out, mask, bn.mean.dtype)
+        d_y.copy_(through_bn(bn, dz, means))
         if d_second is None:
             return
         if proj is not None and proj_means is not None:
-            d_second.copy_(_through_bn(proj, dz, proj_means))
+            d_second.copy_(through_bn(proj, dz, proj_means))
         else:
             d_second.copy_(dz)
 
