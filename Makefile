@@ -6,6 +6,7 @@
 #   make test-isa  the CPU tests again as on lesser processors: AVX-512 alone, AVX2, any other
 #   make lint      ruff, mypy, clang-format
 #   make bench     benchmarks (BENCH="--full -k cpu" for more or less) and their table
+#   make docs      the documentation site, into site/ (strict: a broken link fails)
 #   make static    compile every CUDA and Triton kernel for every architecture and check the machine code
 #   make matrix    the tests on every stack of the support table that can be had here (MATRIX="--short" for less)
 #   make mutants   plant each known bug in the CUDA kernels and see that a test catches it
@@ -38,7 +39,7 @@ CXX_ALL := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' 2>/dev/null)
 WORKERS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST  := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo test test-interpreter test-rest test-isa lint format bench static matrix mutants install clean distclean FORCE
+.PHONY: demo test test-interpreter test-rest test-isa lint format bench docs static matrix mutants install clean distclean FORCE
 
 demo: $(VENV)/.demo-$(if $(GPU),cuda,cpu)
 	$(BIN)/fused-resnet demo
@@ -74,6 +75,9 @@ bench: $(VENV)/.dev $(VENV)/.rivals
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$(RESULTS) -q $(BENCH)
 	$(BIN)/python -m benchmarks.report $(RESULTS)
 
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 static: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.static
 	$(BIN)/python -m benchmarks.static.training
@@ -96,7 +100,7 @@ $(VENV)/.torch:
 	@python="$(PYTHON)"; test -n "$$python" || { \
 	  echo "fused_resnet: found no Python >= 3.10 with its venv module; install one or set PYTHON=..."; exit 1; }; \
 	echo "creating $(VENV) with $$python"; $$python -m venv $(VENV)
-	$(BIN)/python -m pip install -q --no-compile $(PIP_ARGS) $(TORCH) "setuptools>=77" wheel ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install -q --no-compile $(PIP_ARGS) $(TORCH) "setuptools>=77" ninja "pybind11>=2.13"
 	@touch $@
 
 # Editable, so that Python changes need nothing. A changed pyproject.toml installs again; a changed C++ source
@@ -131,8 +135,8 @@ $(VENV)/.rivals: | $(VENV)/.dev
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info demo_output .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f fused_resnet/*.so
+	rm -rf build dist site *.egg-info demo_output .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f fused_resnet/*.so fused_resnet/_C_cuda.txt
 	rm -f $(VENV)/.dev $(VENV)/.demo-*
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 

@@ -53,13 +53,13 @@ def check_tools(*modules: str) -> None:
         )
 
 
-def cuda_build_plan() -> CudaBuild | None:
-    """What to build `_C_cuda` with, or None for a build without it."""
+def cuda_build_plan() -> CudaBuild | str:
+    """What to build `_C_cuda` with, or why this build is one without it."""
     wanted = os.environ.get("FUSED_RESNET_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"FUSED_RESNET_CUDA: expected auto, 0 or 1, got {wanted!r}")
     if wanted == "0":
-        return None
+        return "FUSED_RESNET_CUDA=0 left it out of this build"
     remedy = "install the CUDA toolkit and set CUDA_HOME, or pip install nvidia-cuda-nvcc nvidia-cuda-runtime"
     try:
         toolkit = cuda_build.find_toolkit()
@@ -71,7 +71,7 @@ def cuda_build_plan() -> CudaBuild | None:
         if wanted == "1":
             raise SystemExit(f"FUSED_RESNET_CUDA=1, but {reason}: {remedy}") from None
         say(f"building for the CPU only: {reason} ({remedy})")
-        return None
+        return str(reason)
 
 
 def sources(*patterns: str) -> list[str]:
@@ -99,9 +99,10 @@ def extension(name: str, files: list[str], **arguments: Any) -> Any:
 
 def cuda_extension(build: CudaBuild) -> Any:
     toolkit, archs, cudart, runtime = build
+    *code, ptx = cuda_build.built_for(archs).split()
     say(
-        f"building _C_cuda with nvcc {toolkit.version} ({toolkit.nvcc}) for {', '.join('sm_' + a for a in archs)} and "
-        f"PTX of compute_{archs[0]}, CUDA runtime {cudart}, {os.environ.get('MAX_JOBS', 'all')} jobs"
+        f"building _C_cuda with nvcc {toolkit.version} ({toolkit.nvcc}) for {', '.join(code)} and PTX of {ptx}, "
+        f"CUDA runtime {cudart}, {os.environ.get('MAX_JOBS', 'all')} jobs"
     )
     files = sources("csrc/bindings_cuda.cpp", "csrc/bindings_planner.cpp", "csrc/cuda/*.cpp")
     files.remove("csrc/cuda/c_api.cpp")  # for the library without Python
@@ -110,7 +111,7 @@ def cuda_extension(build: CudaBuild) -> Any:
         files,
         include_dirs=list(toolkit.include_dirs),
         extra_compile_args=[
-            f'-DFUSED_RESNET_ARCHITECTURES="{" ".join("sm_" + a for a in archs)} compute_{archs[0]}"',
+            f'-DFUSED_RESNET_ARCHITECTURES="{cuda_build.built_for(archs)}"',
             f'-DFUSED_RESNET_CUDART="{cudart}"',
             f'-DFUSED_RESNET_NVCC="{toolkit.version}"',
         ],
@@ -147,10 +148,21 @@ def setup_arguments() -> dict[str, Any]:
     class Build(BuildExtension):  # type: ignore[misc, valid-type]
         """The kernels are compiled by our own rules: torch's need a torch with CUDA, and guess the toolkit's root."""
 
+        without_cuda: str | None = None  # why
+
         def finalize_options(self) -> None:
             super().finalize_options()
             if self.editable_mode:  # pip's own folder is thrown away, and the next build would compile everything again
                 self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
+
+        def run(self) -> None:
+            self.without_cuda = cuda if isinstance(cuda, str) else None
+            super().run()
+            # for `fused-resnet doctor`; beside the module, whose place it takes
+            note = (ROOT if self.inplace else Path(self.build_lib)) / "fused_resnet/_C_cuda.txt"
+            note.unlink(missing_ok=True)
+            if self.without_cuda is not None:
+                note.write_text(self.without_cuda)
 
         def build_extension(self, ext: Any) -> None:
             whole, self.build_temp = self.build_temp, str(Path(self.build_temp) / ext.name.rpartition(".")[2])
@@ -164,14 +176,15 @@ def setup_arguments() -> dict[str, Any]:
                 if not ext.optional:
                     raise
                 Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
-                self.failed = True
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                self.without_cuda = f"it did not compile ({reason})"
                 say(f"going on without _C_cuda, which does not compile ({reason}); FUSED_RESNET_CUDA=1 insists on it")
             finally:
                 self.build_temp = whole
 
         def copy_extensions_to_source(self) -> None:
-            if getattr(self, "failed", False):  # what an earlier build left there belongs to other sources
+            failed = isinstance(cuda, CudaBuild) and self.without_cuda is not None
+            if failed:  # what an earlier build left there belongs to other sources
                 (ROOT / self.get_ext_filename("fused_resnet._C_cuda")).unlink(missing_ok=True)
             super().copy_extensions_to_source()
 
@@ -182,7 +195,7 @@ def setup_arguments() -> dict[str, Any]:
         say(f"building _C from {len(files)} files")
         extensions.append(extension("fused_resnet._C", files, depends=sources("csrc/*.h", "csrc/*/*.h")))
     cuda = cuda_build_plan()
-    if cuda is not None:
+    if isinstance(cuda, CudaBuild):
         extensions.append(cuda_extension(cuda))
     if not extensions:
         return pure

@@ -211,6 +211,7 @@ def _patch_torch() -> None:
     }  # fmt: skip
     for name, value in cuda.items():
         mock.patch.object(torch.cuda, name, value).start()
+    mock.patch.object(torch.Tensor, "record_stream").start()  # torch would refuse a stream that is none of its own
     mock.patch.object(torch.cuda.profiler, "start").start()
     mock.patch.object(torch.cuda.profiler, "stop").start()
     mock.patch.object(torch.backends.cudnn, "is_available", return_value=True).start()

@@ -1,8 +1,9 @@
-"""From benchmark JSON to a Markdown table and a plot.
+"""From benchmark JSON to a Markdown table and a plot, or to one HTML page with both.
 
     python -m benchmarks.report benchmarks/results/latest.json              # table.md and plot.png beside it
-    python -m benchmarks.report benchmarks/results/cpu_1_thread.json --readme README.md
-    python -m benchmarks.report OUT/gpu.json --readme README.md             # of benchmarks/gpu_day.sh
+    python -m benchmarks.report benchmarks/results/cpu_1_thread.json --readme docs/performance.md
+    python -m benchmarks.report OUT/gpu.json --readme docs/performance.md             # of benchmarks/gpu_day.sh
+    python -m benchmarks.report benchmarks/results/cpu_1_thread.json --html report.html
 
 ``--readme`` replaces what stands between ``<!-- benchmark NAME -->`` and ``<!-- /benchmark -->``, NAME being the
 JSON's file name without its suffix.
@@ -17,7 +18,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FUSED = "fused"
 EAGER_LAYOUTS = ("eager", "eager channels_last")
@@ -209,7 +213,7 @@ def day(document: dict[str, Any], name: str) -> str:
     return "\n".join(lines) + "\n\n" + tables
 
 
-def plot(results: Sequence[Result], path: Path) -> None:
+def plot(results: Sequence[Result]) -> Figure:
     """One panel for each section: how many times faster `fused` is than each other side, with its interval."""
     from matplotlib.figure import Figure
 
@@ -238,7 +242,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
     panels[-1].set_xlabel("times as fast as the other side (median of ratios, 95 % interval); right of 1 is faster")
-    figure.savefig(path)
+    return figure
 
 
 def fill_readme(readme: Path, name: str, text: str) -> None:
@@ -255,14 +259,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
     parser.add_argument("--out", type=Path, help="folder for table and plot; default: beside the JSON")
     parser.add_argument("--readme", type=Path, help="file whose section for this JSON is replaced")
+    parser.add_argument("--html", type=Path, help="write this page, tables and plots in one file, and nothing else")
     options = parser.parse_args(arguments)
     document, results = load(options.json)
+    text = day(document, options.json.name) if "steps" in document else markdown(document, results, options.json)
+    if options.html:
+        from . import report_html
+
+        options.html.write_text(report_html.page(options.json.stem, text, results))
+        return
     out: Path = options.out or options.json.parent
     out.mkdir(parents=True, exist_ok=True)
-    text = day(document, options.json.name) if "steps" in document else markdown(document, results, options.json)
     (out / f"{options.json.stem}.md").write_text(text)
     if results:
-        plot(results, out / f"{options.json.stem}.png")
+        plot(results).savefig(out / f"{options.json.stem}.png")
     if options.readme:
         fill_readme(options.readme, options.json.stem, text)
     print(text)

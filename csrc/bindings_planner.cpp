@@ -170,6 +170,7 @@ py::dict kernel_dict(int index) {
   d["threads"] = kernel.threads;
   d["blocks_per_sm"] = kernel.blocks_per_sm;
   d["shared_bytes"] = kernel.shared_bytes;
+  d["turing_shared_bytes"] = kernel.turing_shared_bytes;
   d["park_bytes"] = kernel.park_bytes;
   d["math"] = kMathNames[static_cast<int>(kernel.math)];
   d["load"] = kernel.load == Load::kVector ? "vector" : "gather";

@@ -28,8 +28,8 @@ KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
 PLANNER = [CSRC / "cuda" / name for name in ("plan.cpp", "schedule.cpp", "bn_plan.cpp")]
 #: Planner and launcher, without Torch.
 HOST_SOURCES = [*PLANNER, CSRC / "cuda" / "launch.cpp", CSRC / "cuda" / "bn_launch.cpp"]
-DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
-OLDEST = 80
+DEFAULT_ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
+OLDEST = 75
 
 
 class NoToolkit(Exception):
@@ -106,7 +106,7 @@ def architectures(toolkit: Toolkit, text: str | None = None) -> list[str]:
     """The architectures to compile for, as ``["80", "90", ...]``, oldest first.
 
     From ``text`` or ``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0+PTX"; PTX of the oldest is embedded in any case), else the
-    default, as far as this nvcc knows them. Architectures before sm_80 are left out: no kernel here runs there.
+    default, as far as this nvcc knows them. Architectures before sm_75 are left out: no kernel here runs there.
     """
     text = text or os.environ.get("TORCH_CUDA_ARCH_LIST") or ""
     names = re.split(r"[;,\s]+", text.strip()) if text and text != "native" else list(DEFAULT_ARCHITECTURES)
@@ -122,13 +122,23 @@ def architectures(toolkit: Toolkit, text: str | None = None) -> list[str]:
     return sorted(usable, key=lambda a: (int(a.rstrip("af")), a))
 
 
+def _plain(archs: list[str]) -> list[str]:
+    """Those whose machine code is assembled from one PTX, that of the first."""
+    return [a for a in archs if a.isdigit() and int(a) >= 80] or [archs[0]]
+
+
+def built_for(archs: list[str]) -> str:
+    """What the module says of itself: ``sm_75 sm_80 sm_90 compute_80``."""
+    return " ".join([*(f"sm_{a}" for a in archs), f"compute_{_plain(archs)[0]}"])
+
+
 def gencode(archs: list[str]) -> str:
     """One run of the front end: every cubin is assembled from the PTX of the oldest architecture, which is embedded.
 
-    So the PTX that anyone can extract and execute is the very code that each GPU runs. (Architecture-specific targets
-    such as 90a cannot start from an older one and are compiled on their own.)
+    So the PTX that anyone can extract and execute is the very code that each GPU runs. (What cannot share it is
+    compiled on its own: sm_75, which lacks what the others' code uses, and targets such as 90a.)
     """
-    plain = [a for a in archs if a.isdigit()] or [archs[0]]
+    plain = _plain(archs)
     code = ",".join([f"compute_{plain[0]}", *(f"sm_{a}" for a in plain)])
     own = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs if a not in plain]
     return " ".join([f"-gencode=arch=compute_{plain[0]},code=[{code}]", *own])

@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", default=list(gate.ARCHS), help="architectures, as sm_80 (default: all)")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of cuda.json and cuda.md")
     options = parser.parse_args()
-    pairs = [(kernel, arch) for arch in options.arch for kernel in planner().kernels.values()]
+    pairs = [(k, arch) for arch in options.arch for k in planner().kernels.values() if k.runs_on(arch)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(lambda pair: gate.read(*pair), pairs))
     table.write(rows, options.out, "cuda")

@@ -35,8 +35,8 @@ from pathlib import Path
 # FMA per SM and cycle of the dense fp16/bf16 tensor path with fp32 accumulation, from published peak FLOP/s
 # (86, 89 and 120: the professional boards; a GeForce has half); tf32 runs at half of it. A warp-level HMMA
 # cannot reach the peaks of 90 and 100 (they need wgmma and tcgen05); the ratio is against them all the same.
-TENSOR_FMA_PER_SM = {80: 1024, 86: 512, 87: 1024, 89: 512, 90: 2048, 100: 4096, 103: 4096, 120: 512, 121: 512}
-FP32_FMA_PER_SM = {80: 64}  # 128 everywhere else
+TENSOR_FMA_PER_SM = {75: 512, 80: 1024, 86: 512, 87: 1024, 89: 512, 90: 2048, 100: 4096, 103: 4096, 120: 512, 121: 512}
+FP32_FMA_PER_SM = {75: 64, 80: 64}  # 128 everywhere else
 SCHEDULERS = 4
 
 

@@ -22,6 +22,7 @@ class SmLimits:
 
 
 SM_LIMITS = {
+    75: SmLimits(65536, 32, 16),
     80: SmLimits(167936, 64, 32),
     86: SmLimits(102400, 48, 16),
     87: SmLimits(167936, 48, 16),
@@ -39,7 +40,8 @@ def blocks_per_sm(arch: int, registers: int, threads: int, shared: int) -> int:
     limits, warps = SM_LIMITS[arch], -(-threads // 32)
     per_warp = -(-registers * 32 // 256) * 256
     by_registers = (65536 // SCHEDULERS // per_warp) * SCHEDULERS // warps
-    by_shared = limits.shared // (-(-shared // 128) * 128 + 1024)
+    unit, system = (256, 0) if arch < 80 else (128, 1024)  # what a block is rounded up to, and what it pays besides
+    by_shared = limits.shared // (-(-shared // unit) * unit + system)
     return max(0, min(by_registers, by_shared, limits.warps // warps, limits.blocks))
 
 

@@ -19,8 +19,8 @@ from benchmarks.static import gate, sass, table
 from fused_resnet.aot.cuda import assemble_kernel
 from fused_resnet.aot.training import OPS, TrainingKernel, training_planner
 
-#: Bytes of memory per SM and cycle: A100 80 GB, A40, L40S, H100 SXM, B200, RTX 5090.
-BYTES_PER_CYCLE = {80: 13.4, 86: 4.8, 89: 2.4, 90: 14.5, 100: 29.2, 120: 4.4}
+#: Bytes of memory per SM and cycle: T4, A100 80 GB, A40, L40S, H100 SXM, B200, RTX 5090.
+BYTES_PER_CYCLE = {75: 5.0, 80: 13.4, 86: 4.8, 89: 2.4, 90: 14.5, 100: 29.2, 120: 4.4}
 #: That an SM must have room for, per architecture: what keeps memory busy for its latency of about 700 cycles.
 LATENCY = 700
 THREADS = 256

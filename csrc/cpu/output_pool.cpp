@@ -18,10 +18,12 @@ torch_from_blob(void* data, int64_t ndim, const int64_t* sizes, const int64_t* s
 namespace fused_resnet::cpu {
 namespace {
 
-constexpr int64_t kLeast = int64_t{64} << 10;  // bytes; what is smaller costs the allocator little
-constexpr int64_t kKept = int64_t{128}
-                          << 20;  // bytes free in the pool: three outputs of a ResNet-50 at batch 8
-constexpr int64_t kLoosest = 4;   // times what was asked for
+// In bytes. What is smaller costs the allocator little.
+constexpr int64_t kLeast = int64_t{64} << 10;
+// Bytes that may lie free in the pool: three outputs of a ResNet-50 at batch 8.
+constexpr int64_t kKept = int64_t{128} << 20;
+// A buffer serves if it is at most this many times as large as what was asked for.
+constexpr int64_t kLoosest = 4;
 
 struct Buffer {
   void* memory;

@@ -31,10 +31,11 @@ namespace fused_resnet {
 // Adds `steps` steps of the product, from where the loader stands, to acc. `overlap` runs while the first
 // copies fly. Afterwards no copy is under way, and every thread may overwrite the pipeline's shared memory.
 template <class Tile, class Warp, class Loader, class Overlap>
-__device__ __forceinline__ void accumulate(float (&acc)[Warp::kFragments][4], const Warp& warp,
-                                           Loader& loader, int steps, uint32_t pipeline, Overlap overlap) {
+__device__ __forceinline__ void accumulate_by_copies(float (&acc)[Warp::kFragments][4], const Warp& warp,
+                                                     Loader& loader, int steps, uint32_t pipeline,
+                                                     Overlap overlap) {
   constexpr int kAhead = Tile::kStages - 1;
-  const uint32_t pipeline_end = pipeline + Tile::kPipelineBytes;
+  const uint32_t pipeline_end = pipeline + Tile::kStagesBytes;
 #pragma unroll 1
   for (int i = 0; i < kAhead; ++i) {
     if (i < steps) loader.issue(pipeline + i * Tile::kStageBytes);
@@ -65,6 +66,40 @@ __device__ __forceinline__ void accumulate(float (&acc)[Warp::kFragments][4], co
   }
   cp_async_wait<0>();
   __syncthreads();
+}
+
+// The same where copies pass registers: those of the next step are under way while the warps multiply.
+template <class Tile, class Warp, class Loader, class Overlap>
+__device__ __forceinline__ void accumulate_by_registers(float (&acc)[Warp::kFragments][4], const Warp& warp,
+                                                        Loader& loader, int steps, uint32_t stage,
+                                                        Overlap overlap) {
+  typename Loader::Step next;
+  if (steps > 0) loader.fetch(next);
+  overlap();
+#pragma unroll 1
+  for (int remaining = steps; remaining > 0; --remaining) {
+    __syncthreads();  // all have read the previous step
+    loader.put(next, stage);
+    __syncthreads();
+    if (remaining > 1) loader.fetch(next);
+    typename Warp::Operands operands;
+#pragma unroll
+    for (int slab = 0; slab < Warp::kSlabs; ++slab) {
+      warp.load(operands, stage, slab);
+      warp.multiply(acc, operands);
+    }
+  }
+  __syncthreads();
+}
+
+template <class Tile, class Warp, class Loader, class Overlap>
+__device__ __forceinline__ void accumulate(float (&acc)[Warp::kFragments][4], const Warp& warp,
+                                           Loader& loader, int steps, uint32_t pipeline, Overlap overlap) {
+  if constexpr (kAmpere) {
+    accumulate_by_copies<Tile>(acc, warp, loader, steps, pipeline, overlap);
+  } else {
+    accumulate_by_registers<Tile>(acc, warp, loader, steps, pipeline, overlap);
+  }
 }
 
 template <class Tile, class Warp, class Loader, Load kLoad>
@@ -134,6 +169,24 @@ __device__ __forceinline__ void conv_kernel(const ConvParams& params) {
       std::conditional_t<kLoad == Load::kVector, VectorLoad<Tile, kBytes>, GatherLoad<Tile, kBytes>>;
   if constexpr (kEpilogue == Epilogue::kTail) conv_tile<Tile, Warp, Loader, kLoad>(params);
   if constexpr (kEpilogue == Epilogue::kStatistics) conv_stats_tile<Tile, Warp, Loader>(params);
+}
+
+// Blocks that must find room on an SM. On Turing the next step takes registers as well; three blocks of a
+// tile on the FMA units would spill.
+template <class Tile, Math kMath>
+constexpr int least_blocks() {
+  return !kAmpere && kMath == Math::kFloat32 && Tile::kBlocks == 3 ? 2 : Tile::kBlocks;
+}
+
+// On Turing the tile has one stage; what Turing has no arithmetic or no registers for is empty there, and the
+// planner does not choose it.
+template <class Tile, Math kMath, Load kLoad, Epilogue kEpilogue>
+__device__ __forceinline__ void conv_entry(const ConvParams& params) {
+  if constexpr (kAmpere) {
+    conv_kernel<Tile, kMath, kLoad, kEpilogue>(params);
+  } else if constexpr (kRunsOnTuring<Tile, kMath>) {
+    conv_kernel<OneStage<Tile>, kMath, kLoad, kEpilogue>(params);
+  }
 }
 
 }  // namespace fused_resnet

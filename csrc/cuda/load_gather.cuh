@@ -33,8 +33,14 @@ class GatherLoad {
   __device__ __forceinline__ static void copy(uint32_t destination, const char* from, bool valid) {
     if constexpr (kBytes == 2) {  // cp.async copies no less than 4 bytes
       shared_store_u16(destination, valid ? global_load_u16(from) : uint16_t{0});
-    } else {
+    } else if constexpr (kAmpere) {
       cp_async<kBytes>(destination, from, valid);
+    } else if constexpr (kBytes == 4) {
+      shared_store_u32(destination, valid ? global_load_u32(from) : uint32_t{0});
+    } else if constexpr (kBytes == 8) {
+      shared_store_8(destination, valid ? global_load_8(from) : Words2{});
+    } else {
+      shared_store_16(destination, valid ? global_load_16(from) : Words4{});
     }
   }
 
@@ -106,6 +112,11 @@ class GatherLoad {
     }
     stride_.advance(cursor_, kDepth);
   }
+
+  // Without asynchronous copies nothing is fetched ahead: the pieces are too many for registers.
+  struct Step {};
+  __device__ __forceinline__ void fetch(Step&) {}
+  __device__ __forceinline__ void put(const Step&, uint32_t stage) { issue(stage); }
 };
 
 }  // namespace fused_resnet

@@ -1,4 +1,5 @@
-// Copies of 16 bytes from global to shared memory: C and every address are multiples of 16 bytes.
+// Copies of 16 bytes from global to shared memory: C and every address are multiples of 16 bytes. Either at
+// once (issue), or in two halves through registers (fetch, put).
 #pragma once
 
 #include "../conv_params.h"
@@ -77,23 +78,47 @@ class VectorLoad {
     }
   }
 
-  // Issues the copies of the next step into the stage at `stage`, and moves on.
-  __device__ __forceinline__ void issue(uint32_t stage) {
+ private:
+  // Calls copy(its number, source, valid) for each copy of the next step, and moves on.
+  template <class Copy>
+  __device__ __forceinline__ void each_copy(Copy copy) {
     const bool inside = cursor_.position < depth_;
     const uint32_t tap = inside ? (1u << cursor_.r) | (kColumnBit << cursor_.s) : ~0u;
     const int offset = cursor_.r * row_stride_ + (cursor_.s * column_stride_ + cursor_.c);
-    const uint32_t a = stage + destination_, b = a + Tile::kBytesA;
 #pragma unroll
     for (int i = 0; i < kPassesA; ++i) {
-      cp_async<16>(a + i * kRowsPerPass * Tile::kDepthBytes,
-                   x_[i] + static_cast<int64_t>(offset) * kElementBytes, (halo_[i] & tap) == 0);
+      copy(i, x_[i] + static_cast<int64_t>(offset) * kElementBytes, (halo_[i] & tap) == 0);
     }
 #pragma unroll
     for (int i = 0; i < kPassesB; ++i) {
-      cp_async<16>(b + i * kRowsPerPass * Tile::kDepthBytes,
-                   weight_[i] + static_cast<int64_t>(cursor_.position) * kElementBytes, inside);
+      copy(kPassesA + i, weight_[i] + static_cast<int64_t>(cursor_.position) * kElementBytes, inside);
     }
     stride_.advance(cursor_, kDepth);
+  }
+
+  // Where copy number i goes.
+  __device__ __forceinline__ uint32_t place(uint32_t stage, int i) const {
+    const int row = (i < kPassesA ? i : i - kPassesA) * kRowsPerPass;
+    return stage + destination_ + (i < kPassesA ? 0 : Tile::kBytesA) + row * Tile::kDepthBytes;
+  }
+
+ public:
+  // What a thread copies in one step.
+  struct Step {
+    Words4 copy[kPassesA + kPassesB];
+  };
+
+  __device__ __forceinline__ void issue(uint32_t stage) {
+    each_copy([&](int i, const char* source, bool valid) { cp_async<16>(place(stage, i), source, valid); });
+  }
+  __device__ __forceinline__ void fetch(Step& step) {
+    each_copy([&](int i, const char* source, bool valid) {
+      step.copy[i] = valid ? global_load_16(source) : Words4{};
+    });
+  }
+  __device__ __forceinline__ void put(const Step& step, uint32_t stage) const {
+#pragma unroll
+    for (int i = 0; i < kPassesA + kPassesB; ++i) shared_store_16(place(stage, i), step.copy[i]);
   }
 };
 

@@ -8,10 +8,25 @@
 namespace fused_resnet {
 namespace {
 
-#define FUSED_RESNET_KERNEL_INFO(symbol, tile, math, load, epilogue)          \
-  {#symbol,          tile::kM,       tile::kN,      tile::kDepthBytes,        \
-   tile::kStages,    tile::kThreads, tile::kBlocks, tile::kSharedBytes<load>, \
-   tile::kParkBytes, math,           load,          epilogue},
+template <class Tile, Math kMath, Load kLoad>
+constexpr int turing_shared_bytes() {
+  return kRunsOnTuring<Tile, kMath> ? OneStage<Tile>::template kSharedBytes<kLoad> : 0;
+}
+
+#define FUSED_RESNET_KERNEL_INFO(symbol, tile, math, load, epilogue) \
+  {#symbol,                                                          \
+   tile::kM,                                                         \
+   tile::kN,                                                         \
+   tile::kDepthBytes,                                                \
+   tile::kStages,                                                    \
+   tile::kThreads,                                                   \
+   tile::kBlocks,                                                    \
+   tile::kSharedBytes<load>,                                         \
+   turing_shared_bytes<tile, math, load>(),                          \
+   tile::kParkBytes,                                                 \
+   math,                                                             \
+   load,                                                             \
+   epilogue},
 constexpr KernelInfo kCatalogue[] = {FUSED_RESNET_KERNELS(FUSED_RESNET_KERNEL_INFO)};
 #undef FUSED_RESNET_KERNEL_INFO
 
@@ -70,6 +85,9 @@ void check(const PlanRequest& q, const DeviceProperties& device) {
   check_device(device);
   if (q.groups != 1) refuse("cuda: groups must be 1, got %d", q.groups);
   if (!known(q.dtype)) refuse("cuda: dtype must be float16, bfloat16 or float32");
+  if (q.dtype == kBFloat16 && device.capability < 80) {
+    refuse("cuda: bfloat16 needs sm_80 or newer, got sm_%d", device.capability);
+  }
   if (q.residual_dtype != kAbsent && !known(q.residual_dtype)) {
     refuse("cuda: residual must be float16, bfloat16 or float32");
   }
@@ -169,10 +187,11 @@ bool suits_vector_load(const ConvSource& source) {
          source.dilation_h * source.x_stride_h < (int64_t{1} << 31);
 }
 
-Math math_of(const PlanRequest& q) {
+Math math_of(const PlanRequest& q, const DeviceProperties& device) {
   if (q.dtype == kFloat16) return Math::kFloat16;
   if (q.dtype == kBFloat16) return Math::kBFloat16;
-  return q.tf32 ? Math::kTensorFloat32 : Math::kFloat32;
+  return q.tf32 && device.capability >= 80 ? Math::kTensorFloat32
+                                           : Math::kFloat32;  // may be rounded, need not
 }
 
 Epilogue epilogue_of(const PlanRequest& q) {
@@ -225,8 +244,10 @@ ConvParams fill_params(const PlanRequest& q) {
   std::string tiles;
   bool exists = q.tile_m == 0 && q.tile_n == 0;
   for (const KernelInfo& kernel : kCatalogue) {
-    if (kernel.math != math_of(q) || kernel.load != Load::kVector || kernel.epilogue != epilogue_of(q))
+    if (kernel.math != math_of(q, device) || kernel.load != Load::kVector ||
+        kernel.epilogue != epilogue_of(q) || !shared_bytes_on(kernel, device.capability)) {
       continue;
+    }
     const std::string name = std::to_string(kernel.tile_m) + "x" + std::to_string(kernel.tile_n);
     tiles += (tiles.empty() ? "" : ", ") + name;
     exists = exists || (kernel.tile_m == q.tile_m && kernel.tile_n == q.tile_n);
@@ -276,8 +297,8 @@ void fill_plan(const PlanRequest& q, const DeviceProperties& device, Plan& plan)
   if (q.splits < 0 || q.splits > 65535) refuse("cuda: splitk must be between 1 and 65535, got %d", q.splits);
   const Load load = vector ? Load::kVector : Load::kGather;
   const Forced forced = {q.tile_m, q.tile_n, q.statistics ? 1 : q.splits};
-  const Schedule choice =
-      choose_schedule(params, q.residual_dtype != kAbsent, math_of(q), load, epilogue_of(q), device, forced);
+  const Schedule choice = choose_schedule(params, q.residual_dtype != kAbsent, math_of(q, device), load,
+                                          epilogue_of(q), device, forced);
   if (choice.kernel < 0) refuse_tile(q, device);
   const KernelInfo& kernel = kCatalogue[choice.kernel];
   plan.kernel = choice.kernel;
@@ -294,7 +315,8 @@ void fill_plan(const PlanRequest& q, const DeviceProperties& device, Plan& plan)
   plan.grid[2] = 1;
   plan.block[0] = kernel.threads;
   plan.block[1] = plan.block[2] = 1;
-  plan.dynamic_shared_bytes = kernel.shared_bytes + (params.sources == 2 ? kernel.park_bytes : 0);
+  plan.dynamic_shared_bytes =
+      shared_bytes_on(kernel, device.capability) + (params.sources == 2 ? kernel.park_bytes : 0);
   if (params.splits > 1) {
     plan.counter_bytes = round_up(tiles * 4, kCounterAlignment);
     params.partials_offset = plan.counter_bytes;

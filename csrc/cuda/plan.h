@@ -81,7 +81,8 @@ struct KernelInfo {
   int32_t tile_m, tile_n, depth_bytes, stages, threads;
   int32_t blocks_per_sm;  // that the registers allow
   int32_t shared_bytes;
-  int32_t park_bytes;  // more, with a projection
+  int32_t turing_shared_bytes;  // the same on sm_75; 0 where the kernel does not run there
+  int32_t park_bytes;           // more, with a projection
   Math math;
   Load load;
   Epilogue epilogue;
@@ -101,6 +102,11 @@ struct Plan {
 
 int kernel_count();
 const KernelInfo& kernel_info(int index);
+// Dynamic shared memory on a device of this capability, without a projection; 0 where the kernel does not run
+// there.
+inline int32_t shared_bytes_on(const KernelInfo& kernel, int capability) {
+  return capability < 80 ? kernel.turing_shared_bytes : kernel.shared_bytes;
+}
 const char* tensor_name(int slot);
 int64_t tensor_offset(int slot);  // bytes into ConvParams
 

@@ -40,7 +40,7 @@ inline bool has_bias(int32_t affine) {
 }
 
 inline void check_device(const DeviceProperties& device) {
-  if (device.capability < 80) refuse("cuda: needs sm_80 or newer, got sm_%d", device.capability);
+  if (device.capability < 75) refuse("cuda: needs sm_75 or newer, got sm_%d", device.capability);
   if (device.sm_count < 1) refuse("cuda: a device has at least one multiprocessor, got %d", device.sm_count);
 }
 inline void check_activation(int32_t activation) {

@@ -18,6 +18,14 @@
 
 namespace fused_resnet {
 
+// Whether the GPU compiled for copies from global to shared memory without passing registers, and multiplies
+// bfloat16 and tf32 on its tensor cores: from sm_80 on. What is left for Turing (sm_75) says so by this.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kAmpere = false;
+#else
+constexpr bool kAmpere = true;
+#endif
+
 // ---- vectors of 32-bit words, for 8- and 16-byte accesses ----
 struct alignas(8) Words2 {
   uint32_t w[2];
@@ -78,6 +86,9 @@ __device__ __forceinline__ void shared_store_f32(uint32_t address, float v) {
 __device__ __forceinline__ void shared_store_f32x2(uint32_t address, float v0, float v1) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v0), "f"(v1) : "memory");
 }
+__device__ __forceinline__ void shared_store_8(uint32_t address, const Words2& v) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(v.w[0]), "r"(v.w[1]) : "memory");
+}
 __device__ __forceinline__ void shared_store_16(uint32_t address, const Words4& v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.w[0]), "r"(v.w[1]),
                "r"(v.w[2]), "r"(v.w[3])
@@ -92,7 +103,7 @@ __device__ __forceinline__ uint32_t shuffle_xor(uint32_t v) {
   return __shfl_xor_sync(0xffffffffu, v, kMask);
 }
 
-// ---- asynchronous copies, global to shared ----
+// ---- asynchronous copies, global to shared; from sm_80 on ----
 // Copies kBytes (16, 8 or 4; both addresses multiples of it), or writes zeros where `valid` is false: then
 // `source` is not read and may point anywhere. The data may be read after commit, wait and (by other threads)
 // a barrier.
@@ -129,13 +140,26 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) 
                : "memory");
 }
 // d += a * b; a is 16 x 16 (row major), b is 16 x 8 (column major), d is 16 x 8 in fp32. With g = lane / 4, t
-// = lane % 4: d[0], d[1] are row g, columns 2t, 2t + 1; d[2], d[3] are row g + 8.
+// = lane % 4: d[0], d[1] are row g, columns 2t, 2t + 1; d[2], d[3] are row g + 8. Turing takes half the depth
+// at a time, whose operands are half the registers.
 __device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, "
-      "%1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  if constexpr (kAmpere) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    const uint32_t b[2] = {b0, b1};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      asm volatile(
+          "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+          "{%0, %1, %2, %3};"
+          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+          : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
+    }
+  }
 }
 __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
@@ -187,14 +211,29 @@ __device__ __forceinline__ float bf16_to_f32(uint16_t v) {
 }
 // Two numbers rounded to nearest even and packed, `low` in the lower half (the lower address).
 __device__ __forceinline__ uint32_t pack_f16x2(float low, float high) {
-  uint32_t r;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
+  if constexpr (kAmpere) {
+    uint32_t r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+  } else {
+    uint16_t half[2];
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half[0]) : "f"(low));
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half[1]) : "f"(high));
+    return half[0] | static_cast<uint32_t>(half[1]) << 16;
+  }
 }
 __device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
-  uint32_t r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
+  if constexpr (kAmpere) {
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+  } else {
+    const auto rounded = [](float v) {
+      const uint32_t bits = bits_of(v);
+      return v != v ? uint32_t{0x7fff} : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    };
+    return rounded(low) | rounded(high) << 16;
+  }
 }
 
 // ---- global memory ----

@@ -19,7 +19,7 @@ double product_rate(Math math, int capability) {
   const bool data_centre = capability == 80 || capability == 90 || capability == 100 || capability == 103;
   const double half = capability == 80 ? 1024 : data_centre ? 1270 : 512;
   if (math == Math::kTensorFloat32) return half / 2;
-  if (math == Math::kFloat32) return capability == 80 ? 64 : 128;
+  if (math == Math::kFloat32) return capability <= 80 ? 64 : 128;
   return half;
 }
 
@@ -38,7 +38,8 @@ double step_cycles(const KernelInfo& kernel, int vector_bytes, int capability, d
   const double gather = kernel.load == Load::kGather ? copied / vector_bytes / 32 * 16 / 4 : 0;
   const double busy =
       std::max({products / product_rate(kernel.math, capability), shared, copied / kL2Bandwidth});
-  return std::max(kCopyLatency / (kernel.stages - 1), blocks_together * (busy + gather));
+  const int ahead = capability < 80 ? 1 : kernel.stages - 1;
+  return std::max(kCopyLatency / ahead, blocks_together * (busy + gather));
 }
 
 // Bytes from and to memory per cycle and SM: 1.55 TB/s over 108 SMs at 1.4 GHz, 4.3 over 132 at 1.75, 8 over
@@ -105,8 +106,9 @@ Schedule choose_schedule(const ConvParams& params, bool residual, Math math, Loa
     if (kernel.math != math || kernel.load != load || kernel.epilogue != epilogue) continue;
     if (forced.tile_m && kernel.tile_m != forced.tile_m) continue;
     if (forced.tile_n && kernel.tile_n != forced.tile_n) continue;
-    const int shared_bytes = kernel.shared_bytes + (params.sources == 2 ? kernel.park_bytes : 0);
-    if (shared_bytes > device.shared_bytes_per_block) continue;
+    const int least_shared = shared_bytes_on(kernel, device.capability);
+    const int shared_bytes = least_shared + (params.sources == 2 ? kernel.park_bytes : 0);
+    if (least_shared == 0 || shared_bytes > device.shared_bytes_per_block) continue;
     const int64_t tiles = ceil_div(params.pixels, kernel.tile_m) * ceil_div(params.k, kernel.tile_n);
     const int64_t steps = steps_of(params, kernel);
     // A block alone on its SM moves nothing while it multiplies, and loads nothing while it stores.

@@ -22,7 +22,9 @@ struct Tile {
   static constexpr int kStageBytes = kBytesA + kBytesB;
 
   // Dynamic shared memory, in this order; offsets in bytes.
-  static constexpr int kPipelineBytes = Stages * kStageBytes;  // after the main loop: staging of the epilogue
+  // The stages; after the main loop the epilogue's rows of fp32, at least 16 of each row of warps.
+  static constexpr int kStagesBytes = Stages * kStageBytes, kStagingBytes = WarpsM * 16 * (N + 8) * 4;
+  static constexpr int kPipelineBytes = kStagesBytes > kStagingBytes ? kStagesBytes : kStagingBytes;
   static constexpr int kNormOffset = kPipelineBytes;           // scale, shift of source 0, then of source 1
   static constexpr int kFlagOffset = kNormOffset + 4 * N * 4;  // split-K: did this block arrive last?
   static constexpr int kRowsOffset = kFlagOffset + 16;  // gather kernels: where each pixel's window begins
@@ -32,6 +34,14 @@ struct Tile {
   static constexpr int kParkBytes =
       M * N * 4;  // behind all others, where there is a projection (projection.cuh)
 };
+
+// The same on Turing (sm_75): 64 KiB of shared memory for all blocks of an SM, and copies that pass
+// registers. One stage; the next step waits in registers, for which the two largest tiles have none left.
+template <class T>
+using OneStage = Tile<T::kM, T::kN, T::kDepthBytes, 1, T::kWarpsM, T::kWarpsN, T::kBlocks>;
+template <class T, Math kMath>
+constexpr bool kRunsOnTuring =
+    T::kM * T::kN <= 128 * 64 && (kMath == Math::kFloat16 || kMath == Math::kFloat32);
 
 // Statistics: so many tiles of a column are merged by one block, then the groups of them.
 constexpr int kGroupTiles = 64;

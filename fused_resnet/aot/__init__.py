@@ -32,18 +32,18 @@ def compile(  # the name of the command: fused-resnet compile
 ) -> Launch:
     """Compile the kernel that ``backend`` would launch for ``problem`` and write it to ``out_dir``.
 
-    ``arch`` is ``"sm_80"`` or newer. ``problem`` may be the text that :meth:`Problem.parse` reads; in it, or as
-    arguments, ``proj`` adds a projection (``CxHxWxSTRIDE``), ``splitk`` fixes the number of blocks that share one
-    tile's sum, ``tile`` the tile configuration (``"128x64"``); by default the planner chooses both. The two eps are
-    BatchNorm's. A text that begins with ``op=`` asks for a training pass instead, such as
-    ``"op=bn_stats,n=8,h=14,w=14,c=64,dtype=float16"`` (see :mod:`.training`), and ``op=conv_bn_stats`` before the
-    text of a problem for its convolution alone, with the statistics of its output. Raises ValueError for what the
+    ``arch`` is ``"sm_75"`` (cuda alone), ``"sm_80"`` or newer. ``problem`` may be the text that
+    :meth:`Problem.parse` reads; in it, or as arguments, ``proj`` adds a projection (``CxHxWxSTRIDE``), ``splitk`` fixes
+    the number of blocks that share one tile's sum, ``tile`` the tile configuration (``"128x64"``); by default the
+    planner chooses both. The two eps are BatchNorm's. A text that begins with ``op=`` asks for a training pass instead,
+    such as ``"op=bn_stats,n=8,h=14,w=14,c=64,dtype=float16"`` (see :mod:`.training`), and ``op=conv_bn_stats`` before
+    the text of a problem for its convolution alone, with the statistics of its output. Raises ValueError for what the
     backend refuses and RuntimeError where a compiler is missing.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if not arch.removeprefix("sm_").rstrip("af").isdigit():
-        raise ValueError(f"arch: expected sm_80 or newer, got {arch!r}")
+        raise ValueError(f"arch: expected sm_75 or newer, got {arch!r}")
     if isinstance(problem, str) and problem.lstrip().startswith("op="):
         return _compile_training(backend, arch, problem, Path(out_dir), proj=proj, splitk=splitk, tile=tile)
     if isinstance(problem, str):

@@ -18,7 +18,8 @@ from .training import TrainingCall, training_planner
 
 #: As csrc/cuda_build.py compiles the extension.
 NVCC_FLAGS = ("-std=c++17", "-O3")
-OLDEST = "sm_80"
+#: Whose PTX the others' machine code is assembled from; sm_75 lacks what that uses.
+SHARED = "sm_80"
 
 
 def compile(
@@ -57,8 +58,8 @@ def compile_kernel(kernel: Entry, arch: str, csrc: Path | None = None) -> tuple[
 
 
 def assemble_kernel(kernel: Entry, arch: str, csrc: Path | None = None) -> bytes:
-    """The cubin as the extension holds it: assembled for ``arch`` from the PTX of the oldest architecture."""
-    return _cubin(kernel, OLDEST, arch, csrc).read_bytes()
+    """The cubin as the extension holds it: assembled for ``arch`` from the PTX that all but sm_75 share."""
+    return _cubin(kernel, arch if arch == "sm_75" else SHARED, arch, csrc).read_bytes()
 
 
 def _ptx(kernel: Entry, arch: str, csrc: Path | None) -> Path:

@@ -45,10 +45,11 @@ def _device(capability: int, sm_count: int, shared_kib: int) -> Device:
     return Device(sm_count, capability, (shared_kib - 1) << 10, shared_kib << 10)
 
 
-#: A full-size GPU of each architecture: A100, A40, Orin, L40S, H100, B200, B300, RTX 5090, GB10.
+#: A full-size GPU of each architecture: T4, A100, A40, Orin, L40S, H100, B200, B300, RTX 5090, GB10.
 DEVICES = {
     d.capability: d
     for d in (
+        Device(40, 75, 64 << 10, 64 << 10),
         _device(80, 108, 164), _device(86, 84, 100), _device(87, 16, 164), _device(89, 142, 100),
         _device(90, 132, 228), _device(100, 148, 228), _device(103, 148, 228), _device(120, 170, 100),
         _device(121, 48, 100),
@@ -76,6 +77,7 @@ class Kernel(Entry):
     """One kernel of the convolutions' catalogue."""
 
     tile: str
+    turing_shared_bytes: int  # in place of shared_bytes on sm_75; 0 where the kernel does not run there
     park_bytes: int
     blocks_per_sm: int
     math: str
@@ -83,6 +85,10 @@ class Kernel(Entry):
     epilogue: str  # "tail" or "statistics"
     header = "kernel_entry.cuh"
     parameters = "ConvParams"
+
+    def runs_on(self, arch: str) -> bool:
+        """Whether a GPU of this architecture has the arithmetic and the registers."""
+        return arch != "sm_75" or self.turing_shared_bytes > 0
 
 
 def source_directory() -> Path:

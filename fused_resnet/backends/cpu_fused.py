@@ -43,12 +43,15 @@ class FusedConvolution:
     ) -> None:
         self.otherwise, self.algorithm, self.projection, self.pool = otherwise, algorithm, projection, pool
         self._program: Tensor | None = None
+        self._pooled: dict[Pool, FusedConvolution] = {}
 
     def with_max_pool(self, pool: Pool) -> FusedConvolution | None:
         """The same with the max pool of its result in one pass; None where there is no kernel for that."""
         if self.algorithm.m != 0 or not can_pool(pool):
             return None
-        return FusedConvolution(self.otherwise, DIRECT, pool=pool)
+        if pool not in self._pooled:
+            self._pooled[pool] = FusedConvolution(self.otherwise, DIRECT, pool=pool)
+        return self._pooled[pool]
 
     def __call__(self, tail: TailArguments) -> Tensor:
         kept = tail.packed_weights
@@ -98,13 +101,16 @@ class FewChannels:
 
     def __init__(self, otherwise: Runner, algorithm: Algorithm) -> None:
         self._otherwise, self._algorithm = otherwise, algorithm
+        self._pooled: dict[Pool, FusedConvolution] = {}
 
     def __call__(self, tail: TailArguments) -> Tensor:
         return self._otherwise(tail)
 
     def with_max_pool(self, pool: Pool) -> FusedConvolution | None:
         """As :meth:`FusedConvolution.with_max_pool`."""
-        return FusedConvolution(self._otherwise, self._algorithm, pool=pool) if can_pool(pool) else None
+        if can_pool(pool) and pool not in self._pooled:
+            self._pooled[pool] = FusedConvolution(self._otherwise, self._algorithm, pool=pool)
+        return self._pooled.get(pool)
 
 
 def can_pool(pool: Pool) -> bool:
@@ -113,10 +119,10 @@ def can_pool(pool: Pool) -> bool:
     return height <= _LARGEST_WINDOW and 2 * padding[0] <= height and 2 * padding[1] <= width
 
 
-def run_with_max_pool(run: Runner, tail: TailArguments, pool: Pool) -> Tensor:
-    """What ``run`` makes of ``tail``, then the max pool: one pass where there is a kernel for both."""
+def with_max_pool(run: Runner, pool: Pool) -> Runner:
+    """``run``, then the max pool of its result: one pass where there is a kernel for both."""
     pooled = run.with_max_pool(pool) if isinstance(run, (FusedConvolution, FewChannels)) else None
-    return F.max_pool2d(run(tail), *pool) if pooled is None else pooled(tail)
+    return pooled or (lambda tail: F.max_pool2d(run(tail), *pool))
 
 
 def _operands(conv: ConvBN, algorithm: Algorithm, kept: PackedWeights) -> list[Tensor]:

@@ -188,12 +188,14 @@ def why_not_device(device: torch.device) -> str | None:
 @lru_cache
 def _too_old(index: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(index)
-    if major < 8:  # before the planner, which would have to ask the driver
-        return f"cuda: needs sm_80 or newer, got sm_{major}{minor}"
-    oldest = int(_loaded().build_info()["architectures"].rsplit("compute_")[-1])
-    if major * 10 + minor < oldest:
-        return f"cuda: the extension was built for sm_{oldest} and newer, got sm_{major}{minor}"
-    return None
+    capability = major * 10 + minor
+    if capability < 75:  # before the planner, which would have to ask the driver
+        return f"cuda: needs sm_75 or newer, got sm_{capability}"
+    built = _loaded().build_info()["architectures"].split()
+    # Turing has code of its own, which newer GPUs do not run, nor it theirs.
+    shared = int(built[-1].removeprefix("compute_"))
+    runs = f"sm_{capability}" in built if capability < 80 else 80 <= shared <= capability
+    return None if runs else f"cuda: the extension was built for {' '.join(built)}, got sm_{capability}"
 
 
 @lru_cache

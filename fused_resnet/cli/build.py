@@ -18,7 +18,7 @@ def compile_kernel(
     problem: Annotated[str, typer.Option(help='as in "n=1,h=14,w=14,c=64,k=64,padding=1,dtype=float16,residual=1"')],
     out: Annotated[Path, typer.Option(help="folder for kernel.ptx, kernel.cubin and launch.json")],
     backend: Annotated[str, typer.Option(help="cuda or triton")] = "cuda",
-    arch: Annotated[str, typer.Option(help="sm_80 or newer")] = "sm_80",
+    arch: Annotated[str, typer.Option(help="sm_75 or newer; triton: sm_80")] = "sm_80",
     proj: Annotated[str | None, typer.Option(help="projection, CxHxWxSTRIDE")] = None,
     splitk: Annotated[int | None, typer.Option(min=1, help="blocks that share one tile's sum")] = None,
     tile: Annotated[str | None, typer.Option(help="tile configuration, such as 128x64")] = None,

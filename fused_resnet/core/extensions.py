@@ -7,6 +7,7 @@ remembered as one sentence with its remedy, never raised at import.
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -25,15 +26,27 @@ def _load(name: str) -> ModuleType | str:
     """The module, or the sentence that says why it cannot be had. Tried once per process."""
     if name not in _modules:
         try:
-            _modules[name] = importlib.import_module(f"fused_resnet.{name}")
+            _modules[name] = importlib.import_module(f"..{name}", __package__)
         except ModuleNotFoundError:
-            _modules[name] = f"the extension fused_resnet.{name} is not built: {_REMEDIES[name]}"
+            _modules[name] = _why_not_built(name)
         except ImportError as error:
-            _modules[name] = (
-                f"the extension fused_resnet.{name} does not load with torch {torch.__version__} "
-                f"({first_line(error)}): {_REMEDIES[name]}"
-            )
+            _modules[name] = _why_not_loaded(name, error)
     return _modules[name]
+
+
+def _why_not_built(name: str) -> str:
+    try:  # what the build (setup.py) wrote down in the module's place
+        left_out = f" ({(Path(__file__).parents[1] / f'{name}.txt').read_text()})"
+    except OSError:
+        left_out = ""
+    return f"the extension fused_resnet.{name} is not built{left_out}: {_REMEDIES[name]}"
+
+
+def _why_not_loaded(name: str, error: ImportError) -> str:
+    return (
+        f"the extension fused_resnet.{name} does not load with torch {torch.__version__} ({first_line(error)}): "
+        f"{_REMEDIES[name]}"
+    )
 
 
 def cpu() -> ModuleType | None:

@@ -40,6 +40,44 @@ class GradMeans(NamedTuple):
     dz_xhat: Tensor  # [C]
 
 
+class ForwardPass(NamedTuple):
+    """``out = act(bn + (residual or proj))``, and where that passes the gradient."""
+
+    bn: BatchNorm
+    residual: Tensor | None
+    proj: BatchNorm | None
+    activation: str
+    out: Tensor  # written
+    mask: Tensor | None  # written where it is given
+
+
+class BackwardPass(NamedTuple):
+    """What both backward passes read: ``dz = grad_out`` where the mask is set, else 0; without a mask everywhere."""
+
+    grad_out: Tensor
+    mask: Tensor | None
+    bn: BatchNorm
+    proj: BatchNorm | None
+
+
+class Gradients(NamedTuple):
+    """What the second backward pass reads besides, and where it writes.
+
+    ``d_y = weight * invstd * (dz - mean(dz) - xhat * mean(dz * xhat))``; ``d_second``, where it is wanted, is the
+    gradient of the residual (``dz``) or of the projection's convolution output (as ``d_y``, with the projection's BN).
+    """
+
+    means: GradMeans
+    proj_means: GradMeans | None
+    d_y: Tensor
+    d_second: Tensor | None
+
+
+def first_fields(bn: BatchNorm | None, count: int) -> tuple[Tensor | None, ...]:
+    """The first ``count`` fields of ``bn``, or as many None."""
+    return (None,) * count if bn is None else bn[:count]
+
+
 def conv_problem(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Problem:
     """The convolution alone as a Problem; ValueError or TypeError names the argument that does not fit."""
     conv = ConvBN(weight, bias, None, None, None, None, 0.0)

@@ -58,6 +58,7 @@ def _device(
 
 #: One row per GPU; rates in TFLOP/s and TB/s.
 DEVICES: tuple[Device, ...] = (
+    _device("T4", (7, 5), 40, 65, 8.1, 8.1, 0.320, "NVIDIA T4 datasheet; no tf32"),
     _device("A10", (8, 6), 72, 125, 62.5, 31.2, 0.600, "NVIDIA A10 datasheet"),
     _device("A100 40GB", (8, 0), 108, 312, 156, 19.5, 1.555, "NVIDIA A100 Tensor Core GPU datasheet (SXM4 40 GB)"),
     _device("A100 PCIe", (8, 0), 108, 312, 156, 19.5, 1.935, "NVIDIA A100 Tensor Core GPU datasheet (PCIe 80 GB)"),
@@ -111,6 +112,7 @@ def of(device: torch.device) -> Device:
 
 #: Dense 16-bit FMA per SM and cycle with float32 accumulation; 256 on the consumer parts (8.6, 8.9, 12.0).
 _FMA_PER_SM = {
+    (7, 5): 256,
     (8, 0): 1024,
     (8, 6): 256,
     (8, 7): 512,
@@ -130,9 +132,9 @@ def estimated(properties: object) -> Device:
     memory_clock = 1e3 * getattr(properties, "memory_clock_rate", 1_200_000)
     bus = getattr(properties, "memory_bus_width", 256) / 8
     per_sm = _FMA_PER_SM.get((major, minor), 256)
-    cores = 64 if (major, minor) == (8, 0) else 128
+    fp32 = 2.0 * (64 if (major, minor) in ((7, 5), (8, 0)) else 128) * sms * clock
     tensor16 = 2.0 * per_sm * sms * clock
     return Device(
-        getattr(properties, "name", "unknown GPU"), (major, minor), sms, tensor16, tensor16 / 2,
-        2.0 * cores * sms * clock, 2.0 * memory_clock * bus, "estimated from the device's SMs and clocks",
+        getattr(properties, "name", "unknown GPU"), (major, minor), sms, tensor16, tensor16 / 2 if major >= 8 else fp32,
+        fp32, 2.0 * memory_clock * bus, "estimated from the device's SMs and clocks",
     )  # fmt: skip

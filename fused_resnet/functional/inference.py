@@ -60,13 +60,13 @@ def conv_bn_add_relu(
     packed_weights: PackedWeights | None = None,
     winograd: str = "auto",
 ) -> Tensor:
-    r"""The residual tail ``act(BN(conv2d(x)) + residual)`` in one pass, BN in evaluation mode.
+    """The residual tail ``act(BN(conv2d(x)) + residual)`` in one pass, BN in evaluation mode.
 
-    .. math::
-        \mathrm{scale}_k &= \gamma_k / \sqrt{\mathrm{running\_var}_k + \mathrm{eps}} \\
-        \mathrm{shift}_k &= \beta_k + (\mathrm{bias}_k - \mathrm{running\_mean}_k)\,\mathrm{scale}_k \\
-        y_{npqk} &= \mathrm{act}\Big(\mathrm{scale}_k \sum_{rsc} x_{n,\,p u + r d - a,\,q u + s d - a,\,c}\,
-        w_{krsc} + \mathrm{shift}_k + \mathrm{residual}_{npqk}\Big)
+    In output channel k and with the index arithmetic of a convolution::
+
+        scale[k]      = gamma[k] / sqrt(running_var[k] + eps)
+        shift[k]      = beta[k] + (bias[k] - running_mean[k]) * scale[k]
+        y[n, k, p, q] = act(scale[k] * conv2d(x, weight)[n, k, p, q] + shift[k] + residual[n, k, p, q])
 
     Equivalent to ``act(F.batch_norm(F.conv2d(x, weight, bias, stride, padding, dilation, groups), running_mean,
     running_var, bn_weight, bn_bias, training=False, eps=eps) + residual)``, but accumulated in float32 and rounded
@@ -204,11 +204,11 @@ def conv_bn_proj_add_relu(
     packed_weights: PackedWeights | None = None,
     winograd: str = "auto",
 ) -> Tensor:
-    r"""The tail of a downsampling block: ``act(BN(conv2d(x)) + BN_proj(conv2d_1x1(proj_x)))`` in one pass.
+    """The tail of a downsampling block: ``act(BN(conv2d(x)) + BN_proj(conv2d_1x1(proj_x)))`` in one pass.
 
-    .. math::
-        y = \mathrm{act}\big(\mathrm{scale}_k\,(x * w)_k + \mathrm{shift}_k
-            + \mathrm{scale}^{proj}_k\,(x^{proj} * w^{proj})_k + \mathrm{shift}^{proj}_k\big)
+    With scale and shift of each BN as in :func:`conv_bn_add_relu`::
+
+        y = act(scale * conv2d(x, weight) + shift + scale_proj * conv2d_1x1(proj_x, proj_weight) + shift_proj)
 
     Args:
         proj_x: ``[N, C_proj, H_proj, W_proj]``, the block's input.

@@ -45,7 +45,7 @@ def bn_add_relu_train(
     group: str | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    r"""``activation(batch_norm(y) + residual)`` with the statistics of the batch, differentiable.
+    """``activation(batch_norm(y) + residual)`` with the statistics of the batch, differentiable.
 
     Args:
         y: output of the convolution, ``[N, C, H, W]``; channels_last is the fast case.
@@ -135,13 +135,12 @@ def conv_bn_add_relu_train(
     backend: str = "auto",
     winograd: str = "auto",
 ) -> Tensor:
-    r"""The tail ``act(BN(conv2d(x)) + residual)`` with the statistics of the batch, differentiable.
+    """The tail ``act(BN(conv2d(x)) + residual)`` with the statistics of the batch, differentiable.
 
-    .. math::
-        y &= \mathrm{conv2d}(x, w) + \mathrm{bias}, \quad
-        \mu_k = \mathrm{mean}_{npq}\, y, \quad \sigma^2_k = \mathrm{mean}_{npq}\, (y - \mu_k)^2 \\
-        \mathrm{out} &= \mathrm{act}\big(\gamma_k (y - \mu_k) / \sqrt{\sigma^2_k + \mathrm{eps}} + \beta_k
-        + \mathrm{residual}\big)
+    In each channel::
+
+        y   = conv2d(x, weight) + bias
+        out = act(gamma * (y - mean(y)) / sqrt(var(y) + eps) + beta + residual)  # the biased variance
 
     Two steps in channels_last: the convolution, which takes the statistics of its output in its epilogue where the
     backend has such a kernel, and one pass that normalises, adds and applies the activation.

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..core.training_call import BatchNorm, GradMeans
+from ..core.training_call import BackwardPass, ForwardPass, Gradients, first_fields
 from .bn_apply import bn_apply_add_relu_kernel, bn_backward_apply_kernel
 from .bn_reduce import bn_backward_reduce_kernel, bn_stats_kernel
 from .workspace import workspace
@@ -62,44 +62,37 @@ def bn_stats(y: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def bn_apply_add_relu(
-    bn: BatchNorm, residual: Tensor | None, proj: BatchNorm | None, activation: str, out: Tensor, mask: Tensor | None
-) -> None:
-    """``out = act(bn + (residual or proj))`` and, where given, the mask."""
+def bn_apply_add_relu(forward: ForwardPass) -> None:
+    """See :class:`ForwardPass`."""
+    bn, residual, proj, activation, out, mask = forward
     y = bn.y
-    branch = (None,) * 5 if proj is None else tuple(proj)
     second = residual if proj is None else proj.y
     bn_apply_add_relu_kernel[(triton.cdiv(y.numel(), 32 * WORDS),)](
-        *bn, second, *branch[1:], out, mask, y.numel(), C=y.shape[1], SECOND=_kind(residual, proj),
+        *bn, second, *first_fields(proj, 5)[1:], out, mask, y.numel(), C=y.shape[1], SECOND=_kind(residual, proj),
         ACTIVATION=activation, WORDS=WORDS, WIDE=_wide(y), num_warps=4,
     )  # fmt: skip
 
 
-def bn_backward_reduce(
-    grad_out: Tensor, mask: Tensor | None, bn: BatchNorm, proj: BatchNorm | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def bn_backward_reduce(backward: BackwardPass) -> tuple[Tensor, Tensor, Tensor]:
     """``sum(dz)``, ``sum(dz * xhat)`` and the projection's (empty without one)."""
+    grad_out, mask, bn, proj = backward
     sum_dz, sum_dz_xhat = torch.empty_like(bn.mean), torch.empty_like(bn.mean)
     proj_sum = sum_dz.new_empty(0 if proj is None else sum_dz.shape[0])
     r = _Reduction(bn.y, 2 if proj is None else 3)
-    branch = (None,) * 3 if proj is None else tuple(proj)[:3]
     bn_backward_reduce_kernel[r.grid](
-        grad_out, mask, bn.y, bn.mean, bn.invstd, *branch, sum_dz, sum_dz_xhat,
+        grad_out, mask, *bn[:3], *first_fields(proj, 3), sum_dz, sum_dz_xhat,
         None if proj is None else proj_sum, r.tickets, r.partial, r.rows, r.rows_per_part,
         C=r.channels, MASKED=mask is not None, PROJ=proj is not None, **r.blocks,
     )  # fmt: skip
     return sum_dz, sum_dz_xhat, proj_sum
 
 
-def bn_backward_apply(
-    grad_out: Tensor, mask: Tensor | None, bn: BatchNorm, means: GradMeans, proj: BatchNorm | None,
-    proj_means: GradMeans | None, d_y: Tensor, d_second: Tensor | None,
-) -> None:  # fmt: skip
-    """``d_y`` and, where wanted, the gradient of the residual or of the projection's convolution output."""
+def bn_backward_apply(backward: BackwardPass, gradients: Gradients) -> None:
+    """See :class:`Gradients`."""
+    grad_out, mask, bn, proj = backward
+    means, proj_means, d_y, d_second = gradients
     y = bn.y
-    branch: tuple[Tensor | None, ...] = (None,) * 6
-    if proj is not None and proj_means is not None:
-        branch = (*proj[:4], *proj_means)
+    branch = (*first_fields(proj, 4), *(proj_means or (None, None)))
     bn_backward_apply_kernel[(triton.cdiv(y.numel(), 32 * WORDS),)](
         grad_out, mask, *bn[:4], *means, *branch, d_y, d_second, y.numel(), C=y.shape[1],
         SECOND=_kind(d_second, proj), MASKED=mask is not None, WORDS=WORDS, WIDE=_wide(y), num_warps=4,

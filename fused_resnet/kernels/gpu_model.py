@@ -34,11 +34,12 @@ class Family:
 
 
 #: Of the tensor peak as measured. cuda: mma.sync, which does not reach the peak of Hopper and of datacentre Blackwell.
-#: triton: wgmma on Hopper. cudnn: a convolution alone. mma.sync reads 16 bytes a thread.
+#: On Turing its copies pass registers. triton: wgmma on Hopper. cudnn: a convolution alone. mma.sync reads 16 bytes a
+#: thread.
 FAMILIES: dict[str, Family] = {
-    "cuda": Family({8: 0.80, 9: 0.63, 10: 0.25, 12: 0.80}, 160, 0.82, 2.5e-6),
+    "cuda": Family({7: 0.60, 8: 0.80, 9: 0.63, 10: 0.25, 12: 0.80}, 160, 0.82, 2.5e-6),
     "triton": Family({8: 0.75, 9: 0.76, 10: 0.60, 12: 0.75}, 220, 0.82, 2.8e-6),
-    "cudnn": Family({8: 0.85, 9: 0.86, 10: 0.80, 12: 0.80}, 160, 0.85, 2.5e-6),
+    "cudnn": Family({7: 0.80, 8: 0.85, 9: 0.86, 10: 0.80, 12: 0.80}, 160, 0.85, 2.5e-6),
 }
 
 #: Where pixels are narrower than a 16-byte load, as the stem's three channels: ours gathers them (961 instructions for

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from ..core.forward_mode import has_tangent
 from . import pristine
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -26,8 +26,7 @@ def watched(x: Any) -> bool:
     """Whether a call with the input ``x`` must run the unfused forward."""
     if torch.compiler.is_compiling():
         return _watched_while_compiling()
-    # Without a dual level there is nothing to unpack, and the very tensor comes back.
-    return type(x) not in _PLAIN or forward_ad.unpack_dual(x).primal is not x or _is_looked_at()
+    return type(x) not in _PLAIN or has_tangent(x) or _is_looked_at()
 
 
 _shown: ContextVar[bool] = ContextVar("_shown", default=False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from ..core.forward_mode import has_tangent
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -31,8 +32,7 @@ def check_vector(op: str, name: str, t: Tensor | None, channels: int) -> None:
 
 def refuse_forward_mode(x: Tensor) -> None:
     """Raise under forward-mode differentiation: register_autograd knows nothing of it and would drop the tangents."""
-    # Without a dual level there is nothing to unpack, and the very tensor comes back.
-    if forward_ad.unpack_dual(x).primal is not x:
+    if has_tangent(x):
         raise NotImplementedError(
             "fused_resnet: forward-mode differentiation is not implemented; unfuse(model) first, or use reverse mode"
         )

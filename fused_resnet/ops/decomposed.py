@@ -17,9 +17,9 @@ from torch._decomp import register_decomposition
 from ..backends.training import eager
 from ..core.convolution import convolution, convolution_backward
 from ..core.reference import reference
-from ..core.training_call import BatchNorm, GradMeans, accumulate_dtype
+from ..core.training_call import BackwardPass, BatchNorm, GradMeans, accumulate_dtype
 from .tail import POOL, call_arguments
-from .training import canonical_vectors, out_dtype
+from .training import canonical_vectors, mask_or_none, out_dtype
 
 # Called after functionalization: nothing here writes to a tensor.
 
@@ -79,7 +79,8 @@ def _bn_backward_reduce(
     proj_mean: Tensor | None, proj_invstd: Tensor | None, *_: Any, **__: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     proj = _branch(proj_y, proj_mean, proj_invstd)
-    return eager.BACKEND.backward_reduce(grad_out, mask, canonical_vectors(BatchNorm(y, mean, invstd)), proj)
+    bn = canonical_vectors(BatchNorm(y, mean, invstd))
+    return eager.BACKEND.backward_reduce(BackwardPass(grad_out, mask_or_none(mask), bn, proj))
 
 
 def _bn_backward_apply(
@@ -89,9 +90,9 @@ def _bn_backward_apply(
     residual_dtype: torch.dtype | None, *_: Any, **__: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     bn = canonical_vectors(BatchNorm(y, mean, invstd, weight))
-    dz = eager.dz_of(grad_out, mask, bn.mean.dtype)
-    d_y = eager.through_bn(bn, dz, _means(bn, mean_dz, mean_dz_xhat)).to(y.dtype)
     proj = _branch(proj_y, proj_mean, proj_invstd, proj_weight)
+    dz = eager.dz_of(BackwardPass(grad_out, mask_or_none(mask), bn, proj))
+    d_y = eager.through_bn(bn, dz, _means(bn, mean_dz, mean_dz_xhat)).to(y.dtype)
     if proj is not None:
         means = _means(proj, proj_mean_dz, proj_mean_dz_xhat)
         return d_y, eager.through_bn(proj, dz, means).to(proj.y.dtype)

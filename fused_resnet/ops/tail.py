@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.cpu_fused import run_with_max_pool
+from ..backends.cpu_fused import with_max_pool
 from ..core.convolution import convolution, convolution_backward
 from ..core.layout import empty_output, output_memory_format
 from ..core.packed_weights import by_number
@@ -266,7 +266,7 @@ def _register(name: str) -> None:
     def max_pool_kernel(*args: Any, **kwargs: Any) -> Tensor:
         tail, backend = to_tail(name, *args, **kwargs)
         pool = tuple(tuple(pair) for pair in args[POOL : POOL + 3])
-        return run_with_max_pool(plans.find(tail, backend), tail, pool)  # type: ignore[arg-type]
+        return with_max_pool(plans.find(tail, backend), pool)(tail)  # type: ignore[arg-type]
 
     def fake(*args: Any, **kwargs: Any) -> Tensor:
         return _fake(call_arguments(name, *args, **kwargs)[0])

@@ -6,13 +6,24 @@ statistics can be all-reduced between the passes. Gradients: ``training_autograd
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..backends.training import dispatch as training_dispatch
 from ..core.layout import looks_channels_last
 from ..core.reference import ACTIVATIONS
-from ..core.training_call import BatchNorm, GradMeans, accumulate_dtype, is_dense_channels_last, mask_words
+from ..core.training_call import (
+    BackwardPass,
+    BatchNorm,
+    ForwardPass,
+    Gradients,
+    GradMeans,
+    accumulate_dtype,
+    is_dense_channels_last,
+    mask_words,
+)
 from .checks import check_not_empty, check_vector, check_y
 from .schemas import LIBRARY, NAMESPACE
 
@@ -60,7 +71,11 @@ def _canonical(bn: BatchNorm) -> BatchNorm:
 
 
 def _branch(
-    y: Tensor | None, mean: Tensor | None, invstd: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    y: Tensor | None,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> BatchNorm | None:
     if y is None:
         return None
@@ -82,13 +97,86 @@ def _empty_dense(like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(like.shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
 
 
+def _empty_in_format_of(y: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(y.shape, dtype=dtype, device=y.device, memory_format=_memory_format(y))
+
+
+def mask_or_none(mask: Tensor) -> Tensor | None:
+    """The passes know no empty mask: there is one or none."""
+    return mask if mask.numel() else None
+
+
 def out_dtype(y: Tensor, residual: Tensor | None, proj_y: Tensor | None) -> torch.dtype:
     """The dtype of a tail's output."""
     other = residual if residual is not None else proj_y
     return y.dtype if other is None else torch.promote_types(y.dtype, other.dtype)
 
 
-# ---------------------------------------------------------------- implementations
+# ---------------------------------------------------------------- implementations and fake kernels
+
+
+class _Apply(NamedTuple):
+    """The arguments of ``bn_apply_add_relu``, in the order of its schema."""
+
+    y: Tensor
+    mean: Tensor
+    invstd: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    proj_y: Tensor | None
+    proj_mean: Tensor | None
+    proj_invstd: Tensor | None
+    proj_weight: Tensor | None
+    proj_bias: Tensor | None
+    activation: str = "relu"
+    with_mask: bool = True
+    backend: str = "auto"
+
+    @property
+    def words(self) -> int:
+        """Of the mask that is wanted."""
+        return mask_words(self.y.numel()) if self.with_mask and self.activation != "none" else 0
+
+
+class _Reduce(NamedTuple):
+    """The arguments of ``bn_backward_reduce``."""
+
+    grad_out: Tensor
+    mask: Tensor
+    y: Tensor
+    mean: Tensor
+    invstd: Tensor
+    proj_y: Tensor | None
+    proj_mean: Tensor | None
+    proj_invstd: Tensor | None
+    backend: str = "auto"
+
+
+class _BackwardApply(NamedTuple):
+    """The arguments of ``bn_backward_apply``."""
+
+    grad_out: Tensor
+    mask: Tensor
+    y: Tensor
+    mean: Tensor
+    invstd: Tensor
+    weight: Tensor | None
+    mean_dz: Tensor
+    mean_dz_xhat: Tensor
+    proj_y: Tensor | None
+    proj_mean: Tensor | None
+    proj_invstd: Tensor | None
+    proj_weight: Tensor | None
+    proj_mean_dz: Tensor | None
+    proj_mean_dz_xhat: Tensor | None
+    residual_dtype: torch.dtype | None
+    backend: str = "auto"
+
+    @property
+    def second_dtype(self) -> torch.dtype | None:
+        """Of the gradient of what was added; None where it is not wanted."""
+        return self.residual_dtype if self.proj_y is None else self.proj_y.dtype
 
 
 def _bn_stats(y: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -98,27 +186,19 @@ def _bn_stats(y: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     return training_dispatch.choose(backend, dense).stats(dense)
 
 
-def _bn_apply_add_relu(
-    y: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    proj_y: Tensor | None,
-    proj_mean: Tensor | None,
-    proj_invstd: Tensor | None,
-    proj_weight: Tensor | None,
-    proj_bias: Tensor | None,
-    activation: str = "relu",
-    with_mask: bool = True,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    op = "bn_apply_add_relu"
+def _fake_stats(y: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    check_y("bn_stats", "y", y)
+    acc = accumulate_dtype(y.dtype)
+    return y.new_empty(y.shape[1], dtype=acc), y.new_empty(y.shape[1], dtype=acc)
+
+
+def _bn_apply_add_relu(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    op, a = "bn_apply_add_relu", _Apply(*args, **kwargs)
+    y, residual = a.y, a.residual
     check_y(op, "y", y)
-    _check_activation(op, activation)
-    bn = BatchNorm(y, mean, invstd, weight, bias)
-    proj = _branch(proj_y, proj_mean, proj_invstd, proj_weight, proj_bias)
+    _check_activation(op, a.activation)
+    bn = BatchNorm(*a[:5])
+    proj = _branch(*a[6:11])
     _check_bn(op, bn)
     if residual is not None:
         check_y(op, "residual", residual, y)
@@ -127,183 +207,94 @@ def _bn_apply_add_relu(
             raise ValueError(f"{op}: residual and proj_y: expected at most one of them, got both")
         check_y(op, "proj_y", proj.y, y)
         _check_bn(op, proj, "proj_")
-    out = _empty_dense(y, out_dtype(y, residual, proj_y))
-    with_mask = with_mask and activation != "none"
-    mask = torch.empty(mask_words(y.numel()) if with_mask else 0, dtype=torch.int32, device=y.device)
+    out = _empty_dense(y, out_dtype(y, residual, a.proj_y))
+    mask = torch.empty(a.words, dtype=torch.int32, device=y.device)
     if y.numel() != 0:
         bn = _canonical(bn)
-        training_dispatch.choose(backend, bn.y, residual, proj_y).apply(
-            bn,
-            None if residual is None else _dense(residual),
-            None if proj is None else _canonical(proj),
-            activation,
-            with_mask,
-            out,
-            mask,
+        dense_residual = None if residual is None else _dense(residual)
+        dense_proj = None if proj is None else _canonical(proj)
+        training_dispatch.choose(a.backend, bn.y, residual, a.proj_y).apply(
+            ForwardPass(bn, dense_residual, dense_proj, a.activation, out, mask_or_none(mask))
         )
     return _in_format_of(y, out), mask
 
 
-def _bn_backward_reduce(
-    grad_out: Tensor,
-    mask: Tensor,
-    y: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    proj_y: Tensor | None,
-    proj_mean: Tensor | None,
-    proj_invstd: Tensor | None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    op = "bn_backward_reduce"
-    check_y(op, "y", y)
-    check_y(op, "grad_out", grad_out, y)
-    _check_mask(op, mask, y)
-    bn = BatchNorm(y, mean, invstd)
-    proj = _branch(proj_y, proj_mean, proj_invstd, None, None)
+def _fake_apply(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    a = _Apply(*args, **kwargs)
+    _check_activation("bn_apply_add_relu", a.activation)
+    out = _empty_in_format_of(a.y, out_dtype(a.y, a.residual, a.proj_y))
+    return out, a.y.new_empty(a.words, dtype=torch.int32)
+
+
+def _check_backward(op: str, a: _Reduce | _BackwardApply, bn: BatchNorm, proj: BatchNorm | None) -> None:
+    check_y(op, "y", a.y)
+    check_y(op, "grad_out", a.grad_out, a.y)
+    _check_mask(op, a.mask, a.y)
     _check_bn(op, bn)
     if proj is not None:
-        check_y(op, "proj_y", proj.y, y)
+        check_y(op, "proj_y", proj.y, a.y)
         _check_bn(op, proj, "proj_")
-    if y.numel() == 0:
-        zeros = [torch.zeros(y.shape[1], dtype=accumulate_dtype(y.dtype), device=y.device) for _ in range(3)]
-        return zeros[0], zeros[1], zeros[2] if proj is not None else zeros[2][:0].clone()
-    bn = _canonical(bn)
-    return training_dispatch.choose(backend, bn.y, proj_y, grad_out).backward_reduce(
-        _dense(grad_out), mask, bn, None if proj is None else _canonical(proj)
+
+
+def _backward_pass(a: _Reduce | _BackwardApply, bn: BatchNorm, proj: BatchNorm | None) -> BackwardPass:
+    dense_proj = None if proj is None else _canonical(proj)
+    return BackwardPass(_dense(a.grad_out), mask_or_none(a.mask), _canonical(bn), dense_proj)
+
+
+def _bn_backward_reduce(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a = _Reduce(*args, **kwargs)
+    bn, proj = BatchNorm(a.y, a.mean, a.invstd), _branch(a.proj_y, a.proj_mean, a.proj_invstd)
+    _check_backward("bn_backward_reduce", a, bn, proj)
+    if a.y.numel() == 0:
+        first, second, third = (empty.zero_() for empty in _fake_backward_reduce(*a))
+        return first, second, third
+    backward = _backward_pass(a, bn, proj)
+    return training_dispatch.choose(a.backend, backward.bn.y, a.proj_y, a.grad_out).backward_reduce(backward)
+
+
+def _fake_backward_reduce(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a = _Reduce(*args, **kwargs)
+    acc, channels = accumulate_dtype(a.y.dtype), a.y.shape[1]
+    first, second, third = (
+        a.y.new_empty(size, dtype=acc) for size in (channels, channels, 0 if a.proj_y is None else channels)
     )
+    return first, second, third
 
 
-def _bn_backward_apply(
-    grad_out: Tensor,
-    mask: Tensor,
-    y: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    mean_dz: Tensor,
-    mean_dz_xhat: Tensor,
-    proj_y: Tensor | None,
-    proj_mean: Tensor | None,
-    proj_invstd: Tensor | None,
-    proj_weight: Tensor | None,
-    proj_mean_dz: Tensor | None,
-    proj_mean_dz_xhat: Tensor | None,
-    residual_dtype: torch.dtype | None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    op = "bn_backward_apply"
-    check_y(op, "y", y)
-    check_y(op, "grad_out", grad_out, y)
-    _check_mask(op, mask, y)
-    bn = BatchNorm(y, mean, invstd, weight)
-    proj = _branch(proj_y, proj_mean, proj_invstd, proj_weight, None)
-    _check_bn(op, bn)
-    for name, t in (("mean_dz", mean_dz), ("mean_dz_xhat", mean_dz_xhat)):
-        check_vector(op, name, t, y.shape[1])
+def _bn_backward_apply(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    op, a = "bn_backward_apply", _BackwardApply(*args, **kwargs)
+    y = a.y
+    bn = BatchNorm(y, a.mean, a.invstd, a.weight)
+    proj = _branch(a.proj_y, a.proj_mean, a.proj_invstd, a.proj_weight)
+    _check_backward(op, a, bn, proj)
+    for name in ("mean_dz", "mean_dz_xhat"):
+        check_vector(op, name, getattr(a, name), y.shape[1])
     proj_means = None
     if proj is not None:
-        check_y(op, "proj_y", proj.y, y)
-        _check_bn(op, proj, "proj_")
-        if proj_mean_dz is None or proj_mean_dz_xhat is None:
+        if a.proj_mean_dz is None or a.proj_mean_dz_xhat is None:
             raise ValueError(
                 f"{op}: proj_mean_dz and proj_mean_dz_xhat: expected tensors, as proj_y is given, got None"
             )
-        proj_means = GradMeans(proj_mean_dz.to(proj.mean.dtype), proj_mean_dz_xhat.to(proj.mean.dtype))
+        proj_means = GradMeans(a.proj_mean_dz.to(proj.mean.dtype), a.proj_mean_dz_xhat.to(proj.mean.dtype))
     d_y = _empty_dense(y, y.dtype)
-    second = proj.y.dtype if proj is not None else residual_dtype
-    d_second = None if second is None else _empty_dense(y, second)
+    d_second = None if a.second_dtype is None else _empty_dense(y, a.second_dtype)
     if y.numel() != 0:
-        bn = _canonical(bn)
-        means = GradMeans(mean_dz.to(bn.mean.dtype), mean_dz_xhat.to(bn.mean.dtype))
-        training_dispatch.choose(backend, bn.y, proj_y, grad_out, d_second).backward_apply(
-            _dense(grad_out),
-            mask,
-            bn,
-            means,
-            None if proj is None else _canonical(proj),
-            proj_means,
-            d_y,
-            d_second,
+        backward = _backward_pass(a, bn, proj)
+        acc = backward.bn.mean.dtype
+        means = GradMeans(a.mean_dz.to(acc), a.mean_dz_xhat.to(acc))
+        training_dispatch.choose(a.backend, backward.bn.y, a.proj_y, a.grad_out, d_second).backward_apply(
+            backward, Gradients(means, proj_means, d_y, d_second)
         )
     if d_second is None:
         return _in_format_of(y, d_y), y.new_empty(0)
     return _in_format_of(y, d_y), _in_format_of(y, d_second)
 
 
-# ---------------------------------------------------------------- fake kernels
-
-
-def _empty_in_format_of(y: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(y.shape, dtype=dtype, device=y.device, memory_format=_memory_format(y))
-
-
-def _fake_stats(y: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    check_y("bn_stats", "y", y)
-    acc = accumulate_dtype(y.dtype)
-    return y.new_empty(y.shape[1], dtype=acc), y.new_empty(y.shape[1], dtype=acc)
-
-
-def _fake_apply(
-    y: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    proj_y: Tensor | None,
-    proj_mean: Tensor | None,
-    proj_invstd: Tensor | None,
-    proj_weight: Tensor | None,
-    proj_bias: Tensor | None,
-    activation: str = "relu",
-    with_mask: bool = True,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    _check_activation("bn_apply_add_relu", activation)
-    words = mask_words(y.numel()) if with_mask and activation != "none" else 0
-    out = _empty_in_format_of(y, out_dtype(y, residual, proj_y))
-    return out, y.new_empty(words, dtype=torch.int32)
-
-
-def _fake_backward_reduce(
-    grad_out: Tensor,
-    mask: Tensor,
-    y: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    proj_y: Tensor | None,
-    proj_mean: Tensor | None,
-    proj_invstd: Tensor | None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    acc, channels = accumulate_dtype(y.dtype), y.shape[1]
-    sizes = (channels, channels, 0 if proj_y is None else channels)
-    first, second, third = (y.new_empty(size, dtype=acc) for size in sizes)
-    return first, second, third
-
-
-def _fake_backward_apply(
-    grad_out: Tensor,
-    mask: Tensor,
-    y: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    mean_dz: Tensor,
-    mean_dz_xhat: Tensor,
-    proj_y: Tensor | None,
-    proj_mean: Tensor | None,
-    proj_invstd: Tensor | None,
-    proj_weight: Tensor | None,
-    proj_mean_dz: Tensor | None,
-    proj_mean_dz_xhat: Tensor | None,
-    residual_dtype: torch.dtype | None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    second = proj_y.dtype if proj_y is not None else residual_dtype
-    d_second = y.new_empty(0) if second is None else _empty_in_format_of(y, second)
-    return _empty_in_format_of(y, y.dtype), d_second
+def _fake_backward_apply(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    a = _BackwardApply(*args, **kwargs)
+    second = a.second_dtype
+    d_second = a.y.new_empty(0) if second is None else _empty_in_format_of(a.y, second)
+    return _empty_in_format_of(a.y, a.y.dtype), d_second
 
 
 for _name, _impl, _fake in (

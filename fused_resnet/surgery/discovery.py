@@ -10,7 +10,7 @@ from torch import nn
 from .. import nn as fused_nn
 from .check import difference
 from .match import Matcher
-from .plan import ATTRIBUTE, Fusion, graphs_of, is_fused, original_class
+from .plan import ATTRIBUTE, Fusion, graphs_of, is_fused, original_class, planner
 from .program import Plan, make_plan
 from .reads import intercepted
 from .snapshot import Snapshot, Unknown
@@ -276,6 +276,7 @@ def _owners(module: nn.Module, opaque: dict[int, nn.Module]) -> list[nn.Module]:
     return [module.get_submodule(path) for path in paths]
 
 
+@planner
 def replan(module: nn.Module) -> None:
     """Make the plan of a fused module again, after loading it or when asked to by ``refresh``."""
     fusion: Fusion = module.__dict__.pop(ATTRIBUTE)

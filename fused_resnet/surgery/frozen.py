@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from .. import nn as fused_nn
 from ..core import extensions
@@ -73,38 +72,26 @@ class FrozenModel(Frozen):
     # -- running --
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not args or watched(args[0]):
+        if not args or any(map(watched, args)):
             return self.model(*args, **kwargs)
         if torch.compiler.is_compiling():
             _make_outside()
             return _outside(self, *args, **kwargs)
-        if kwargs or self.why_live(args) is not None:
+        if kwargs or self._runs_live(args):
             return self.model(*args, **kwargs)
         with torch.no_grad():
             return self._run(args)(*args)
 
-    def why_live(self, args: tuple[Any, ...]) -> str | None:
-        """None where a call with ``args`` runs frozen now, else why the live model runs it."""
-        tensors = [value for value in args if isinstance(value, Tensor)]
-        if not tensors or len(tensors) < len(args):
-            return "not all of its inputs are tensors"
-        if any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
-            return "an input is of a subclass of torch.Tensor"
-        kinds = {t.device.type for t in tensors}
+    def _runs_live(self, args: tuple[Tensor, ...]) -> bool:
+        kinds = {t.device.type for t in args}
         if len(kinds) > 1 or not kinds <= {"cpu", "cuda"}:
-            return f"its inputs are on {' and '.join(sorted(kinds))}"
+            return True
         holders, names, were = self._places
-        if not all(map(operator.is_, map(dict.get, holders, names), were)):
-            return "a Parameter or buffer of the live model is another tensor (functional_call?); refresh() reads it"
-        if (why_not := pristine.why_not_mode()) is not None:
-            return why_not
-        if any(torch.is_autocast_enabled(kind) for kind in kinds):
-            return "autocast is on"
-        if forward_ad.unpack_dual(tensors[0]).primal is not tensors[0]:
-            return "forward-mode differentiation is on"
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *self.model.parameters())):
-            return "gradients are wanted; call it under torch.inference_mode() or torch.no_grad()"
-        return None
+        if not all(map(operator.is_, map(dict.get, holders, names), were)):  # as by functional_call
+            return True
+        if pristine.why_not_mode() is not None or any(torch.is_autocast_enabled(kind) for kind in kinds):
+            return True
+        return torch.is_grad_enabled() and any(t.requires_grad for t in (*args, *self.model.parameters()))
 
     def _run(self, args: tuple[Tensor, ...]) -> Callable[..., Any]:
         key = tuple((t.shape, t.stride(), t.dtype, t.device) for t in args)

@@ -52,7 +52,7 @@ def fuse(model: M, inplace: bool = False, *, backend: str = "auto", winograd: st
         model = _copied(model)
     for found in discover(model, check).planned:
         assert found.plan is not None
-        attach(found.module, Fusion(found.plan, partly=found.reason, replan=replan))
+        attach(found.module, Fusion(found.plan, partly=found.reason))
     for module in model.modules():
         if is_fused(module):
             fusion = module.__dict__[ATTRIBUTE]

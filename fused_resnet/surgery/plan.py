@@ -43,8 +43,6 @@ class Fusion:
 
     expands: bool = True
     """See :class:`fused_resnet.nn.tail.Options`; a plan whose sums always expand is none."""
-    replan: Callable[[Any], None] | None = field(default=None, repr=False, compare=False)
-    """Makes the plan again, of a module that has been loaded or changed: it stands above this file."""
     graphs: list[tuple[str, dict[str, Any]]] = field(default_factory=list, repr=False, compare=False)
     """The code of the graphs that the plan was made from, where the module is an ``fx.GraphModule``."""
     packed_weights: PackedWeights = field(default_factory=PackedWeights, repr=False, compare=False)
@@ -62,10 +60,18 @@ class Fusion:
         return {**self.__dict__, "plan": None, "graphs": []}
 
 
+_planners: list[Callable[[Any], None]] = []
+
+
+def planner(function: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Let ``function`` make the plan of a loaded or changed module again; discovery stands above this file."""
+    _planners.append(function)
+    return function
+
+
 def _replan(module: Any) -> None:
-    fusion: Fusion = module.__dict__[ATTRIBUTE]
-    if fusion.replan is not None:
-        fusion.replan(module)
+    for make in _planners:
+        make(module)
 
 
 class FusedForward:

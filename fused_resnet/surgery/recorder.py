@@ -11,11 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .. import nn as fused_nn
-from ..backends.cpu_fused import FewChannels, FusedConvolution
+from ..backends.cpu_fused import FusedConvolution, with_max_pool
 from ..backends.cpu_program import NOTHING, Pool
 from ..core.layout import looks_channels_last, looks_contiguous
 from ..core.packed_weights import PackedWeights
@@ -135,7 +134,7 @@ class Recorder:
         run = plans.find(_dense(call), options.backend)
         pool_sizes = None if pool is None else tail.pool_sizes(pool)
         if pool_sizes is not None:
-            run = _with_pool(run, pool_sizes)
+            run = with_max_pool(run, pool_sizes)
         channels_last = _sum_is_channels_last(x, conv, residual, projection, residual_first)
         if isinstance(run, FusedConvolution):
             return self._links(run, call, x, residual, pool_sizes, channels_last)
@@ -272,7 +271,7 @@ def looks_channels_last_as(symbol: Symbol) -> bool:
 def _sum_is_channels_last(
     x: Symbol, conv: nn.Conv2d, residual: Symbol | None, projection: Any, residual_first: bool
 ) -> bool:
-    """As the live functions of ``tails`` say it: by the first operand."""
+    """Whether eager has the sum in channels_last, by its first operand, as ``nn.tail`` says it for a live call."""
     if residual_first and residual is not None:
         if projection is None:
             tensor = residual.tensor
@@ -298,11 +297,6 @@ def _dense(call: TailArguments) -> TailArguments:
     x = dense(call.x)
     assert x is not None
     return call._replace(x=x, residual=dense(call.residual), proj_x=dense(call.proj_x))
-
-
-def _with_pool(run: Callable[[TailArguments], Tensor], pool: Pool) -> Callable[[TailArguments], Tensor]:
-    pooled = run.with_max_pool(pool) if isinstance(run, (FusedConvolution, FewChannels)) else None
-    return pooled or (lambda call: F.max_pool2d(run(call), *pool))
 
 
 def _runner(run: Callable[[TailArguments], Tensor], call: TailArguments, kept: PackedWeights) -> Callable[..., Tensor]:

@@ -23,22 +23,12 @@ from .reads import INTERNAL, ON_THIS_THREAD, Reads, Refused, Value, intercepted,
 from .snapshot import MISSING, Snapshot, Unknown, is_atom, is_same_class, raw_attribute
 
 # Ways around the attributes of an object, and names that a fused class, or a copy of a module, has another time.
-_REFLECTION = frozenset(
-    (
-        *("__dict__", "__getattribute__", "__dir__", "__getstate__", "__reduce__", "__reduce_ex__", "__hash__"),
-        *(
-            "__globals__",
-            "__closure__",
-            "__code__",
-            "__defaults__",
-            "__kwdefaults__",
-            "__builtins__",
-            "__annotations__",
-        ),
-        *("__name__", "__qualname__", "__mro__", "__bases__", "__base__", "__subclasses__"),
-        *("f_globals", "f_locals", "f_back", "gi_frame", "cr_frame", "tb_frame"),
-    )
-)
+_REFLECTION = {
+    *("__dict__", "__getattribute__", "__dir__", "__getstate__", "__reduce__", "__reduce_ex__", "__hash__"),
+    *("__globals__", "__closure__", "__code__", "__defaults__", "__kwdefaults__", "__builtins__", "__annotations__"),
+    *("__name__", "__qualname__", "__mro__", "__bases__", "__base__", "__subclasses__"),
+    *("f_globals", "f_locals", "f_back", "gi_frame", "cr_frame", "tb_frame"),
+}
 
 
 class Recorder(Outside):

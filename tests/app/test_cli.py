@@ -196,7 +196,7 @@ def test_compile_refuses_with_the_librarys_sentence(tmp_path: Path) -> None:
     assert "backend: expected one of cuda, triton" in fails(
         "compile", "--backend", "opencl", "--problem", problem, "--out", out
     )
-    assert "arch: expected sm_80 or newer" in fails("compile", "--arch", "volta", "--problem", problem, "--out", out)
+    assert "arch: expected sm_75 or newer" in fails("compile", "--arch", "volta", "--problem", problem, "--out", out)
     assert "unknown field" in fails("compile", "--problem", "n=1,height=3", "--out", out)
 
 

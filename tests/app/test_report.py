@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -81,3 +83,31 @@ def test_wrong_files_are_said(results: Path, tmp_path: Path) -> None:
     empty.write_text('{"benchmarks": []}')
     with pytest.raises(SystemExit, match="holds no comparison"):
         report.main([str(empty)])
+
+
+def test_the_html_page_stands_alone(results: Path, tmp_path: Path) -> None:
+    page = tmp_path / "out.html"
+    report.main([str(results), "--html", str(page)])
+    assert not (tmp_path / "cpu.md").exists(), "nothing else is written"
+    text = page.read_text()
+    assert not re.findall(r"(?:src|href)=\"(?!#)[^\"]*\"|url\((?!#|'#)[^)]*\)|@import", text), "nothing is fetched"
+    tree = ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>\n"))  # every tag is closed
+    tables = list(tree.iter("table"))
+    assert len(tables) == 2
+    header = [cell.text for cell in tables[0].iter("th")]
+    assert header[:3] == ["median ms", "eager", "fused"]
+    first = ["".join(cell.itertext()) for cell in next(tables[0].iter("tbody")).iter("td")]
+    assert first[: len(header)] == ["resnet18 layer1, batch 1", "4", "1", "4.00 [3.60, 4.40]", "4e-07", "50%"]
+    assert len(list(tree.iter("{http://www.w3.org/2000/svg}svg"))) == 3, "one of ratios, one of times for each section"
+    assert "<script" not in text
+    assert "ncnn" in text
+
+
+def test_text_from_the_json_is_no_markup(results: Path, tmp_path: Path) -> None:
+    document = json.loads(results.read_text())
+    document["machine_info"]["fused_resnet"]["CPU"] = "<img src=x> & `co.`"
+    results.write_text(json.dumps(document))
+    report.main([str(results), "--html", str(tmp_path / "out.html")])
+    text = (tmp_path / "out.html").read_text()
+    assert "&lt;img src=x&gt; &amp; <code>co.</code>" in text
+    assert "<img" not in text

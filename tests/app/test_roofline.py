@@ -141,7 +141,7 @@ def test_devices_by_the_name_that_cuda_reports(reported: str, row: str) -> None:
 
 
 def test_an_unknown_device_is_a_sentence() -> None:
-    with pytest.raises(ValueError, match=r"device: expected one of A10, .*got 'Voodoo 2'"):
+    with pytest.raises(ValueError, match=r"device: expected one of T4, A10, .*got 'Voodoo 2'"):
         devices.find("Voodoo 2")
 
 

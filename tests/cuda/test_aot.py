@@ -111,7 +111,7 @@ def test_tensor_specs_are_those_of_channels_last_tensors() -> None:
     ("arguments", "message"),
     [
         (("cpu", "sm_80", PROBLEM), "backend: expected one of cuda, triton, got 'cpu'"),
-        (("cuda", "volta", PROBLEM), "arch: expected sm_80 or newer, got 'volta'"),
+        (("cuda", "volta", PROBLEM), "arch: expected sm_75 or newer, got 'volta'"),
         (("cuda", "sm_80", "h=8,w=8,c=8"), "the field 'k' is missing"),
         (("cuda", "sm_80", "h=8,w=8,c=8,k=8,splitk=-1"), "splitk: expected a positive integer, got '-1'"),
     ],

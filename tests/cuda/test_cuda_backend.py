@@ -60,10 +60,44 @@ def test_what_an_a100_runs(a100: None) -> None:
 
 
 @needs_extension
-@pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
+@pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 2)])
 def test_older_gpus_are_refused(a100: None, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
-    assert refusal(TAIL) == f"cuda: needs sm_80 or newer, got sm_{capability[0]}{capability[1]}"
+    assert refusal(TAIL) == f"cuda: needs sm_75 or newer, got sm_{capability[0]}{capability[1]}"
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("sm_75 sm_80 compute_80", (7, 5), True),
+        ("sm_80 compute_80", (7, 5), False),
+        ("sm_75 compute_75", (7, 5), True),
+        ("sm_75 compute_75", (8, 6), False),  # the driver would compile Turing's kernels for it
+        ("sm_75 sm_80 compute_80", (8, 6), True),
+        ("sm_90 compute_90", (8, 6), False),
+    ],
+)
+def test_a_module_runs_where_it_was_built_for(
+    a100: None, monkeypatch: pytest.MonkeyPatch, built: str, capability: tuple[int, int], runs: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
+    monkeypatch.setattr(cuda._loaded(), "build_info", lambda: {"architectures": built})
+    said = f"cuda: the extension was built for {built}, got sm_{capability[0]}{capability[1]}"
+    assert refusal(TAIL) == (None if runs else said)
+
+
+@needs_extension
+def test_turing(a100: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 on its tensor cores, float32 on the FMA units even where tf32 is allowed; bfloat16 is refused."""
+    t4 = {"sm_count": 40, "capability": 75, "shared_bytes_per_block": 65536, "shared_bytes_per_sm": 65536}
+    monkeypatch.setattr(cuda, "_properties", lambda index: t4)
+    monkeypatch.setattr(cuda, "_too_old", lambda index: None)
+    assert refusal(TAIL) is None
+    assert refusal(TAIL.replace("float16", "float32") + ",tf32=1") is None
+    assert refusal(TAIL.replace("float16", "bfloat16")) == "cuda: bfloat16 needs sm_80 or newer, got sm_75"
+    found = backends.get("cuda").candidates(Problem.parse(TAIL), torch.device("cuda", 0))
+    assert {str(c).split()[0] for c in found} == {"auto", "32x32", "64x64", "128x64", "64x128"}
 
 
 @needs_extension

@@ -97,11 +97,11 @@ def test_pypi_packages_of_cuda_12_lie_side_by_side(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (None, ["80", "90", "100", "120"]),
-        ("native", ["80", "90", "100", "120"]),
+        (None, ["75", "80", "90", "100", "120"]),
+        ("native", ["75", "80", "90", "100", "120"]),
         ("8.0;9.0+PTX", ["80", "90"]),
         ("9.0a 8.6", ["86", "90a"]),
-        ("12.0,7.5,8.0", ["80", "120"]),  # no kernel here runs before sm_80
+        ("12.0,7.0,8.0", ["80", "120"]),  # no kernel here runs before sm_75
         ("8.0;13.7", ["80"]),  # unknown to this nvcc
     ],
 )
@@ -116,8 +116,8 @@ def test_architectures(text: str | None, expected: list[str], monkeypatch: pytes
 def test_architectures_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST: expected numbers like 8.0;9.0\+PTX, got 'Ampere'"):
         cuda_build.architectures(TOOLKIT, "Ampere")
-    with pytest.raises(cuda_build.NoToolkit, match="none of \\['75'\\] that is sm_80 or newer"):
-        cuda_build.architectures(TOOLKIT, "7.5")
+    with pytest.raises(cuda_build.NoToolkit, match="none of \\['70'\\] that is sm_75 or newer"):
+        cuda_build.architectures(TOOLKIT, "7.0")
 
 
 def test_every_cubin_comes_from_the_embedded_ptx() -> None:
@@ -125,6 +125,11 @@ def test_every_cubin_comes_from_the_embedded_ptx() -> None:
     assert cuda_build.gencode(["80", "90a"]) == (
         "-gencode=arch=compute_80,code=[compute_80,sm_80] -gencode=arch=compute_90a,code=sm_90a"
     )
+    assert cuda_build.gencode(["75", "80", "90"]) == (
+        "-gencode=arch=compute_80,code=[compute_80,sm_80,sm_90] -gencode=arch=compute_75,code=sm_75"
+    )
+    assert cuda_build.built_for(["75", "80", "90"]) == "sm_75 sm_80 sm_90 compute_80"
+    assert cuda_build.gencode(["75"]) == "-gencode=arch=compute_75,code=[compute_75,sm_75]"
     assert cuda_build.gencode(["90a"]) == "-gencode=arch=compute_90a,code=[compute_90a,sm_90a]"
 
 
@@ -225,6 +230,7 @@ def test_a_cuda_module_that_does_not_compile_leaves_the_other_alone(tmp_path: Pa
     tree = small_tree(tmp_path / "tree")
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     modules = [tree / "fused_resnet" / (name + suffix) for name in ("_C", "_C_cuda")]
+    note = tree / "fused_resnet/_C_cuda.txt"  # what `fused-resnet doctor` reads
 
     def build(**environment: str) -> subprocess.CompletedProcess[str]:
         return setup_py(
@@ -236,6 +242,7 @@ def test_a_cuda_module_that_does_not_compile_leaves_the_other_alone(tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert "going on without" not in done.stdout
     assert all(module.exists() for module in modules)
+    assert not note.exists()
 
     for broken in ("csrc/cuda/kernel.cu", "csrc/bindings_cuda.cpp"):
         sound = (tree / broken).read_text()
@@ -244,9 +251,12 @@ def test_a_cuda_module_that_does_not_compile_leaves_the_other_alone(tmp_path: Pa
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("fused_resnet: going on without _C_cuda, which does not compile") == 1
         assert [module.exists() for module in modules] == [True, False], "an older _C_cuda is not taken for a new one"
+        assert note.read_text().startswith("it did not compile (")
         if broken.endswith(".cu"):
             (tree / broken).write_text(sound)
 
     done = build(FUSED_RESNET_CUDA="1")
     assert done.returncode != 0
     assert "going on without" not in done.stdout
+    assert build(FUSED_RESNET_CUDA="0").returncode == 0
+    assert note.read_text() == "FUSED_RESNET_CUDA=0 left it out of this build"

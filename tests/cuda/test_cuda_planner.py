@@ -139,3 +139,20 @@ def test_what_memory_bounds_does_not_run_alone_on_an_sm() -> None:
         alone[problem] = _blocks_per_sm(launch.kernel, launch.dynamic_shared_bytes) == 1
         assert not (bound and alone[problem]), f"{tail.network} {tail.stage}: {launch.kernel}"
     assert True in alone.values(), "where products bound, the largest tile is the best"
+
+
+def test_turing() -> None:
+    """Kernels that sm_75 has the arithmetic and the registers for, in the shared memory of its SMs."""
+    for real in RESNET_TAILS:
+        for dtype, math in ((torch.float16, "float16"), (torch.float32, "float32")):
+            problem = dataclasses.replace(in_dtype(real.problem, dtype), device_type="cuda", tf32=True)
+            launch = planner().plan(problem, "sm_75")
+            kernel = planner().kernels[launch.kernel]
+            assert kernel.math == math
+            assert kernel.runs_on("sm_75")
+            park = 0 if problem.projection is None else kernel.park_bytes
+            assert launch.dynamic_shared_bytes == kernel.turing_shared_bytes + park <= 64 << 10
+        with pytest.raises(ValueError, match="bfloat16 needs sm_80 or newer, got sm_75"):
+            planner().plan(dataclasses.replace(problem, dtype=torch.bfloat16, residual=None), "sm_75")
+    with pytest.raises(ValueError, match="tile must be one of 32x32, 64x64, 128x64, 64x128, got 128x128"):
+        planner().plan(SMALL, "sm_75", tile="128x128")

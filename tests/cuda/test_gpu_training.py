@@ -12,7 +12,7 @@ from fused_resnet.aot.training import OPS
 from fused_resnet.backends.training import dispatch as training_dispatch
 from fused_resnet.backends.training.base import TrainingBackend
 from fused_resnet.core.reference import reference
-from fused_resnet.core.training_call import ConvGeometry, mask_words
+from fused_resnet.core.training_call import BackwardPass, ConvGeometry, ForwardPass, Gradients, mask_words
 from fused_resnet.testing import assert_bitexact, make_tail
 from tests.support.conv_stats_cases import cases as conv_cases
 from tests.support.conv_stats_cases import check_statistics, symbols
@@ -38,20 +38,19 @@ def run(name: str, case: Case, values: Values) -> Values:
     def empty(dtype: torch.dtype | None) -> Tensor:
         return torch.empty(call.shape, dtype=dtype, device="cuda", memory_format=CHANNELS_LAST).fill_(torch.nan)
 
-    mask = values.get("mask", torch.empty(0, dtype=torch.int32, device="cuda"))
     if call.op == "bn_stats":
         results = dict(zip(("mean", "var"), ours.stats(values["y"]), strict=True))
     elif call.op == "bn_apply_add_relu":
         assert bn is not None
         results = {"out": empty(call.out_dtype)}
-        mask = torch.empty(mask_words(call.numel), dtype=torch.int32, device="cuda")
-        masked = call.activation != "none"
-        ours.apply(bn, values.get("residual"), proj, call.activation, masked, results["out"], mask)
-        results |= {"mask": mask} if masked else {}
+        if call.activation != "none":
+            results["mask"] = torch.empty(mask_words(call.numel), dtype=torch.int32, device="cuda")
+        residual, mask = values.get("residual"), results.get("mask")
+        ours.apply(ForwardPass(bn, residual, proj, call.activation, results["out"], mask))
     elif call.op == "bn_backward_reduce":
         assert bn is not None
         names = ("sum_dz", "sum_dz_xhat", "proj_sum_dz_xhat")
-        sums = ours.backward_reduce(values["grad_out"], mask, bn, proj)
+        sums = ours.backward_reduce(BackwardPass(values["grad_out"], values.get("mask"), bn, proj))
         results = {key: t for key, t in zip(names, sums, strict=True) if t.numel()}
     else:
         means = means_of(values, "")
@@ -60,9 +59,9 @@ def run(name: str, case: Case, values: Values) -> Values:
         second = call.proj or call.residual
         results = {"d_y": empty(call.dtype)} | ({} if second is None else {"d_second": empty(second)})
         ours.backward_apply(
-            values["grad_out"], mask, bn, means, proj, means_of(values, "proj_"), results["d_y"],
-            results.get("d_second"),
-        )  # fmt: skip
+            BackwardPass(values["grad_out"], values.get("mask"), bn, proj),
+            Gradients(means, means_of(values, "proj_"), results["d_y"], results.get("d_second")),
+        )
     torch.cuda.synchronize()
     return {key: t.cpu() for key, t in results.items()}
 

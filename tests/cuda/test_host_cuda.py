@@ -33,21 +33,24 @@ KERNELS = tuple(k.symbol for k in planner().kernels.values() if k.epilogue == "t
 MATHS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
 
 
+TURING = ("-O2", "-DFUSED_RESNET_HOST_TURING=1")
+
+
 @lru_cache
-def host() -> HostCuda:
-    return HostCuda()
+def host(arch: str = f"sm_{ARCH}") -> HostCuda:
+    return HostCuda(flags=TURING) if arch == "sm_75" else HostCuda()
 
 
-def plan(problem: Problem, tail: TailArguments, **options: object) -> Launch:
+def plan(problem: Problem, tail: TailArguments, arch: str = f"sm_{ARCH}", **options: object) -> Launch:
     proj_eps = tail.proj.eps if tail.proj is not None else 1e-5
-    return planner().plan(problem, f"sm_{ARCH}", eps=tail.conv.eps, proj_eps=proj_eps, **options)  # type: ignore[arg-type]
+    return planner().plan(problem, arch, eps=tail.conv.eps, proj_eps=proj_eps, **options)  # type: ignore[arg-type]
 
 
-def run_shape(shape: Shape, tail: TailArguments, **changes: object) -> torch.Tensor:
+def run_shape(shape: Shape, tail: TailArguments, arch: str = f"sm_{ARCH}", **changes: object) -> torch.Tensor:
     shape = dataclasses.replace(shape, **changes)  # type: ignore[arg-type]
-    launch = plan(shape.problem, tail, tile=shape.tile, splitk=shape.splits, alignment=shape.alignment)
+    launch = plan(shape.problem, tail, arch, tile=shape.tile, splitk=shape.splits, alignment=shape.alignment)
     assert launch.kernel == shape.kernel
-    return host().run(launch, tail, shape.order, shape.seed)[0]
+    return host(arch).run(launch, tail, shape.order, shape.seed)[0]
 
 
 # ---- right, on every shape
@@ -58,6 +61,19 @@ def test_kernel(kernel: str) -> None:
     """Bit-exact on small integers and within 2 x eager's error on random values, on this kernel's shapes."""
     for shape in shapes(kernel):
         check_tail(lambda tail, shape=shape: run_shape(shape, tail), shape.problem, label=str(shape))
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if planner().kernels[kernel].runs_on("sm_75")])
+def test_kernel_on_turing(kernel: str) -> None:
+    """The same on sm_75, whose copies pass registers, as far as its shared memory goes."""
+    least = planner().kernels[kernel].turing_shared_bytes
+    tried = 0
+    for shape in shapes(kernel):
+        if shape.problem.projection is not None and least + planner().kernels[kernel].park_bytes > 64 << 10:
+            continue
+        check_tail(lambda tail, shape=shape: run_shape(shape, tail, "sm_75"), shape.problem, label=str(shape))
+        tried += 1
+    assert tried >= PER_KERNEL // 2
 
 
 @pytest.mark.parametrize("math", MATHS)

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.toolchain import why_not
 
@@ -42,12 +43,12 @@ def test_every_mutant_can_be_planted() -> None:
 
 
 def run_host(test: str, csrc: Path, patch: pytest.MonkeyPatch) -> None:
-    mutated = HostCuda(csrc)
-    patch.setattr(test_host_cuda, "host", lambda: mutated)
+    kind, _, symbol = test.partition(":")
+    mutated = HostCuda(csrc, test_host_cuda.TURING) if kind == "turing" else HostCuda(csrc)
+    patch.setattr(test_host_cuda, "host", lambda arch="": mutated)
     patch.setattr(test_host_cuda, "planner", lambda: mutated.planner)
     patch.setattr(test_host_training, "host", lambda: mutated)
     patch.setattr(test_host_conv_stats, "host", lambda: mutated)
-    kind, _, symbol = test.partition(":")
     if kind == "pass":
         test_host_training.test_pass(symbol)
     elif kind == "passes":
@@ -62,6 +63,8 @@ def run_host(test: str, csrc: Path, patch: pytest.MonkeyPatch) -> None:
         test_host_training.test_many_parts_in_any_order(symbol, test_host_training.HALF)
     elif kind == "kernel":
         test_host_cuda.test_kernel(symbol)
+    elif kind == "turing":
+        test_host_cuda.test_kernel_on_turing(symbol)
     elif kind == "banks":
         test_host_cuda.test_no_bank_conflict_in_the_main_loop(symbol)
     elif kind == "nan":
@@ -82,8 +85,12 @@ def run_ptx(test: str, csrc: Path, patch: pytest.MonkeyPatch, folder: Path) -> N
     kind, _, symbol = test.partition(":")
     if kind == "kernel":
         test_ptx_cuda.test_kernel(symbol, "sm_80", folder)
+    elif kind == "turing":
+        test_ptx_cuda.test_kernel(symbol, "sm_75", folder)
     elif kind == "pass":
-        test_ptx_training.test_pass(symbol)
+        test_ptx_training.test_pass(symbol, "sm_80")
+    elif kind == "turing_rounding":
+        test_ptx_training.test_the_store_rounds_to_nearest(getattr(torch, symbol), "sm_75")
     elif kind == "parts":
         test_ptx_training.test_reductions_leave_the_workspace_ready_for_the_next_launch(symbol)
     else:
@@ -150,6 +157,8 @@ def test_mutant_is_caught(
         reports = (*reports, interpreter().PtxError)
     if leg == "counters":  # where the extension would raise
         reports = (*reports, RuntimeError)
+    if leg == "planner":  # which refuses
+        reports = (*reports, ValueError)
     with pytest.raises(reports) as caught:
         run(leg, test, csrc, monkeypatch, tmp_path)
     print(f"{mutant.name}: {str(caught.value).splitlines()[0][:200]}")

@@ -32,27 +32,44 @@ pytestmark = [pytest.mark.ptx, pytest.mark.aot]
 
 
 @lru_cache
-def module(op: str) -> Any:
+def module(op: str, arch: str = "sm_80") -> Any:
     """All kernels of a pass, from the PTX that the extension embeds."""
-    return interpreter().load(compile_kernel(training_planner().all_of(op), "sm_80")[0])
+    return interpreter().load(compile_kernel(training_planner().all_of(op), arch)[0])
 
 
 def outputs(memory: Memory) -> Values:
     return {name: memory.tensor(name).clone() for name in memory.writable if name != "workspace"}
 
 
-def run(case: Case, values: Values) -> Values:
-    launch = training_planner().plan(case.call, "sm_80", alignment=case.alignment, device=case.device)
-    memory = Memory(launch, values)
-    interpret(launch, module(case.call.op), memory, case.seed)
-    return outputs(memory)
-
-
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
 @pytest.mark.parametrize("op", OPS)
-def test_pass(op: str) -> None:
+def test_pass(op: str, arch: str) -> None:
     """Every case, with the warps and blocks of each in random order and races reported."""
+
+    def run(case: Case, values: Values) -> Values:
+        launch = training_planner().plan(case.call, arch, alignment=case.alignment, device=case.device)
+        memory = Memory(launch, values)
+        interpret(launch, module(case.call.op, arch), memory, case.seed)
+        return outputs(memory)
+
     for case in cases(op):
         check(run, case)
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_store_rounds_to_nearest(dtype: torch.dtype, arch: str) -> None:
+    """Products of small integers with a number of few bits are exact in float32: only the store can round."""
+    call = TrainingCall("bn_apply_add_relu", 1, 8, 8, 32, dtype, activation="none", affine="none")
+    y = torch.arange(2048.0).remainder(255).sub(127).view(call.shape).to(dtype)
+    y[0, 0, 0, 0], y[0, 1, 0, 0] = torch.nan, torch.inf
+    invstd = 1 + 2.0 ** -torch.arange(1.0, 13.0)[torch.arange(32) % 12]
+    values = {"y": y.contiguous(memory_format=torch.channels_last), "mean": torch.zeros(32), "invstd": invstd}
+    launch = training_planner().plan(call, arch)
+    memory = Memory(launch, values)
+    interpret(launch, module(call.op, arch), memory, 1)
+    expected = (y.double() * invstd.double().view(1, -1, 1, 1)).to(dtype)
+    assert_bitexact(memory.tensor("out"), expected, f"{arch} {dtype}")
 
 
 @pytest.mark.parametrize("op", ["bn_stats", "bn_backward_reduce"])
@@ -141,13 +158,16 @@ def test_launch_path(text: str, changes: dict[str, Any], message: str, tmp_path:
 # ---- the convolution with statistics
 
 
-@pytest.mark.parametrize("symbol", symbols())
-def test_conv_stats(symbol: str) -> None:
-    loaded = interpreter().load(compile_kernel(planner().kernels[symbol], "sm_80")[0])
+@pytest.mark.parametrize(
+    ("symbol", "arch"),
+    [(s, arch) for s in symbols() for arch in ("sm_75", "sm_80") if planner().kernels[s].runs_on(arch)],
+)
+def test_conv_stats(symbol: str, arch: str) -> None:
+    loaded = interpreter().load(compile_kernel(planner().kernels[symbol], arch)[0])
     for case in conv_cases(symbol):
 
         def run_conv(tail: TailArguments, case: ConvCase = case) -> torch.Tensor:
-            launch = planner().plan(case.problem, "sm_80", tile=case.tile, statistics=True)
+            launch = planner().plan(case.problem, arch, tile=case.tile, statistics=True)
             memory = Memory(launch, tail)
             for seed in range(2):  # the second launch finds the workspace as the first left it
                 interpret(launch, loaded, memory, case.seed + seed)

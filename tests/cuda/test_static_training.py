@@ -29,7 +29,7 @@ def test_main_architectures(op: str, arch: str) -> None:
     assert not broken, "\n".join(broken)
 
 
-@pytest.mark.parametrize(("arch", "op"), list(zip(OTHERS, OPS, strict=True)))
+@pytest.mark.parametrize(("arch", "op"), [(arch, OPS[i % len(OPS)]) for i, arch in enumerate(OTHERS)])
 def test_other_architectures(arch: str, op: str) -> None:
     """One pass each; `make static` compiles all."""
     if reason := why_not_disassembled(arch):

@@ -19,7 +19,7 @@ from fused_resnet.aot.planner import Device
 from fused_resnet.aot.training import OPS, TrainingCall
 from fused_resnet.backends.training.eager import BACKEND as EAGER
 from fused_resnet.backends.training.eager import pack_mask, unpack_mask
-from fused_resnet.core.training_call import BatchNorm, GradMeans, mask_words
+from fused_resnet.core.training_call import BackwardPass, BatchNorm, ForwardPass, Gradients, GradMeans, mask_words
 from fused_resnet.testing.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, ROUNDING
 
 Values = dict[str, Tensor]
@@ -142,20 +142,20 @@ def eager(call: TrainingCall, values: Values, exact: bool) -> Values:
     def empty(dtype: torch.dtype | None) -> Tensor:
         return torch.empty(call.shape, dtype=torch.float64 if exact else dtype, memory_format=torch.channels_last)
 
-    mask = values.get("mask", torch.empty(0, dtype=torch.int32))
     if call.op == "bn_apply_add_relu":
         out = empty(call.out_dtype)
-        mask = torch.empty(mask_words(call.numel), dtype=torch.int32)
-        EAGER.apply(bn, values.get("residual"), proj, call.activation, call.activation != "none", out, mask)
-        return {"out": out} | ({} if call.activation == "none" else {"mask": mask})
+        mask = None if call.activation == "none" else torch.empty(mask_words(call.numel), dtype=torch.int32)
+        EAGER.apply(ForwardPass(bn, values.get("residual"), proj, call.activation, out, mask))
+        return {"out": out} | ({} if mask is None else {"mask": mask})
+    backward = BackwardPass(values["grad_out"], values.get("mask"), bn, proj)
     if call.op == "bn_backward_reduce":
-        sums = EAGER.backward_reduce(values["grad_out"], mask, bn, proj)
+        sums = EAGER.backward_reduce(backward)
         return {n: s for n, s in zip(("sum_dz", "sum_dz_xhat", "proj_sum_dz_xhat"), sums, strict=True) if s.numel()}
     d_y, second = empty(call.dtype), call.proj or call.residual
     d_second = None if second is None else empty(second)
     means = means_of(values, "")
     assert means is not None
-    EAGER.backward_apply(values["grad_out"], mask, bn, means, proj, means_of(values, "proj_"), d_y, d_second)
+    EAGER.backward_apply(backward, Gradients(means, means_of(values, "proj_"), d_y, d_second))
     return {"d_y": d_y} | ({} if d_second is None else {"d_second": d_second})
 
 

@@ -17,7 +17,14 @@ pytestmark = [
 pytest.importorskip("triton")
 
 from fused_resnet.backends.training import eager as training_eager  # noqa: E402
-from fused_resnet.core.training_call import BatchNorm, GradMeans, mask_words  # noqa: E402
+from fused_resnet.core.training_call import (  # noqa: E402
+    BackwardPass,
+    BatchNorm,
+    ForwardPass,
+    Gradients,
+    GradMeans,
+    mask_words,
+)
 
 EAGER = training_eager.BACKEND
 
@@ -58,14 +65,16 @@ def test_passes(device: None, dtype: torch.dtype, shape: tuple[int, ...], kind: 
     for run in (bn_launch, EAGER):
         out, d_y, d_second = (torch.empty_like(y) for _ in range(3))
         mask = torch.empty(mask_words(y.numel()), dtype=torch.int32)
+        forward, backward = ForwardPass(bn, residual, proj, "relu", out, mask), BackwardPass(grad, mask, bn, proj)
+        gradients = Gradients(means, proj_means, d_y, d_second)
         if run is EAGER:
-            EAGER.apply(bn, residual, proj, "relu", True, out, mask)
-            sums = EAGER.backward_reduce(grad, mask, bn, proj)
-            EAGER.backward_apply(grad, mask, bn, means, proj, proj_means, d_y, d_second)
+            EAGER.apply(forward)
+            sums = EAGER.backward_reduce(backward)
+            EAGER.backward_apply(backward, gradients)
         else:
-            bn_launch.bn_apply_add_relu(bn, residual, proj, "relu", out, mask)
-            sums = bn_launch.bn_backward_reduce(grad, mask, bn, proj)
-            bn_launch.bn_backward_apply(grad, mask, bn, means, proj, proj_means, d_y, d_second)
+            bn_launch.bn_apply_add_relu(forward)
+            sums = bn_launch.bn_backward_reduce(backward)
+            bn_launch.bn_backward_apply(backward, gradients)
         results.append((out, mask, *sums, d_y, d_second))
     for got, expected in zip(*results, strict=True):
         assert torch.equal(got, expected)

@@ -12,14 +12,11 @@ import torch
 from torch import Tensor
 
 from ...core.convolution import convolution, convolution_backward
-from ...core.training_call import BatchNorm, ConvGeometry, GradMeans
+from ...core.training_call import BackwardPass, ConvGeometry, ForwardPass, Gradients
 
 
 class TrainingBackend:
-    """The convolution and the four passes on one kind of hardware.
-
-    ``dz = grad_out`` where the activation passes it, else 0.
-    """
+    """The convolution and the four passes on one kind of hardware."""
 
     name: str
 
@@ -61,39 +58,14 @@ class TrainingBackend:
         """Mean and biased variance of every channel."""
         raise NotImplementedError
 
-    def apply(
-        self,
-        bn: BatchNorm,
-        residual: Tensor | None,
-        proj: BatchNorm | None,
-        activation: str,
-        with_mask: bool,
-        out: Tensor,
-        mask: Tensor,
-    ) -> None:
-        """``out = act(bn + (residual or proj))``, and the mask when ``with_mask``."""
+    def apply(self, forward: ForwardPass) -> None:
+        """See :class:`ForwardPass`."""
         raise NotImplementedError
 
-    def backward_reduce(
-        self, grad_out: Tensor, mask: Tensor, bn: BatchNorm, proj: BatchNorm | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward_reduce(self, backward: BackwardPass) -> tuple[Tensor, Tensor, Tensor]:
         """``sum(dz)``, ``sum(dz * xhat)`` and the projection's ``sum(dz * xhat)`` (empty without one)."""
         raise NotImplementedError
 
-    def backward_apply(
-        self,
-        grad_out: Tensor,
-        mask: Tensor,
-        bn: BatchNorm,
-        means: GradMeans,
-        proj: BatchNorm | None,
-        proj_means: GradMeans | None,
-        d_y: Tensor,
-        d_second: Tensor | None,
-    ) -> None:
-        """``d_y = weight * invstd * (dz - mean(dz) - xhat * mean(dz * xhat))``.
-
-        ``d_second``, where wanted, is the gradient of the residual (``dz``) or of the projection's
-        convolution output (the same formula with the projection's BN).
-        """
+    def backward_apply(self, backward: BackwardPass, gradients: Gradients) -> None:
+        """See :class:`Gradients`."""
         raise NotImplementedError

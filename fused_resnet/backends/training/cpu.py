@@ -11,17 +11,13 @@ import torch
 from torch import Tensor
 
 from ...core import extensions
-from ...core.training_call import BatchNorm, ConvGeometry, GradMeans
+from ...core.training_call import BackwardPass, ConvGeometry, ForwardPass, Gradients, first_fields
 from . import winograd
 from .base import TrainingBackend
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # NaN is "no bound": every comparison with it is false.
 _BOUNDS = {"relu": (0.0, float("nan")), "relu6": (0.0, 6.0), "none": (float("nan"), float("nan"))}
-
-
-def _statistics(proj: BatchNorm | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return (None, None, None) if proj is None else (proj.y, proj.mean, proj.invstd)
 
 
 class CpuTraining(TrainingBackend):
@@ -93,58 +89,27 @@ class CpuTraining(TrainingBackend):
         self._ops.cpu_bn_stats(y, mean, var)
         return mean, var
 
-    def apply(
-        self,
-        bn: BatchNorm,
-        residual: Tensor | None,
-        proj: BatchNorm | None,
-        activation: str,
-        with_mask: bool,
-        out: Tensor,
-        mask: Tensor,
-    ) -> None:
-        lower, upper = _BOUNDS[activation]
-        branch = (None,) * 5 if proj is None else tuple(proj)
-        self._ops.cpu_bn_apply(*bn, residual, *branch, lower, upper, out, mask if with_mask else None)
+    def apply(self, forward: ForwardPass) -> None:
+        bn, residual, proj, activation, out, mask = forward
+        self._ops.cpu_bn_apply(*bn, residual, *first_fields(proj, 5), *_BOUNDS[activation], out, mask)
 
-    def backward_reduce(
-        self, grad_out: Tensor, mask: Tensor, bn: BatchNorm, proj: BatchNorm | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        words = mask if mask.numel() else None
+    def backward_reduce(self, backward: BackwardPass) -> tuple[Tensor, Tensor, Tensor]:
+        grad_out, mask, bn, proj = backward
         sums = [torch.empty_like(bn.mean) for _ in range(2)]
         proj_sum = torch.empty(0 if proj is None else bn.mean.shape[0], dtype=torch.float32)
         self._ops.cpu_bn_backward_reduce(
-            grad_out, words, bn.y, bn.mean, bn.invstd, *_statistics(proj), *sums, None if proj is None else proj_sum
+            grad_out, mask, *bn[:3], *first_fields(proj, 3), *sums, None if proj is None else proj_sum
         )
         return sums[0], sums[1], proj_sum
 
-    def backward_apply(
-        self,
-        grad_out: Tensor,
-        mask: Tensor,
-        bn: BatchNorm,
-        means: GradMeans,
-        proj: BatchNorm | None,
-        proj_means: GradMeans | None,
-        d_y: Tensor,
-        d_second: Tensor | None,
-    ) -> None:
+    def backward_apply(self, backward: BackwardPass, gradients: Gradients) -> None:
+        grad_out, mask, bn, proj = backward
+        means, proj_means, d_y, d_second = gradients
         if d_second is None and grad_out.dtype != d_y.dtype:
             # The kernels know grad_out's dtype by that of the residual; a residual no one asked about is dropped.
             d_second = torch.empty_like(grad_out)
-        branch = (*_statistics(proj), None if proj is None else proj.weight)
         self._ops.cpu_bn_backward_apply(
-            grad_out,
-            mask if mask.numel() else None,
-            bn.y,
-            bn.mean,
-            bn.invstd,
-            bn.weight,
-            *means,
-            *branch,
-            *((None, None) if proj_means is None else proj_means),
-            d_y,
-            d_second,
+            grad_out, mask, *bn[:4], *means, *first_fields(proj, 4), *(proj_means or (None, None)), d_y, d_second
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...core import extensions
 from ...core.layout import output_memory_format
-from ...core.training_call import BatchNorm, ConvGeometry, GradMeans, conv_problem
+from ...core.training_call import BackwardPass, ConvGeometry, ForwardPass, Gradients, conv_problem, first_fields
 from ..cuda import BACKEND as CONVOLUTION
 from ..cuda import why_not_device
 from .base import TrainingBackend
@@ -84,47 +84,24 @@ class CudaTraining(TrainingBackend):
         self._ops.cuda_bn_stats(y, mean, var)
         return mean, var
 
-    def apply(
-        self,
-        bn: BatchNorm,
-        residual: Tensor | None,
-        proj: BatchNorm | None,
-        activation: str,
-        with_mask: bool,
-        out: Tensor,
-        mask: Tensor,
-    ) -> None:
-        branch = (None,) * 5 if proj is None else tuple(proj)
-        self._ops.cuda_bn_apply(*bn, residual, *branch, _activation(activation), out, mask if with_mask else None)
+    def apply(self, forward: ForwardPass) -> None:
+        bn, residual, proj, activation, out, mask = forward
+        self._ops.cuda_bn_apply(*bn, residual, *first_fields(proj, 5), _activation(activation), out, mask)
 
-    def backward_reduce(
-        self, grad_out: Tensor, mask: Tensor, bn: BatchNorm, proj: BatchNorm | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward_reduce(self, backward: BackwardPass) -> tuple[Tensor, Tensor, Tensor]:
+        grad_out, mask, bn, proj = backward
         sum_dz, sum_dz_xhat = torch.empty_like(bn.mean), torch.empty_like(bn.mean)
         proj_sum = sum_dz.new_empty(0 if proj is None else sum_dz.shape[0])
-        branch = (None,) * 3 if proj is None else tuple(proj)[:3]
         self._ops.cuda_bn_backward_reduce(
-            grad_out, mask if mask.numel() else None, *bn[:3], *branch, sum_dz, sum_dz_xhat,
-            None if proj is None else proj_sum,
-        )  # fmt: skip
+            grad_out, mask, *bn[:3], *first_fields(proj, 3), sum_dz, sum_dz_xhat, None if proj is None else proj_sum
+        )
         return sum_dz, sum_dz_xhat, proj_sum
 
-    def backward_apply(
-        self,
-        grad_out: Tensor,
-        mask: Tensor,
-        bn: BatchNorm,
-        means: GradMeans,
-        proj: BatchNorm | None,
-        proj_means: GradMeans | None,
-        d_y: Tensor,
-        d_second: Tensor | None,
-    ) -> None:
-        branch: tuple[Tensor | None, ...] = (None,) * 6
-        if proj is not None and proj_means is not None:
-            branch = (*proj[:4], *proj_means)
+    def backward_apply(self, backward: BackwardPass, gradients: Gradients) -> None:
+        grad_out, mask, bn, proj = backward
+        means, proj_means, d_y, d_second = gradients
         self._ops.cuda_bn_backward_apply(
-            grad_out, mask if mask.numel() else None, *bn[:4], *means, *branch, d_y, d_second
+            grad_out, mask, *bn[:4], *means, *first_fields(proj, 4), *(proj_means or (None, None)), d_y, d_second
         )
 
 

@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.training_call import MASK_BITS, BatchNorm, GradMeans, accumulate_dtype, mask_words
+from ...core.training_call import (
+    MASK_BITS,
+    BackwardPass,
+    BatchNorm,
+    ForwardPass,
+    Gradients,
+    GradMeans,
+    accumulate_dtype,
+    mask_words,
+)
 from .base import TrainingBackend
 
 
@@ -26,6 +35,9 @@ def _normalised(bn: BatchNorm) -> Tensor:
     if bn.bias is not None:
         z = z + _per_channel(bn.bias)
     return z
+
+
+# What ``ops.decomposed`` calls as well writes to no tensor: it is traced after functionalization.
 
 
 def normalised_sum(bn: BatchNorm, residual: Tensor | None, proj: BatchNorm | None) -> Tensor:
@@ -75,12 +87,12 @@ def _as_int32(words: Tensor) -> Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
-def dz_of(grad_out: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """``grad_out`` where the activation passes it, else 0; an empty mask passes everything."""
-    dz = grad_out.to(dtype)
-    if mask.numel() == 0:
+def dz_of(backward: BackwardPass) -> Tensor:
+    """The gradient where the activation passes it, else 0, in the dtype of the statistics."""
+    dz = backward.grad_out.to(backward.bn.mean.dtype)
+    if backward.mask is None:
         return dz
-    return torch.where(unpack_mask(mask, grad_out.shape), dz, torch.zeros((), dtype=dtype, device=dz.device))
+    return torch.where(unpack_mask(backward.mask, dz.shape), dz, torch.zeros((), dtype=dz.dtype, device=dz.device))
 
 
 def through_bn(bn: BatchNorm, dz: Tensor, means: GradMeans) -> Tensor:
@@ -100,50 +112,27 @@ class EagerTraining(TrainingBackend):
         var, mean = torch.var_mean(y.to(accumulate_dtype(y.dtype)), dim=(0, 2, 3), correction=0)
         return mean, var
 
-    def apply(
-        self,
-        bn: BatchNorm,
-        residual: Tensor | None,
-        proj: BatchNorm | None,
-        activation: str,
-        with_mask: bool,
-        out: Tensor,
-        mask: Tensor,
-    ) -> None:
+    def apply(self, forward: ForwardPass) -> None:
+        bn, residual, proj, activation, out, mask = forward
         z = normalised_sum(bn, residual, proj)
         out.copy_(activated(z, activation))
-        if with_mask:
+        if mask is not None:
             mask.copy_(passed(z, activation))
 
-    def backward_reduce(
-        self, grad_out: Tensor, mask: Tensor, bn: BatchNorm, proj: BatchNorm | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dz = dz_of(grad_out, mask, bn.mean.dtype)
+    def backward_reduce(self, backward: BackwardPass) -> tuple[Tensor, Tensor, Tensor]:
+        dz, bn, proj = dz_of(backward), backward.bn, backward.proj
         sum_dz = dz.sum(dim=(0, 2, 3))
         sum_dz_xhat = (dz * _xhat(bn)).sum(dim=(0, 2, 3))
         if proj is None:
             return sum_dz, sum_dz_xhat, sum_dz.new_empty(0)
         return sum_dz, sum_dz_xhat, (dz * _xhat(proj)).sum(dim=(0, 2, 3))
 
-    def backward_apply(
-        self,
-        grad_out: Tensor,
-        mask: Tensor,
-        bn: BatchNorm,
-        means: GradMeans,
-        proj: BatchNorm | None,
-        proj_means: GradMeans | None,
-        d_y: Tensor,
-        d_second: Tensor | None,
-    ) -> None:
-        dz = dz_of(grad_out, mask, bn.mean.dtype)
-        d_y.copy_(through_bn(bn, dz, means))
-        if d_second is None:
-            return
-        if proj is not None and proj_means is not None:
-            d_second.copy_(through_bn(proj, dz, proj_means))
-        else:
-            d_second.copy_(dz)
+    def backward_apply(self, backward: BackwardPass, gradients: Gradients) -> None:
+        dz, proj = dz_of(backward), backward.proj
+        means, proj_means, d_y, d_second = gradients
+        d_y.copy_(through_bn(backward.bn, dz, means))
+        if d_second is not None:
+            d_second.copy_(dz if proj is None or proj_means is None else through_bn(proj, dz, proj_means))
 
 
 BACKEND = EagerTraining()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.training_call import BatchNorm, ConvGeometry, GradMeans, conv_problem
+from ...core.training_call import BackwardPass, ConvGeometry, ForwardPass, Gradients, conv_problem
 from ..triton import interpreting, why_not_device, why_not_problem, why_not_triton
 from .base import TrainingBackend
 
@@ -45,45 +45,23 @@ class TritonTraining(TrainingBackend):
         with torch.cuda.device_of(y):
             return bn_launch.bn_stats(y)
 
-    def apply(
-        self,
-        bn: BatchNorm,
-        residual: Tensor | None,
-        proj: BatchNorm | None,
-        activation: str,
-        with_mask: bool,
-        out: Tensor,
-        mask: Tensor,
-    ) -> None:
+    def apply(self, forward: ForwardPass) -> None:
         from ...kernels import bn_launch
 
-        with torch.cuda.device_of(bn.y):
-            bn_launch.bn_apply_add_relu(bn, residual, proj, activation, out, mask if with_mask else None)
+        with torch.cuda.device_of(forward.out):
+            bn_launch.bn_apply_add_relu(forward)
 
-    def backward_reduce(
-        self, grad_out: Tensor, mask: Tensor, bn: BatchNorm, proj: BatchNorm | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward_reduce(self, backward: BackwardPass) -> tuple[Tensor, Tensor, Tensor]:
         from ...kernels import bn_launch
 
-        with torch.cuda.device_of(bn.y):
-            return bn_launch.bn_backward_reduce(grad_out, mask if mask.numel() else None, bn, proj)
+        with torch.cuda.device_of(backward.grad_out):
+            return bn_launch.bn_backward_reduce(backward)
 
-    def backward_apply(
-        self,
-        grad_out: Tensor,
-        mask: Tensor,
-        bn: BatchNorm,
-        means: GradMeans,
-        proj: BatchNorm | None,
-        proj_means: GradMeans | None,
-        d_y: Tensor,
-        d_second: Tensor | None,
-    ) -> None:
+    def backward_apply(self, backward: BackwardPass, gradients: Gradients) -> None:
         from ...kernels import bn_launch
 
-        words = mask if mask.numel() else None
-        with torch.cuda.device_of(bn.y):
-            bn_launch.bn_backward_apply(grad_out, words, bn, means, proj, proj_means, d_y, d_second)
+        with torch.cuda.device_of(backward.grad_out):
+            bn_launch.bn_backward_apply(backward, gradients)
 
 
 BACKEND = TritonTraining()

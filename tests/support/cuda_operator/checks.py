@@ -21,7 +21,7 @@ from fused_resnet.backends.training import eager as training_eager
 from fused_resnet.backends.training.base import TrainingBackend
 from fused_resnet.core.problem import Problem
 from fused_resnet.core.reference import ConvBN, TailArguments, reference
-from fused_resnet.core.training_call import mask_words
+from fused_resnet.core.training_call import BackwardPass, ForwardPass, Gradients, mask_words
 from tests.support.training_calls import branch_of, means_of, values_of
 
 CHANNELS_LAST = torch.channels_last
@@ -260,16 +260,17 @@ def _training_step(backend: TrainingBackend, call: TrainingCall, seed: int) -> t
     bn, proj = branch_of(values, ""), branch_of(values, "proj_")
     assert bn is not None
     out = torch.empty(call.shape, dtype=call.out_dtype, memory_format=CHANNELS_LAST)
-    mask = torch.empty(mask_words(call.numel) if call.activation != "none" else 0, dtype=torch.int32)
-    backend.apply(bn, values.get("residual"), proj, call.activation, call.activation != "none", out, mask)
-    sums = backend.backward_reduce(values["grad_out"], mask, bn, proj)
+    mask = None if call.activation == "none" else torch.empty(mask_words(call.numel), dtype=torch.int32)
+    backend.apply(ForwardPass(bn, values.get("residual"), proj, call.activation, out, mask))
+    backward = BackwardPass(values["grad_out"], mask, bn, proj)
+    sums = backend.backward_reduce(backward)
     second = call.proj or call.residual
     d_y = torch.empty_like(values["y"], memory_format=CHANNELS_LAST)
     d_second = None if second is None else torch.empty(call.shape, dtype=second, memory_format=CHANNELS_LAST)
     means, proj_means = means_of(values, ""), means_of(values, "proj_")
     assert means is not None
-    backend.backward_apply(values["grad_out"], mask, bn, means, proj, proj_means, d_y, d_second)
-    return (out, mask, *sums, d_y, *(() if d_second is None else (d_second,)))
+    backend.backward_apply(backward, Gradients(means, proj_means, d_y, d_second))
+    return tuple(t for t in (out, mask, *sums, d_y, d_second) if t is not None)
 
 
 def _shifted(t: torch.Tensor) -> torch.Tensor:

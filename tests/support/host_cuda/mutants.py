@@ -16,14 +16,14 @@ class Mutant:
     file: str  # in csrc/cuda
     find: str
     put: str
-    test: str  # "host:kernel:<symbol>", "host:banks:<symbol>", "host:split", "ptx:kernel:<symbol>", "ptx:split", "static:<symbol>";
-    # of the training passes "host:pass:<op>", "host:parts:<op>", "host:mean", "host:pass_nan:<op>", "host:stats:<symbol>", "host:stats_groups", "ptx:pass:<op>", "ptx:parts:<op>", "static:pass:<op>";
+    test: str  # "host:kernel:<symbol>", "host:turing:<symbol>", "host:banks:<symbol>", "host:split", "ptx:kernel:<symbol>", "ptx:turing:<symbol>", "ptx:split", "static:<symbol>";
+    # of the training passes "host:pass:<op>", "host:parts:<op>", "host:mean", "host:pass_nan:<op>", "host:stats:<symbol>", "host:stats_groups", "ptx:pass:<op>", "ptx:turing_rounding:<dtype>", "ptx:parts:<op>", "static:pass:<op>";
     # "counters:<test>", "planner:<test>" of those modules
 
 
 GEMM, VECTOR, GATHER, MMA = "implicit_gemm.cuh", "load_vector.cuh", "load_gather.cuh", "warp_mma.cuh"
 ADDRESS, EPILOGUE, PROJECTION, SPLIT = "addressing.cuh", "epilogue.cuh", "projection.cuh", "split_k.cuh"
-PRIMITIVES, PLAN, ENTRY = "primitives.cuh", "plan.cpp", "kernel_entry.cuh"
+PRIMITIVES, PLAN, PLAN_H, ENTRY = "primitives.cuh", "plan.cpp", "plan.h", "kernel_entry.cuh"
 NUMBERS, ARRIVAL, SCHEDULE, COUNTERS = "numbers.cuh", "arrival.cuh", "schedule.cpp", "counters.cpp"
 SHARED_COUNTERS = "counters:test_launches_on_one_stream_share_theirs"
 CAPTURED_COUNTERS = "counters:test_each_captured_launch_gets_its_own_until_the_graph_is_gone"
@@ -37,13 +37,13 @@ WALK, REDUCE, MOMENTS, BN_PLAN, BN_LIST = (
 STATISTICS, F16_STATS = "statistics.cuh", "host:stats:conv_f16_stats_64x64"
 STATS, APPLY, SUMS, BACKWARD = "bn_stats", "bn_apply_add_relu", "bn_backward_reduce", "bn_backward_apply"
 F16, F16_SMALL, F16_LARGE = "host:kernel:conv_f16_64x64", "host:kernel:conv_f16_32x32", "host:kernel:conv_f16_128x128"
-GATHERED = "host:kernel:conv_gather_f16_32x32"
+GATHERED, T16 = "host:kernel:conv_gather_f16_32x32", "host:turing:conv_f16_64x64"
 
 #: The few that CI plants in every run; `make mutants` plants all.
 CI = (
     "no_barrier_in_a_step", "wait_one_group_less", "no_halo_rows", "residual_after_activation", "no_swizzle",
     "mask_bits_behind_the_end", "no_barrier_between_slots", "every_part_weighs_the_same", "parts_without_a_fence", "counters_not_zeroed",
-    "graph_counts_where_the_stream_does",
+    "graph_counts_where_the_stream_does", "registers_read_before_all_have_put",
 )  # fmt: skip
 
 MUTANTS = (
@@ -52,10 +52,24 @@ MUTANTS = (
     Mutant("wait_one_group_less", GEMM, "cp_async_wait<kAhead - 1>();", "cp_async_wait<kAhead>();", F16),
     Mutant("no_barrier_after_the_loop", GEMM, "cp_async_wait<0>();\n  __syncthreads();", "cp_async_wait<0>();", F16),
     Mutant("no_commit_in_a_step", GEMM, "loader.issue(free_stage);\n    cp_async_commit();", "loader.issue(free_stage);", F16),
-    Mutant("last_step_dropped", GEMM, "remaining > 0; --remaining", "remaining > 1; --remaining", F16),
+    Mutant("last_step_dropped", GEMM, "remaining > 0; --remaining) {\n    // One group", "remaining > 1; --remaining) {\n    // One group", F16),
     Mutant("ring_does_not_wrap", GEMM, "if (stage == pipeline_end) stage = pipeline;", "", F16),
     Mutant("copies_into_the_stage_in_use", GEMM, "loader.issue(free_stage);", "loader.issue(stage);", F16),
     Mutant("prologue_ignores_the_steps", GEMM, "if (i < steps) loader.issue(", "loader.issue(", F16),
+    # ---- the pipeline of Turing
+    Mutant("registers_put_before_all_have_read", GEMM, "__syncthreads();  // all have read the previous step\n", "", T16),
+    Mutant("registers_read_before_all_have_put", GEMM, "loader.put(next, stage);\n    __syncthreads();", "loader.put(next, stage);", T16),
+    Mutant("first_step_not_fetched", GEMM, "if (steps > 0) loader.fetch(next);", "", T16),
+    Mutant("no_step_fetched_ahead", GEMM, "if (remaining > 1) loader.fetch(next);", "", T16),
+    Mutant("registers_without_halo", VECTOR, "valid ? global_load_16(source) : Words4{}", "global_load_16(source)", T16),
+    Mutant("weights_over_pixels", VECTOR, "(i < kPassesA ? 0 : Tile::kBytesA)", "0", T16),
+    Mutant("gathered_halo_on_turing", GATHER, "valid ? global_load_u32(from) : uint32_t{0}", "global_load_u32(from)", "host:turing:conv_gather_f16_32x32"),
+    Mutant("second_half_of_b_twice", PRIMITIVES, '"r"(b[half])', '"r"(b[1])', "ptx:turing:conv_f16_32x32"),
+    Mutant("halves_of_a_mixed", PRIMITIVES, '"r"(a[2 * half + 1])', '"r"(a[half + 1])', "ptx:turing:conv_f16_32x32"),
+    Mutant("bfloat16_cut_off_on_turing", PRIMITIVES, "(bits + 0x7fff + (bits >> 16 & 1)) >> 16", "bits >> 16", "ptx:turing_rounding:bfloat16"),
+    Mutant("float16_halves_exchanged_on_turing", PRIMITIVES, '"=h"(half[1]) : "f"(high)', '"=h"(half[1]) : "f"(low)', "ptx:turing:conv_f16_32x32"),
+    Mutant("turing_plans_all_stages", PLAN_H, "capability < 80 ? kernel.turing_shared_bytes : kernel.shared_bytes", "kernel.shared_bytes", "planner:test_turing"),
+    Mutant("turing_multiplies_tf32", PLAN, "q.tf32 && device.capability >= 80", "q.tf32", "planner:test_turing"),
     # ---- halo, tails and the walk through the depth
     Mutant("no_halo_rows", VECTOR, "bits |= outside ? 1u << r : 0u;", "", F16),
     Mutant("no_halo_columns", VECTOR, "bits |= outside ? kColumnBit << s : 0u;", "", F16),
@@ -139,8 +153,8 @@ MUTANTS = (
     Mutant("bf16_products_as_f16", PRIMITIVES, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
            "ptx:kernel:conv_bf16_32x32"),
     # ---- what only machine code shows
-    Mutant("too_many_blocks_asked_for", ENTRY, "fused_resnet::tile::kBlocks)", "fused_resnet::tile::kBlocks * 2)", "static:conv_f16_128x128"),
-    Mutant("narrow_copies", VECTOR, "cp_async<16>(b + i", "cp_async<8>(b + i", "static:conv_f16_64x64"),
+    Mutant("too_many_blocks_asked_for", ENTRY, "fused_resnet::math>())", "fused_resnet::math>() * 2)", "static:conv_f16_128x128"),
+    Mutant("narrow_copies", VECTOR, "cp_async<16>(place(", "cp_async<8>(place(", "static:conv_f16_64x64"),
     Mutant("two_barriers_a_step", GEMM, "__syncthreads();\n    typename", "__syncthreads();\n    __syncthreads();\n    typename",
            "static:conv_f16_64x64"),
     Mutant("division_in_the_loop", ADDRESS, "at.position += elements;", "at.position += elements; at.r = at.position / size_c - step_r;", "static:conv_f16_128x128"),

@@ -13,6 +13,8 @@
 
 namespace fused_resnet {
 
+constexpr bool kAmpere = !FUSED_RESNET_HOST_TURING;
+
 struct alignas(8) Words2 {
   uint32_t w[2];
 };
@@ -265,6 +267,9 @@ inline void shared_store_f32(uint32_t address, float v) {
 }
 inline void shared_store_f32x2(uint32_t address, float v0, float v1) {
   host::shared_store(address, std::array<float, 2>{v0, v1});
+}
+inline void shared_store_8(uint32_t address, const Words2& v) {
+  host::shared_store(address, v);
 }
 inline void shared_store_16(uint32_t address, const Words4& v) {
   host::shared_store(address, v);

@@ -2,14 +2,17 @@
 // and to be stricter than a GPU while doing so.
 //
 //   * every CUDA thread is a fiber; a warp advances lane by lane between warp-level operations;
-//   * warp collectives (ldmatrix, mma, shuffles) need all lanes, memory accesses execute as one request of
-//   the
-//     lanes that reach them, as on hardware, so that sectors and bank conflicts can be counted;
+//   * warp collectives (ldmatrix, mma, shuffles) need all lanes; a memory access is one request of the lanes
+//     that reach it, as on hardware, so that sectors and bank conflicts can be counted;
 //   * cp.async poisons its destination at once and delivers the data only in the wait that guarantees it;
 //   * shared memory starts as NaN, blocks and warps run in a seeded random order.
 //
 // Nothing here is thread safe: one launch at a time per process.
 #pragma once
+
+#ifndef FUSED_RESNET_HOST_TURING
+  #define FUSED_RESNET_HOST_TURING 0
+#endif
 
 #include <cstddef>
 #include <cstdint>
