@@ -17,7 +17,9 @@ _LAZY: dict[str, str] = {
     "FusedBasicBlock": "nn",
     "FusedBottleneck": "nn",
     "FusedConvBNReLU": "nn",
+    "decompositions": "ops",
     "explain": "surgery",
+    "export": "surgery",
     "freeze": "surgery",
     "fuse": "surgery",
     "refresh": "surgery",
@@ -35,8 +37,10 @@ __all__ = [
     "FusedConvBNReLU",
     "__version__",
     "backends",
+    "decompositions",
     "devices",
     "explain",
+    "export",
     "freeze",
     "functional",
     "fuse",
@@ -56,7 +60,8 @@ __all__ = [
 if TYPE_CHECKING:
     from . import backends, devices, functional, models, nn, ops, roofline, surgery, testing, tuning
     from .nn import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU
-    from .surgery import explain, freeze, fuse, refresh, unfuse
+    from .ops import decompositions
+    from .surgery import explain, export, freeze, fuse, refresh, unfuse
     from .tuning import selftest, tune
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from . import build, inspect, measure, predict, train, tune
+from . import build, export, inspect, measure, predict, train, tune
 from .common import console
 from .demo import command
 
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a traceback is for a bug, and then the plain one
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (inspect, measure, predict, command, train, tune, build):
+for group in (inspect, measure, predict, export, command, train, tune, build):
     group.register(app)
 
 

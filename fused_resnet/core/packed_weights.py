@@ -21,6 +21,7 @@ from torch import Tensor
 _owners: weakref.WeakValueDictionary[int, PackedWeights] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
 _MOST = 256  # copies of one owner
+_MOST_OF_PROCESS = 4096
 
 
 #: What a copy is called, and the address of its weight.
@@ -47,6 +48,7 @@ class PackedWeights:
 
     def __init__(self, checked: bool = True) -> None:
         self.checked = checked
+        self.most = _MOST
         self.number = next(_numbers)
         """What stands for this object in an operator's arguments."""
         self._copies: dict[Place, Packed] = {}
@@ -148,7 +150,7 @@ class PackedWeights:
         # been. That also drops copies for image sizes that have not come for long.
         oldest = self._clock - len(self._copies) - 16
         by_age = sorted(self._used.items(), key=lambda item: item[1])
-        surplus = max(0, len(by_age) - _MOST)
+        surplus = max(0, len(by_age) - self.most)
         for place in [place for i, (place, used) in enumerate(by_age) if i < surplus or used < oldest]:
             self._forget(place)
 
@@ -157,6 +159,17 @@ class PackedWeights:
 
     def __reduce__(self) -> tuple[type[PackedWeights], tuple[bool]]:
         return PackedWeights, (self.checked,)
+
+
+def _of_the_process() -> PackedWeights:
+    owner = PackedWeights()
+    owner.number, owner.most = -1, _MOST_OF_PROCESS
+    _owners[owner.number] = owner
+    return owner
+
+
+#: For programs, which outlive the process that exported them: its number means the same in every process.
+OF_THE_PROCESS = _of_the_process()
 
 
 def by_number(number: int) -> PackedWeights | None:

@@ -105,6 +105,7 @@ def conv_bn(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
+    batch_norm: Callable[..., Tensor] = F.batch_norm,
 ) -> Tensor:
     """``BN(conv2d(x))`` in evaluation mode, by eager PyTorch."""
     geometry = (stride, padding, dilation, groups)
@@ -117,16 +118,19 @@ def conv_bn(
     y = conv2d(x, conv.weight, conv.bias, *geometry)
     if conv.running_mean is None:
         return y
-    return F.batch_norm(
+    return batch_norm(
         y, conv.running_mean, conv.running_var, conv.bn_weight, conv.bn_bias, training=False, eps=conv.eps
     )
 
 
-def reference(tail: TailArguments) -> Tensor:
-    """The tail by eager PyTorch, in the dtypes of its tensors (rounding after every step, as eager does)."""
-    y = conv_bn(tail.x, tail.conv, tail.stride, tail.padding, tail.dilation, tail.groups)
+def reference(tail: TailArguments, batch_norm: Callable[..., Tensor] = F.batch_norm) -> Tensor:
+    """The tail by eager PyTorch, in the dtypes of its tensors (rounding after every step, as eager does).
+
+    ``batch_norm`` is ``F.batch_norm``, or another function that computes the same.
+    """
+    y = conv_bn(tail.x, tail.conv, tail.stride, tail.padding, tail.dilation, tail.groups, batch_norm)
     if tail.proj is not None and tail.proj_x is not None:
-        y = y + conv_bn(tail.proj_x, tail.proj, tail.proj_stride, (0, 0), (1, 1), 1)
+        y = y + conv_bn(tail.proj_x, tail.proj, tail.proj_stride, (0, 0), (1, 1), 1, batch_norm)
     elif tail.residual is not None:
         y = y + tail.residual
     return ACTIVATIONS[tail.activation](y)

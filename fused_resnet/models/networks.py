@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import FusedBasicBlock, FusedBottleneck, FusedModule, parts, tail
+from ..nn.onlookers import watched
 from .keras import KerasBlock, from_keras
 
 __all__ = [
@@ -39,6 +40,12 @@ class ResNet(FusedModule):
         groups, width_per_group, replace_stride_with_dilation, norm_layer: as in torchvision.
         in_channels: channels of the image.
     """
+
+    if TYPE_CHECKING:
+        layer1: nn.Module
+        layer2: nn.Module
+        layer3: nn.Module
+        layer4: nn.Module
 
     def __init__(
         self,
@@ -143,7 +150,14 @@ class ResNet(FusedModule):
 
     @tail.runs_inside
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(tail.leave(self._run(tail.enter(x))))
+        if torch.jit.is_scripting():  # which then does not look at the rest
+            return self._forward_unfused(x)
+        else:
+            return self._forward_unfused(x) if watched(x) else self.head(tail.leave(self._run(tail.enter(x))))
+
+    def _forward_unfused(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.head(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
 
     def run_inside(self, x: Any) -> Any:
         return tail.enter(self.head(tail.leave(self._run(x))))

@@ -1,11 +1,15 @@
 """The one question that every fused forward asks before it runs: is somebody else looking at this call?
 
 Whoever exports, traces or transforms a model wants its own forward, in operators that everybody knows; so do tensors
-that are more than numbers (a proxy, a distributed tensor). Plain calls and ``torch.compile`` run fused.
+that are more than numbers (a proxy, a distributed tensor). Plain calls and ``torch.compile`` run fused, and those who
+export the fused operators on purpose see them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -25,8 +29,21 @@ def watched(x: Any) -> bool:
     return type(x) not in _PLAIN or has_tangent(x) or _is_looked_at()
 
 
+_shown: ContextVar[bool] = ContextVar("_shown", default=False)
+
+
+@contextmanager
+def shown_fused() -> Iterator[None]:
+    """Who looks in this context sees the fused forward."""
+    token = _shown.set(True)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
+
+
 def _is_looked_at() -> bool:
-    return (
+    return not _shown.get() and (
         torch.compiler.is_exporting()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()  # torch.func has no public word for it

@@ -23,6 +23,7 @@ from ..core.layout import looks_channels_last, looks_contiguous, sum_order
 from ..core.packed_weights import PackedWeights
 from ..core.reference import ACTIVATIONS
 from .parts import batch_norm_eps, geometry, is_plain_max_pool, uses_batch_statistics, why_not_bypassed
+from .pristine import is_torchs_own
 
 
 class Options(NamedTuple):
@@ -115,7 +116,7 @@ def may_go_inside(module: nn.Module) -> bool:
     another.
     """
     cls = type(module)
-    if cls.__call__ is not _MODULE_CALL or why_not_bypassed(module) is not None:
+    if not _is_modules_own(cls.__call__) or why_not_bypassed(module) is not None:
         return False
     forward: Any = cls.forward
     return cls is nn.Sequential or cls is nn.Identity or getattr(forward, "_runs_inside", None) is forward
@@ -123,6 +124,12 @@ def may_go_inside(module: nn.Module) -> bool:
 
 #: As it was when this file was imported.
 _MODULE_CALL = nn.Module.__call__
+
+
+def _is_modules_own(call: Any) -> bool:
+    if call is _MODULE_CALL:
+        return True
+    return call is nn.Module.__call__ and is_torchs_own(call)  # torch.export puts a function of its own there
 
 
 def runs_inside(forward: Any) -> Any:

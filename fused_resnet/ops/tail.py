@@ -60,11 +60,12 @@ def _tail_projection(
 
 def _tail_max_pool(*args: Any, **kwargs: Any) -> tuple[TailArguments, str]:
     """The tail before the max pool."""
-    before, after = args[:_POOL], args[_POOL + 3 :]
+    before, after = args[:POOL], args[POOL + 3 :]
     return _tail_residual(*before[:8], None, *before[8:], *after, **kwargs)  # type: ignore[call-arg]
 
 
-_POOL = 12  # the place of the max pool's window among the arguments; its stride and padding follow
+#: The place of the max pool's window among the arguments; its stride and padding follow.
+POOL = 12
 
 _TO_TAIL: dict[str, Callable[..., tuple[TailArguments, str]]] = {
     "conv_bn_add_relu": _tail_residual,
@@ -73,9 +74,14 @@ _TO_TAIL: dict[str, Callable[..., tuple[TailArguments, str]]] = {
 }
 
 
+def call_arguments(name: str, *args: Any, **kwargs: Any) -> tuple[TailArguments, str]:
+    """As :func:`to_tail`, but without the packed weights, whose number may be symbolic."""
+    return _TO_TAIL[name](*args, **kwargs)
+
+
 def to_tail(name: str, *args: Any, **kwargs: Any) -> tuple[TailArguments, str]:
     """The call of the operator ``name`` with these arguments, and the backend it asks for."""
-    tail, backend = _TO_TAIL[name](*args, **kwargs)
+    tail, backend = call_arguments(name, *args, **kwargs)
     place = _arguments(name).index("packed_weights")
     number = kwargs.get("packed_weights", args[place] if len(args) > place else 0)
     return tail._replace(packed_weights=by_number(number)), backend
@@ -226,27 +232,53 @@ def _register_autograd(name: str) -> None:
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
+def _register_autograd_of_max_pool(name: str) -> None:
+    """For exported programs; :mod:`..functional` calls the convolution and the pool one after the other instead."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
+        ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
+        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        args = list(ctx.others)
+        for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+            args[i] = tensor
+        wanted = [i for i in ctx.tensors if ctx.needs_input_grad[i]]
+        with torch.enable_grad():
+            before, pool, after = args[:POOL], args[POOL : POOL + 3], args[POOL + 3 :]
+            y = torch.ops.fused_resnet.conv_bn_add_relu(*before[:8], None, *before[8:], *after)
+            pooled = F.max_pool2d(y, *pool)
+        create_graph = torch.is_grad_enabled()
+        found = torch.autograd.grad(pooled, [args[i] for i in wanted], grad, create_graph=create_graph)
+        grads: list[Tensor | None] = [None] * len(args)
+        for i, value in zip(wanted, found, strict=True):
+            grads[i] = value
+        return tuple(grads)
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
 def _register(name: str) -> None:
     def kernel(*args: Any, **kwargs: Any) -> Tensor:
         return run(*to_tail(name, *args, **kwargs))
 
     def max_pool_kernel(*args: Any, **kwargs: Any) -> Tensor:
         tail, backend = to_tail(name, *args, **kwargs)
-        pool = tuple(tuple(pair) for pair in args[_POOL : _POOL + 3])
+        pool = tuple(tuple(pair) for pair in args[POOL : POOL + 3])
         return with_max_pool(plans.find(tail, backend), pool)(tail)  # type: ignore[arg-type]
 
     def fake(*args: Any, **kwargs: Any) -> Tensor:
-        return _fake(_TO_TAIL[name](*args, **kwargs)[0])  # without the packed weights' number, which may be symbolic
+        return _fake(call_arguments(name, *args, **kwargs)[0])
 
     def max_pool_fake(*args: Any, **kwargs: Any) -> Tensor:
-        return F.max_pool2d(fake(*args, **kwargs), *args[_POOL : _POOL + 3])
+        return F.max_pool2d(fake(*args, **kwargs), *args[POOL : POOL + 3])
 
     with_pool = name == "conv_bn_add_relu_max_pool"
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, max_pool_kernel if with_pool else kernel, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", max_pool_fake if with_pool else fake, lib=LIBRARY)
-    if not with_pool:  # with gradients, functional calls the convolution and the pool one after the other
-        _register_autograd(name)
+    (_register_autograd_of_max_pool if with_pool else _register_autograd)(name)
 
 
 for _name in _TO_TAIL:

@@ -59,10 +59,15 @@ def _dense(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-def _canonical(bn: BatchNorm) -> BatchNorm:
+def canonical_vectors(bn: BatchNorm) -> BatchNorm:
+    """``bn`` with its statistics and parameters in the dtype of the arithmetic."""
     acc = accumulate_dtype(bn.y.dtype)
     vectors = (None if t is None else t.to(acc).contiguous() for t in bn[1:])
-    return BatchNorm(_dense(bn.y), *vectors)  # type: ignore[arg-type]
+    return BatchNorm(bn.y, *vectors)  # type: ignore[arg-type]
+
+
+def _canonical(bn: BatchNorm) -> BatchNorm:
+    return canonical_vectors(bn)._replace(y=_dense(bn.y))
 
 
 def _branch(
@@ -96,12 +101,13 @@ def _empty_in_format_of(y: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(y.shape, dtype=dtype, device=y.device, memory_format=_memory_format(y))
 
 
-def _wanted(mask: Tensor) -> Tensor | None:
+def mask_or_none(mask: Tensor) -> Tensor | None:
     """The passes know no empty mask: there is one or none."""
     return mask if mask.numel() else None
 
 
-def _out_dtype(y: Tensor, residual: Tensor | None, proj_y: Tensor | None) -> torch.dtype:
+def out_dtype(y: Tensor, residual: Tensor | None, proj_y: Tensor | None) -> torch.dtype:
+    """The dtype of a tail's output."""
     other = residual if residual is not None else proj_y
     return y.dtype if other is None else torch.promote_types(y.dtype, other.dtype)
 
@@ -201,14 +207,14 @@ def _bn_apply_add_relu(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             raise ValueError(f"{op}: residual and proj_y: expected at most one of them, got both")
         check_y(op, "proj_y", proj.y, y)
         _check_bn(op, proj, "proj_")
-    out = _empty_dense(y, _out_dtype(y, residual, a.proj_y))
+    out = _empty_dense(y, out_dtype(y, residual, a.proj_y))
     mask = torch.empty(a.words, dtype=torch.int32, device=y.device)
     if y.numel() != 0:
         bn = _canonical(bn)
         dense_residual = None if residual is None else _dense(residual)
         dense_proj = None if proj is None else _canonical(proj)
         training_dispatch.choose(a.backend, bn.y, residual, a.proj_y).apply(
-            ForwardPass(bn, dense_residual, dense_proj, a.activation, out, _wanted(mask))
+            ForwardPass(bn, dense_residual, dense_proj, a.activation, out, mask_or_none(mask))
         )
     return _in_format_of(y, out), mask
 
@@ -216,7 +222,7 @@ def _bn_apply_add_relu(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 def _fake_apply(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     a = _Apply(*args, **kwargs)
     _check_activation("bn_apply_add_relu", a.activation)
-    out = _empty_in_format_of(a.y, _out_dtype(a.y, a.residual, a.proj_y))
+    out = _empty_in_format_of(a.y, out_dtype(a.y, a.residual, a.proj_y))
     return out, a.y.new_empty(a.words, dtype=torch.int32)
 
 
@@ -232,7 +238,7 @@ def _check_backward(op: str, a: _Reduce | _BackwardApply, bn: BatchNorm, proj: B
 
 def _backward_pass(a: _Reduce | _BackwardApply, bn: BatchNorm, proj: BatchNorm | None) -> BackwardPass:
     dense_proj = None if proj is None else _canonical(proj)
-    return BackwardPass(_dense(a.grad_out), _wanted(a.mask), _canonical(bn), dense_proj)
+    return BackwardPass(_dense(a.grad_out), mask_or_none(a.mask), _canonical(bn), dense_proj)
 
 
 def _bn_backward_reduce(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:

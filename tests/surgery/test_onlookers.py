@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -56,6 +57,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], nn.Module
         (2, 16, 9, 9),
     ),
     "Bottleneck": (lambda: Bottleneck(32, 8), lambda m: FusedBottleneck(32, 8), (2, 32, 6, 6)),
+    "models.ResNet": (
+        _resnet,
+        lambda m: fused_resnet.models.ResNet(FusedBasicBlock, [1, 1, 1, 1], num_classes=4),
+        (2, 3, 32, 32),
+    ),
     "ConvBNReLU": (lambda: ConvBNReLU(8), lambda m: FusedConvBNReLU(8, 8), (2, 8, 6, 6)),
 }
 
@@ -157,6 +163,28 @@ def test_a_graph_is_the_originals(name: str, looker: str) -> None:
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("qat", [False, True], ids=["after training", "in training"])
+@pytest.mark.parametrize("name", ["fused", "frozen", "BasicBlock"])
+def test_quantisation_finds_the_convolutions_of_the_original(name: str, qat: bool) -> None:
+    if (name, qat) == ("frozen", True):
+        pytest.skip("what is frozen is not trained")
+    pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
+    xnnpack = pytest.importorskip("torchao.testing.pt2e._xnnpack_quantizer")
+    *models, x = build(name)
+    seen = []
+    for model in models:
+        quantizer = xnnpack.XNNPACKQuantizer()
+        quantizer.set_global(xnnpack.get_symmetric_quantization_config(is_qat=qat))
+        module = torch.export.export(model.train(qat), (x,)).module()
+        prepared = (pt2e.prepare_qat_pt2e if qat else pt2e.prepare_pt2e)(module, quantizer)
+        prepared(x)
+        converted = pt2e.convert_pt2e(prepared)
+        seen.append((_targets(converted.graph), converted(x)))
+    assert seen[0][0].count("quantize_per_tensor") > 2 * sum(isinstance(m, nn.Conv2d) for m in models[0].modules())
+    assert seen[0][0] == seen[1][0]
+    assert torch.equal(seen[0][1], seen[1][1])
+
+
 # ---- those who transform -------------------------------------------------------------------------------------------
 
 
@@ -225,7 +253,7 @@ def test_a_tensor_that_is_more_than_numbers_gets_the_original() -> None:
 # ---- torch.jit.script ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fused", "BasicBlock", "Bottleneck", "ConvBNReLU"])
+@pytest.mark.parametrize("name", ["fused", "BasicBlock", "Bottleneck", "models.ResNet", "ConvBNReLU"])
 def test_scripted_it_is_the_original(name: str) -> None:
     model, fused, x = build(name)
     scripted = torch.jit.script(fused)
@@ -275,6 +303,23 @@ def test_compiled_it_is_fused(name: str) -> None:
         torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)
     assert any("fused_resnet" in target for target in targets)
     assert not any("conv2d" in target for target in targets)
+
+
+@pytest.mark.parametrize("name", ["fused", "models.ResNet"])
+def test_compiled_it_changes_layouts_at_its_ends_alone(name: str) -> None:
+    _, fused, x = build(name)
+    targets: list[str] = []
+
+    def compiler(module: torch.fx.GraphModule, _: Any) -> Any:
+        targets.extend(str(node.target) for node in module.graph.nodes if node.op == "call_function")
+        return module
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(fused, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)(x)
+    assert sum("fused_resnet" in target for target in targets) == 9
+    copies = [target for target in targets if any(word in target for word in ("clone", "copy", "contiguous"))]
+    assert len(copies) <= 2
 
 
 def test_a_transform_inside_of_a_compiled_function_is_right() -> None:
