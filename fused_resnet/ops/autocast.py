@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core import extensions
-from ..core.packed_weights import PackedWeights, by_number
+from ..core.packed_weights import by_number
 from .schemas import LIBRARY
 
 _CAST = frozenset({"x", "weight", "bias", "residual", "proj_x", "proj_weight", "proj_bias"})
@@ -33,11 +33,10 @@ def _cast(value: Any, device_type: str, dtype: torch.dtype) -> Any:
     return value
 
 
-def _may_keep(weight: Tensor, kept: PackedWeights) -> bool:
+def _may_keep(weight: Tensor) -> bool:
     """Whether a cast of ``weight`` may serve again: nobody differentiates it, and its bytes can be compared."""
     return (
-        kept.checked
-        and weight.dtype is torch.float32
+        weight.dtype is torch.float32
         and weight.device.type == "cpu"
         and type(weight) in (Tensor, torch.nn.Parameter)
         and not torch.is_grad_enabled()
@@ -56,9 +55,10 @@ def _register(name: str, device_type: str, key: str) -> None:
     def autocast_kernel(*args: Any, **kwargs: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
         full = list(args) + [kwargs.get(argument.name, argument.default_value) for argument in arguments[len(args) :]]
-        if kept_position is not None:
+        # The weights first: among fake ones the number of what keeps them may be symbolic.
+        if kept_position is not None and all(_may_keep(full[position]) for position in weights):
             kept = by_number(full[kept_position])
-            if kept is not None and all(_may_keep(full[position], kept) for position in weights):
+            if kept is not None and kept.checked:
                 for position in weights:
                     full[position] = kept.cast(full[position], dtype)
                 full[kept_position] = kept.casts.number
