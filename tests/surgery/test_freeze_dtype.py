@@ -98,10 +98,15 @@ def test_explain_says_how_this_processor_computes_the_type(dtype: torch.dtype, m
 def test_calls_that_it_does_not_take_go_to_the_live_model() -> None:
     model, x = build("block"), image("block")
     fast = freeze(model, dtype=torch.bfloat16)
+    seen: list[torch.dtype] = []
+    fast.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
     with torch.no_grad():
-        assert fast.why_live((x,)) is None
-        assert fast.why_live((x.double(),)) == "an input is not in float32"
+        fast(x)
+        assert seen == []
+        with pytest.raises(TypeError, match="weight: expected dtype float64, that of x, got float32"):
+            fast(x.double())
     assert torch.equal(fast(x.clone().requires_grad_()), fast.model(x))
+    assert seen[:2] == [torch.float64, torch.float32]
 
 
 def test_it_keeps_its_type_when_copied_pickled_refreshed_and_frozen_again() -> None:
