@@ -39,7 +39,7 @@ from tests.support.launch_harness import WRITABLE, Memory, interpreter, run_modu
 
 pytestmark = [pytest.mark.ptx, pytest.mark.aot]
 
-KERNELS = tuple(k.symbol for k in planner().kernels.values() if k.epilogue == "tail")
+KERNELS = tuple(k.symbol for k in planner().kernels.values() if (k.epilogue, k.family) == ("tail", "mma"))
 ARCHS = ("sm_75", "sm_80", "sm_90")
 RUNNING = [(symbol, arch) for symbol in KERNELS for arch in ARCHS if planner().kernels[symbol].runs_on(arch)]
 
