@@ -153,7 +153,8 @@ def hopper_gencode(toolkit: Toolkit, archs: list[str]) -> str:
     Whoever asks for sm_90 gets them: the only GPUs of that number are Hopper, with all of sm_90a. Nobody else does:
     then they are empty functions, which the planner is told of by ``FUSED_RESNET_HOPPER`` and leaves alone.
     """
-    if "90a" in toolkit.supported and {"90", "90a"} & set(archs):
+    knows = int(toolkit.version.split(".")[0]) >= 12  # nvcc lists no "90a" among what it supports
+    if knows and {"90", "90a"} & set(archs):
         return "-gencode=arch=compute_90a,code=[compute_90a,sm_90a] -DFUSED_RESNET_HOPPER=1"
     oldest = _plain(archs)[0]
     return f"-gencode=arch=compute_{oldest},code=compute_{oldest} -DFUSED_RESNET_HOPPER=0"
