@@ -147,6 +147,7 @@ def errors(module: ModuleType, runtime: ctypes.CDLL) -> None:
             "groups": 1, "proj_x": None, "proj_weight": None, "proj_bias": None, "proj_bn_weight": None,
             "proj_bn_bias": None, "proj_running_mean": None, "proj_running_var": None, "proj_eps": 0.0,
             "proj_stride": [1, 1], "activation": 1, "tf32": False, "tile_m": 0, "tile_n": 0, "splits": 0,
+            "family": 0,
         }  # fmt: skip
         try:
             op(**(arguments | changes))
