@@ -225,11 +225,16 @@ Candidates candidates_of(const PlanRequest& q, const DeviceProperties& device, c
   for (int i = 0; i < params.sources; ++i) vector = vector && suits_vector_load(params.source[i]);
   const bool forced = q.tile_m || q.tile_n || q.splits;
   const bool wgmma = device.wgmma && !q.statistics && q.splits <= 1 && tensor_maps_take(params, q.dtype, q.n);
+  if (q.family == kFamilyWgmma && !device.wgmma) {
+    refuse("cuda: wgmma needs sm_90, a build for it and a driver that encodes tensor maps, got sm_%d",
+           device.capability);
+  }
   if (q.family == kFamilyWgmma && !wgmma) {
     refuse(
-        "cuda: kernels on wgmma need sm_90, float16 or bfloat16 throughout, c and k that are multiples of 8, "
-        "strides up to 8, filters that reach up to 255 pixels and no split-K, got sm_%d, c %d and k %d%s",
-        device.capability, q.c, q.k, device.wgmma ? "" : ", and this build or driver has none");
+        "cuda: wgmma takes 16-bit tensors, c and k that are multiples of 8, windows that a tensor map "
+        "describes "
+        "and no split-K, got c %d and k %d",
+        q.c, q.k);
   }
   return {math_of(q, device), vector ? Load::kVector : Load::kGather, epilogue_of(q),
           q.family != kFamilyWgmma,

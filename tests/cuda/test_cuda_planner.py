@@ -190,7 +190,7 @@ def test_what_tensor_maps_can_say(changes: dict[str, Any], takes: bool) -> None:
         assert _chosen(problem, tile="wgmma128x64") == "wgmma 128x64"
         return
     assert _chosen(problem).startswith("mma")
-    with pytest.raises(ValueError, match="cuda: kernels on wgmma need sm_90, float16 or bfloat16 throughout"):
+    with pytest.raises(ValueError, match="cuda: wgmma takes 16-bit tensors, c and k that are multiples of 8"):
         planner().plan(problem, "sm_90", tile="wgmma128x64")
 
 
@@ -201,9 +201,11 @@ def test_forced_tiles_and_splits_are_of_the_family_that_they_always_were() -> No
     assert _chosen(large, splitk=1).startswith("mma")
     assert _chosen(large, tile="wgmma128x128", splitk=1) == "wgmma 128x128"
     for options in ({"tile": "wgmma128x128", "splitk": 2}, {"tile": "wgmma128x64", "alignment": 8}):
-        with pytest.raises(ValueError, match="cuda: kernels on wgmma need sm_90"):
+        with pytest.raises(ValueError, match=r"cuda: wgmma takes 16-bit tensors .* and no split-K, got c 64 and k 256"):
             planner().plan(large, "sm_90", **options)
-    with pytest.raises(ValueError, match="got sm_80, c 64 and k 256, and this build or driver has none"):
+    with pytest.raises(
+        ValueError, match="cuda: wgmma needs sm_90, a build for it and a driver that encodes tensor maps, got sm_80"
+    ):
         planner().plan(large, "sm_80", tile="wgmma128x128")
     with pytest.raises(ValueError, match="tile must be one of 128x64, 128x128, 256x128, got 64x64"):
         planner().plan(large, "sm_90", tile="wgmma64x64")
