@@ -28,6 +28,7 @@ py::dict device_properties(int index) {
   result["capability"] = device.capability;
   result["shared_bytes_per_block"] = device.shared_bytes_per_block;
   result["shared_bytes_per_sm"] = device.shared_bytes_per_sm;
+  result["wgmma"] = device.wgmma;
   return result;
 }
 

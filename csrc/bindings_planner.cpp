@@ -66,6 +66,7 @@ constexpr Field kPlanFields[] = {PLAN(n),
                                  PLAN(tile_m),
                                  PLAN(tile_n),
                                  PLAN(splits),
+                                 PLAN(family),
                                  PLAN(statistics)};
 constexpr Field kBnFields[] = {PASS(rows),       PASS(channels),  PASS(pass),           PASS(y_dtype),
                                PASS(proj_dtype), PASS(out_dtype), PASS(residual_dtype), PASS(activation),
@@ -126,7 +127,8 @@ BnRequest bn_request(const py::kwargs& arguments) {
 
 DeviceProperties device_of(const py::dict& device) {
   return {device["sm_count"].cast<int32_t>(), device["capability"].cast<int32_t>(),
-          device["shared_bytes_per_block"].cast<int32_t>(), device["shared_bytes_per_sm"].cast<int32_t>()};
+          device["shared_bytes_per_block"].cast<int32_t>(), device["shared_bytes_per_sm"].cast<int32_t>(),
+          device.contains("wgmma") ? device["wgmma"].cast<int32_t>() : 0};
 }
 
 template <class Plan, class Request>
@@ -146,12 +148,17 @@ py::bytes bytes(const T& value) {
 // ---- the catalogues ----
 
 #define DEFINITION(...) "FUSED_RESNET_DEFINE_KERNEL(" #__VA_ARGS__ ")",
-constexpr const char* kDefinitions[] = {FUSED_RESNET_KERNELS(DEFINITION)};
+#define WGMMA_DEFINITION(...) "FUSED_RESNET_DEFINE_WGMMA_KERNEL(" #__VA_ARGS__ ")",
+constexpr const char* kDefinitions[] = {FUSED_RESNET_KERNELS(DEFINITION)
+                                            FUSED_RESNET_WGMMA_KERNELS(WGMMA_DEFINITION)};
+#undef WGMMA_DEFINITION
 #undef DEFINITION
 #define DEFINITION(...) "FUSED_RESNET_DEFINE_BN_KERNEL(" #__VA_ARGS__ ")",
 constexpr const char* kBnDefinitions[] = {FUSED_RESNET_BN_KERNELS(DEFINITION)};
 #undef DEFINITION
 
+// By Load.
+constexpr const char* kLoadNames[] = {"vector", "gather", "tensor_map"};
 constexpr const char* kMathNames[] = {"float16", "bfloat16", "tf32", "float32"};
 // By BnPass.
 constexpr const char* kPassNames[] = {"bn_stats", "bn_apply_add_relu", "bn_backward_reduce",
@@ -172,8 +179,9 @@ py::dict kernel_dict(int index) {
   d["shared_bytes"] = kernel.shared_bytes;
   d["turing_shared_bytes"] = kernel.turing_shared_bytes;
   d["park_bytes"] = kernel.park_bytes;
+  d["projection"] = kernel.projection != 0;
   d["math"] = kMathNames[static_cast<int>(kernel.math)];
-  d["load"] = kernel.load == Load::kVector ? "vector" : "gather";
+  d["load"] = kLoadNames[static_cast<int>(kernel.load)];
   d["epilogue"] = kernel.epilogue == Epilogue::kTail ? "tail" : "statistics";
   return d;
 }
@@ -229,6 +237,36 @@ void for_tensors(const Plan& plan, Body&& body) {
   }
 }
 
+template <class T, size_t kCount>
+py::tuple first_of(const T (&values)[kCount], int count) {
+  py::tuple result(count);
+  for (int i = 0; i < count; ++i) result[i] = values[i];
+  return result;
+}
+
+// The parameters of cuTensorMapEncodeTiled or cuTensorMapEncodeIm2col and the tensor's name; None: no such
+// map.
+py::object map_dict(const TensorMapPlan& map) {
+  if (map.rank == 0) return py::none();
+  py::dict d;
+  d["tensor"] = tensor_name(map.slot);
+  d["mode"] = map.im2col ? "im2col" : "tiled";
+  d["data_type"] = map.data_type;
+  d["dims"] = first_of(map.dims, map.rank);
+  d["strides_bytes"] = first_of(map.strides, map.rank - 1);
+  d["box"] = first_of(map.box, map.im2col ? 2 : map.rank);
+  d["element_strides"] = first_of(map.element_strides, map.rank);
+  if (map.im2col) {
+    d["lower_corner"] = first_of(map.lower, 2);
+    d["upper_corner"] = first_of(map.upper, 2);
+  }
+  d["interleave"] = 0;
+  d["swizzle"] = kMapSwizzle128;
+  d["l2_promotion"] = kMapPromotion256;
+  d["oob_fill"] = 0;
+  return d;
+}
+
 // Local to its module, since _C and _C_cuda have them both.
 template <class Plan>
 py::class_<Plan> bind_plan(py::module_& m, const char* name) {
@@ -268,6 +306,15 @@ void bind_planner(py::module_& m) {
       .def_property_readonly("configuration", [](const Plan& p) { return kernel_dict(p.kernel); })
       .def_property_readonly("splits", [](const Plan& p) { return p.params.splits; })
       .def_property_readonly(
+          "maps",
+          [](const Plan& p) {
+            py::list maps;
+            if (kernel_info(p.kernel).load != Load::kTensorMap) return maps;
+            for (const TensorMapPlan& map : p.maps) maps.append(map_dict(map));
+            return maps;
+          },
+          "The tensor maps behind `argument`, one parameter each; None: 128 bytes that are not read.")
+      .def_property_readonly(
           "steps",
           [](const Plan& p) {
             return p.params.source[0].steps + (p.params.sources == 2 ? p.params.source[1].steps : 0);
@@ -304,6 +351,8 @@ void bind_planner(py::module_& m) {
   m.attr("ACTIVATIONS") =
       py::dict(py::arg("none") = int(kActivationNone), py::arg("relu") = int(kActivationRelu),
                py::arg("relu6") = int(kActivationRelu6));
+  m.attr("FAMILIES") = py::dict(py::arg("any") = int(kFamilyAny), py::arg("mma") = int(kFamilyMma),
+                                py::arg("wgmma") = int(kFamilyWgmma));
   m.attr("AFFINE") = py::dict(py::arg("none") = int(kAffineNone), py::arg("both") = int(kAffineBoth),
                               py::arg("weight") = int(kAffineWeight), py::arg("bias") = int(kAffineBias));
   py::dict passes;

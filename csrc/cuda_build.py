@@ -24,10 +24,13 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
 KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
+HOPPER_KERNELS = [path for path in KERNELS if path.name.startswith("kernels_wgmma")]
 #: The planner: needs neither Torch nor CUDA, so _C has it as well.
-PLANNER = [CSRC / "cuda" / name for name in ("plan.cpp", "schedule.cpp", "bn_plan.cpp")]
+PLANNER = [
+    CSRC / "cuda" / name for name in ("plan.cpp", "catalogue.cpp", "tensor_maps.cpp", "schedule.cpp", "bn_plan.cpp")
+]
 #: Planner and launcher, without Torch.
-HOST_SOURCES = [*PLANNER, CSRC / "cuda" / "launch.cpp", CSRC / "cuda" / "bn_launch.cpp"]
+HOST_SOURCES = [*PLANNER, *(CSRC / "cuda" / name for name in ("launch.cpp", "encode_maps.cpp", "bn_launch.cpp"))]
 DEFAULT_ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
 OLDEST = 75
 
@@ -144,6 +147,19 @@ def gencode(archs: list[str]) -> str:
     return " ".join([f"-gencode=arch=compute_{plain[0]},code=[{code}]", *own])
 
 
+def hopper_gencode(toolkit: Toolkit, archs: list[str]) -> str:
+    """For the kernels on wgmma and tensor maps, which are instructions of sm_90a alone.
+
+    Whoever asks for sm_90 gets them: the only GPUs of that number are Hopper, with all of sm_90a. Nobody else does:
+    then they are empty functions, which the planner is told of by ``FUSED_RESNET_HOPPER`` and leaves alone.
+    """
+    knows = int(toolkit.version.split(".")[0]) >= 12  # nvcc lists no "90a" among what it supports
+    if knows and {"90", "90a"} & set(archs):
+        return "-gencode=arch=compute_90a,code=[compute_90a,sm_90a] -DFUSED_RESNET_HOPPER=1"
+    oldest = _plain(archs)[0]
+    return f"-gencode=arch=compute_{oldest},code=compute_{oldest} -DFUSED_RESNET_HOPPER=0"
+
+
 def _ninja() -> str:
     found = shutil.which("ninja")
     if found is None:
@@ -163,7 +179,7 @@ def compile_objects(
     lines = [
         "ninja_required_version = 1.5",
         "rule nvcc",
-        f"  command = {toolkit.nvcc} -std=c++17 -O3 {gencode(archs)} "
+        f"  command = {toolkit.nvcc} -std=c++17 -O3 $gencode "
         "-Xcompiler -fPIC,-fvisibility=hidden -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
@@ -178,6 +194,9 @@ def compile_objects(
         objects.append(str(out_dir.resolve() / f"{source.stem}.o"))
         rule = "nvcc" if source.suffix == ".cu" else "cxx"
         lines.append(f"build {_escaped(objects[-1])}: {rule} {_escaped(str(source))}")
+        if rule == "nvcc":
+            code = hopper_gencode(toolkit, archs) if source in HOPPER_KERNELS else gencode(archs)
+            lines.append(f"  gencode = {code}")
     build_file = out_dir / "build.ninja"
     build_file.write_text("\n".join(lines) + "\n")
     jobs = os.environ.get("MAX_JOBS")

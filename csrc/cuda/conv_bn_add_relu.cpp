@@ -23,13 +23,14 @@ Tensor conv_bn_add_relu(Tensor x, Tensor weight, OptionalTensor bias, OptionalTe
                         OptionalTensor proj_bn_weight, OptionalTensor proj_bn_bias,
                         OptionalTensor proj_running_mean, OptionalTensor proj_running_var, double proj_eps,
                         std::vector<int64_t> proj_stride, int64_t activation, bool tf32, int64_t tile_m,
-                        int64_t tile_n, int64_t splits) {
+                        int64_t tile_n, int64_t splits, int64_t family) {
   ConvCall call(x, weight, {stride, padding, dilation, groups}, tf32);
   PlanRequest& q = call.request();
   q.activation = static_cast<int32_t>(activation);
   q.tile_m = size32(tile_m, "tile_m");
   q.tile_n = size32(tile_n, "tile_n");
   q.splits = size32(splits, "splits");
+  q.family = size32(family, "family");
   call.norm({weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, ""});
   if (proj_x) {
     check(proj_weight.has_value(), "proj_weight", "a tensor beside proj_x", "none");
@@ -65,7 +66,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_C, m) {
       "proj_bn_weight, "
       "Tensor? proj_bn_bias, Tensor? proj_running_mean, Tensor? proj_running_var, float proj_eps, int[] "
       "proj_stride, "
-      "int activation, bool tf32, int tile_m, int tile_n, int splits) -> Tensor");
+      "int activation, bool tf32, int tile_m, int tile_n, int splits, int family) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, FUSED_RESNET_DISPATCH_KEY, m) {
   m.impl("cuda_conv_bn_add_relu", TORCH_BOX(&fused_resnet::conv_bn_add_relu));

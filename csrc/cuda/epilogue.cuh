@@ -14,11 +14,12 @@ namespace fused_resnet {
 
 // ---- batch norm ----
 // Forms scale[k] and shift[k] of the tile's channels from the BN tensors as they are now, in shared memory at
-// `norm`: scale0[kN], shift0[kN], and of the projection scale1[kN], shift1[kN]. Visible after the next
-// barrier.
-template <class Tile>
-__device__ __forceinline__ void load_norm(const ConvParams& params, int channel0, uint32_t norm) {
-  for (int j = threadIdx.x; j < Tile::kN * params.sources; j += Tile::kThreads) {
+// `norm`: scale0[kN], shift0[kN], and of the projection scale1[kN], shift1[kN]; `thread` is one of kThreads
+// that share the work. Visible after the next barrier.
+template <class Tile, int kThreads = Tile::kThreads>
+__device__ __forceinline__ void load_norm(const ConvParams& params, int channel0, uint32_t norm,
+                                          int thread = threadIdx.x) {
+  for (int j = thread; j < Tile::kN * params.sources; j += kThreads) {
     const int column = j % Tile::kN, source = j / Tile::kN;
     const ChannelNorm& n = params.norm[source];
     const int k = channel0 + column;

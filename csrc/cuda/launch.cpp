@@ -6,15 +6,22 @@
 #include <atomic>
 #include <cstdio>
 
+#include "encode_maps.h"
+
 // The host side of each kernel: its address names it to the CUDA runtime.
 #define FUSED_RESNET_DECLARE_KERNEL(symbol, ...) extern "C" void symbol(fused_resnet::ConvParams);
 FUSED_RESNET_KERNELS(FUSED_RESNET_DECLARE_KERNEL)
+#define FUSED_RESNET_DECLARE_WGMMA_KERNEL(symbol, ...)                                               \
+  extern "C" void symbol(fused_resnet::ConvParams, fused_resnet::TensorMap, fused_resnet::TensorMap, \
+                         fused_resnet::TensorMap, fused_resnet::TensorMap);
+FUSED_RESNET_WGMMA_KERNELS(FUSED_RESNET_DECLARE_WGMMA_KERNEL)
 
 namespace fused_resnet {
 namespace {
 
 #define FUSED_RESNET_KERNEL_ADDRESS(symbol, ...) reinterpret_cast<const void*>(&::symbol),
-const void* const kKernels[] = {FUSED_RESNET_KERNELS(FUSED_RESNET_KERNEL_ADDRESS)};
+const void* const kKernels[] = {FUSED_RESNET_KERNELS(FUSED_RESNET_KERNEL_ADDRESS)
+                                    FUSED_RESNET_WGMMA_KERNELS(FUSED_RESNET_KERNEL_ADDRESS)};
 constexpr int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
 
 int failed(cudaError_t status, const char* what, char* error, int error_bytes) {
@@ -61,6 +68,7 @@ int query_device(int index, DeviceProperties& device, char* error, int error_byt
   read(device.shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   read(device.shared_bytes_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   device.capability = major * 10 + minor;
+  device.wgmma = device.capability == 90 && kHopperCode && maps_can_be_encoded();
   return status == cudaSuccess ? 0 : failed(status, "reading the device's properties", error, error_bytes);
 }
 
@@ -80,7 +88,12 @@ int launch_plan(const Plan& plan, const ConvParams& params, void* stream, char* 
   }
   const dim3 grid(plan.grid[0], plan.grid[1], plan.grid[2]),
       block(plan.block[0], plan.block[1], plan.block[2]);
-  void* arguments[] = {const_cast<ConvParams*>(&params)};
+  TensorMap maps[kMapCount];
+  void* arguments[1 + kMapCount] = {const_cast<ConvParams*>(&params)};
+  for (int i = 0; i < kMapCount; ++i) {
+    if (encode_map(plan.maps[i], params, maps[i], error, error_bytes)) return 1;
+    arguments[1 + i] = &maps[i];
+  }
   const cudaError_t status = cudaLaunchKernel(kKernels[plan.kernel], grid, block, arguments,
                                               plan.dynamic_shared_bytes, static_cast<cudaStream_t>(stream));
   if (status != cudaSuccess) return failed(status, kernel_info(plan.kernel).symbol, error, error_bytes);

@@ -8,28 +8,6 @@
 namespace fused_resnet {
 namespace {
 
-template <class Tile, Math kMath, Load kLoad>
-constexpr int turing_shared_bytes() {
-  return kRunsOnTuring<Tile, kMath> ? OneStage<Tile>::template kSharedBytes<kLoad> : 0;
-}
-
-#define FUSED_RESNET_KERNEL_INFO(symbol, tile, math, load, epilogue) \
-  {#symbol,                                                          \
-   tile::kM,                                                         \
-   tile::kN,                                                         \
-   tile::kDepthBytes,                                                \
-   tile::kStages,                                                    \
-   tile::kThreads,                                                   \
-   tile::kBlocks,                                                    \
-   tile::kSharedBytes<load>,                                         \
-   turing_shared_bytes<tile, math, load>(),                          \
-   tile::kParkBytes,                                                 \
-   math,                                                             \
-   load,                                                             \
-   epilogue},
-constexpr KernelInfo kCatalogue[] = {FUSED_RESNET_KERNELS(FUSED_RESNET_KERNEL_INFO)};
-#undef FUSED_RESNET_KERNEL_INFO
-
 #define FUSED_RESNET_NORM_TENSORS(prefix, index)                         \
   {prefix "bias", offsetof(ConvParams, norm[index].conv_bias)},          \
       {prefix "bn_weight", offsetof(ConvParams, norm[index].weight)},    \
@@ -240,12 +218,38 @@ ConvParams fill_params(const PlanRequest& q) {
 
 // ---- the plan ----
 
-[[noreturn]] void refuse_tile(const PlanRequest& q, const DeviceProperties& device) {
+// The families that may run the request. A forced tile or split is one of the mma.sync family, whose tiles
+// and splits they were before there was another.
+Candidates candidates_of(const PlanRequest& q, const DeviceProperties& device, const ConvParams& params) {
+  bool vector = true;
+  for (int i = 0; i < params.sources; ++i) vector = vector && suits_vector_load(params.source[i]);
+  const bool forced = q.tile_m || q.tile_n || q.splits;
+  const bool wgmma = device.wgmma && !q.statistics && q.splits <= 1 && tensor_maps_take(params, q.dtype, q.n);
+  if (q.family == kFamilyWgmma && !device.wgmma) {
+    refuse("cuda: wgmma needs sm_90, a build for it and a driver that encodes tensor maps, got sm_%d",
+           device.capability);
+  }
+  if (q.family == kFamilyWgmma && !wgmma) {
+    refuse(
+        "cuda: wgmma takes 16-bit tensors, c and k that are multiples of 8, windows that a tensor map "
+        "describes "
+        "and no split-K, got c %d and k %d",
+        q.c, q.k);
+  }
+  return {math_of(q, device), vector ? Load::kVector : Load::kGather, epilogue_of(q),
+          q.family != kFamilyWgmma,
+          wgmma && (q.family == kFamilyWgmma || (q.family == kFamilyAny && !forced))};
+}
+
+[[noreturn]] void refuse_tile(const PlanRequest& q, const Candidates& candidates,
+                              const DeviceProperties& device) {
   std::string tiles;
   bool exists = q.tile_m == 0 && q.tile_n == 0;
-  for (const KernelInfo& kernel : kCatalogue) {
-    if (kernel.math != math_of(q, device) || kernel.load != Load::kVector ||
-        kernel.epilogue != epilogue_of(q) || !shared_bytes_on(kernel, device.capability)) {
+  const Load load = candidates.mma ? Load::kVector : Load::kTensorMap;
+  for (int i = 0; i < kernel_count(); ++i) {
+    const KernelInfo& kernel = kernel_info(i);
+    if (kernel.math != candidates.math || kernel.load != load || kernel.epilogue != candidates.epilogue ||
+        !shared_bytes_on(kernel, device.capability) || (q.projection && !kernel.projection)) {
       continue;
     }
     const std::string name = std::to_string(kernel.tile_m) + "x" + std::to_string(kernel.tile_n);
@@ -292,25 +296,27 @@ void fill_plan(const PlanRequest& q, const DeviceProperties& device, Plan& plan)
   std::memset(&plan, 0, sizeof(plan));
   plan.params = fill_params(q);
   ConvParams& params = plan.params;
-  bool vector = true;
-  for (int i = 0; i < params.sources; ++i) vector = vector && suits_vector_load(params.source[i]);
   if (q.splits < 0 || q.splits > 65535) refuse("cuda: splitk must be between 1 and 65535, got %d", q.splits);
-  const Load load = vector ? Load::kVector : Load::kGather;
+  const Candidates candidates = candidates_of(q, device, params);
   const Forced forced = {q.tile_m, q.tile_n, q.statistics ? 1 : q.splits};
-  const Schedule choice = choose_schedule(params, q.residual_dtype != kAbsent, math_of(q, device), load,
-                                          epilogue_of(q), device, forced);
-  if (choice.kernel < 0) refuse_tile(q, device);
-  const KernelInfo& kernel = kCatalogue[choice.kernel];
+  const Schedule choice = choose_schedule(params, q.residual_dtype != kAbsent, candidates, device, forced);
+  if (choice.kernel < 0) refuse_tile(q, candidates, device);
+  const KernelInfo& kernel = kernel_info(choice.kernel);
   plan.kernel = choice.kernel;
-  for (int i = 0; i < params.sources; ++i)
-    fill_steps(params.source[i], kernel.depth_bytes / bytes_of(q.dtype));
+  const bool wgmma = kernel.load == Load::kTensorMap;
+  for (int i = 0; i < params.sources; ++i) {
+    ConvSource& source = params.source[i];
+    fill_steps(source, kernel.depth_bytes / bytes_of(q.dtype));
+    if (wgmma) source.steps = tensor_map_steps(source);
+  }
+  if (wgmma) fill_tensor_maps(params, q.dtype, q.n, kernel.tile_m, kernel.tile_n, plan.maps);
   const int64_t tiles_n = ceil_div(params.k, kernel.tile_n);
   const int64_t tiles = ceil_div(params.pixels, kernel.tile_m) * tiles_n;
   if (tiles >= (int64_t{1} << 31))
     refuse("cuda: a grid of %lld tiles is more than 2^31", static_cast<long long>(tiles));
   params.tiles_n = static_cast<int32_t>(tiles_n);
   params.splits = static_cast<int32_t>(choice.splits);
-  plan.grid[0] = static_cast<int32_t>(tiles);
+  plan.grid[0] = static_cast<int32_t>(wgmma ? std::min<int64_t>(tiles, device.sm_count) : tiles);
   plan.grid[1] = params.splits;
   plan.grid[2] = 1;
   plan.block[0] = kernel.threads;
@@ -333,12 +339,6 @@ void fill_plan(const PlanRequest& q, const DeviceProperties& device, Plan& plan)
 
 }  // namespace
 
-int kernel_count() {
-  return static_cast<int>(sizeof(kCatalogue) / sizeof(kCatalogue[0]));
-}
-const KernelInfo& kernel_info(int index) {
-  return kCatalogue[index];
-}
 const char* tensor_name(int slot) {
   return kTensors[slot].name;
 }

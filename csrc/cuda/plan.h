@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../conv_params.h"
+#include "tensor_maps.h"
 #include "tiles.h"
 
 namespace fused_resnet {
@@ -13,6 +14,10 @@ constexpr int32_t kAbsent = -1;  // in place of a DType: there is no such tensor
 
 // Which affine parameters a BN has.
 enum Affine : int32_t { kAffineNone = 0, kAffineBoth = 1, kAffineWeight = 2, kAffineBias = 3 };
+
+// Which kernels a request may get. A forced tile or split names one of the mma.sync family (and its twin on
+// the FMA units), unless the request asks for the Hopper family by name.
+enum Family : int32_t { kFamilyAny = 0, kFamilyMma = 1, kFamilyWgmma = 2 };
 
 // The BN and the bias of one convolution.
 struct NormRequest {
@@ -38,6 +43,7 @@ struct PlanRequest {
                            // (16 is enough)
   int32_t tile_m = 0, tile_n = 0;  // 0: the planner's choice
   int32_t splits = 0;              // 0: the planner's choice
+  int32_t family = kFamilyAny;     // Family
   int32_t statistics =
       0;  // 1: y is the convolution alone (no BN, no activation), and mean and var are wanted
 };
@@ -47,6 +53,8 @@ struct DeviceProperties {
   int32_t capability;              // 80 for sm_80
   int32_t shared_bytes_per_block;  // the opt-in limit
   int32_t shared_bytes_per_sm;
+  int32_t wgmma;  // 1: the Hopper family runs, as this build has code for sm_90a and the driver encodes
+                  // tensor maps
 };
 
 // The tensors whose addresses a launch needs. Their names in Python and in launch.json: tensor_name().
@@ -83,6 +91,7 @@ struct KernelInfo {
   int32_t shared_bytes;
   int32_t turing_shared_bytes;  // the same on sm_75; 0 where the kernel does not run there
   int32_t park_bytes;           // more, with a projection
+  int32_t projection;           // 1: takes one
   Math math;
   Load load;
   Epilogue epilogue;
@@ -98,6 +107,7 @@ struct Plan {
   int32_t
       alignment[kTensorCount];  // bytes each address must be a multiple of; 0: the launch has no such tensor
   ConvParams params;            // every address null
+  TensorMapPlan maps[kMapCount];  // of the Hopper family's kernels: the parameters behind `params`
 };
 
 int kernel_count();

@@ -1,4 +1,5 @@
-// The only file with inline PTX, and the whole of what a kernel here may ask of the GPU.
+// The only file with inline PTX (but for primitives_hopper.cuh), and the whole of what a kernel here may ask
+// of the GPU.
 //
 // A kernel may use these functions and, from CUDA itself, exactly this:
 //   threadIdx.x, blockIdx.x, blockIdx.y, __syncthreads()         (one-dimensional blocks)

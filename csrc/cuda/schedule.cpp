@@ -14,6 +14,9 @@ constexpr double kStoreBandwidth = 24;   // to and from memory, with a share of 
 constexpr double kBlockOverhead = 1500;  // addresses, filling and draining the pipeline
 constexpr double kSplitOverhead = 1500;  // the counter's round trip, and waiting for the last block
 
+constexpr double kWgmmaRate = 1830;  // 720 TFLOP/s, where the peak of 2048 is 806
+constexpr double kHandOver = 300;    // between the last product of a tile and the first of the next
+
 // Products (multiply-adds) per cycle and SM. mma.sync reaches about 62 % of what wgmma reaches on sm_90.
 double product_rate(Math math, int capability) {
   const bool data_centre = capability == 80 || capability == 90 || capability == 100 || capability == 103;
@@ -70,6 +73,18 @@ int64_t blocks_per_sm(const KernelInfo& kernel, const DeviceProperties& device, 
   return std::clamp<int64_t>(by_shared, 1, kernel.blocks_per_sm);
 }
 
+// The Hopper family: one block per SM takes tile after tile, and the copies of the next fly while this one is
+// multiplied and stored, so only the slower of the two counts.
+double persistent_cycles(const KernelInfo& kernel, const DeviceProperties& device, int64_t tiles,
+                         int64_t steps) {
+  const double copied = (kernel.tile_m + kernel.tile_n) * kernel.depth_bytes;
+  const double products = 1.0 * kernel.tile_m * kernel.tile_n * kernel.depth_bytes / 2;
+  const double copies = std::max(kCopyLatency / (kernel.stages - 1), copied / kL2Bandwidth);
+  const double store = kernel.tile_m * kernel.tile_n * 4.0 / kStoreBandwidth;
+  const double tile = std::max(steps * products / kWgmmaRate + kHandOver + store, steps * copies);
+  return kBlockOverhead + static_cast<double>(ceil_div(tiles, device.sm_count)) * tile;
+}
+
 double launch_cycles(const KernelInfo& kernel, const ConvParams& params, const DeviceProperties& device,
                      int shared_bytes, int64_t tiles, int64_t steps, int64_t splits) {
   const int64_t resident = blocks_per_sm(kernel, device, shared_bytes);
@@ -87,23 +102,28 @@ int64_t steps_of(const ConvParams& params, const KernelInfo& kernel) {
   const int element_bytes = kernel.math == Math::kFloat16 || kernel.math == Math::kBFloat16 ? 2 : 4;
   int64_t steps = 0;
   for (int i = 0; i < params.sources; ++i) {
-    steps += ceil_div(params.source[i].depth, kernel.depth_bytes / element_bytes);
+    steps += kernel.load == Load::kTensorMap
+                 ? tensor_map_steps(params.source[i])
+                 : ceil_div(params.source[i].depth, kernel.depth_bytes / element_bytes);
   }
   return steps;
 }
 
 }  // namespace
 
-Schedule choose_schedule(const ConvParams& params, bool residual, Math math, Load load, Epilogue epilogue,
+Schedule choose_schedule(const ConvParams& params, bool residual, const Candidates& candidates,
                          const DeviceProperties& device, const Forced& forced) {
   constexpr int kSplits[] = {1, 2, 3, 4, 6, 8, 12, 16};
-  const bool in_company = moves_much(params, residual, math, device.capability);
+  const bool in_company = moves_much(params, residual, candidates.math, device.capability);
   Schedule best{-1, 1};
   double best_cycles = 0;
   bool best_alone = true;
   for (int i = 0; i < kernel_count(); ++i) {
     const KernelInfo& kernel = kernel_info(i);
-    if (kernel.math != math || kernel.load != load || kernel.epilogue != epilogue) continue;
+    const bool wgmma = kernel.load == Load::kTensorMap;
+    if (kernel.math != candidates.math || kernel.epilogue != candidates.epilogue) continue;
+    if (wgmma ? !candidates.wgmma : !candidates.mma || kernel.load != candidates.load) continue;
+    if (params.sources == 2 && !kernel.projection) continue;
     if (forced.tile_m && kernel.tile_m != forced.tile_m) continue;
     if (forced.tile_n && kernel.tile_n != forced.tile_n) continue;
     const int least_shared = shared_bytes_on(kernel, device.capability);
@@ -111,17 +131,21 @@ Schedule choose_schedule(const ConvParams& params, bool residual, Math math, Loa
     if (least_shared == 0 || shared_bytes > device.shared_bytes_per_block) continue;
     const int64_t tiles = ceil_div(params.pixels, kernel.tile_m) * ceil_div(params.k, kernel.tile_n);
     const int64_t steps = steps_of(params, kernel);
-    // A block alone on its SM moves nothing while it multiplies, and loads nothing while it stores.
-    const bool alone = in_company && blocks_per_sm(kernel, device, shared_bytes) == 1;
+    // A block alone on its SM moves nothing while it multiplies, and loads nothing while it stores; one of
+    // the Hopper family does.
+    const bool alone = in_company && !wgmma && blocks_per_sm(kernel, device, shared_bytes) == 1;
     const auto consider = [&](int splits) {
-      const double cycles = launch_cycles(kernel, params, device, shared_bytes, tiles, steps, splits);
+      const double cycles = wgmma ? persistent_cycles(kernel, device, tiles, steps)
+                                  : launch_cycles(kernel, params, device, shared_bytes, tiles, steps, splits);
       if (best.kernel < 0 || (alone == best_alone ? cycles < best_cycles : best_alone)) {
         best = {i, splits};
         best_cycles = cycles;
         best_alone = alone;
       }
     };
-    if (forced.splits) {
+    if (wgmma) {
+      consider(1);
+    } else if (forced.splits) {
       consider(forced.splits);
     } else {
       for (const int splits : kSplits) {

@@ -20,9 +20,17 @@ struct Forced {  // 0: free
   int tile_m, tile_n, splits;
 };
 
+// What the problem leaves of the catalogue.
+struct Candidates {
+  Math math;
+  Load load;  // of the mma.sync family
+  Epilogue epilogue;
+  bool mma, wgmma;  // families
+};
+
 // The fastest by a model of one SM; `params` needs all but the fields that depend on the tile. `residual`:
 // one is read.
-Schedule choose_schedule(const ConvParams& params, bool residual, Math math, Load load, Epilogue epilogue,
+Schedule choose_schedule(const ConvParams& params, bool residual, const Candidates& candidates,
                          const DeviceProperties& device, const Forced& forced);
 
 }  // namespace fused_resnet

@@ -5,7 +5,8 @@
 namespace fused_resnet {
 
 enum class Math : int { kFloat16 = 0, kBFloat16 = 1, kTensorFloat32 = 2, kFloat32 = 3 };
-enum class Load : int { kVector = 0, kGather = 1 };
+// How operands reach shared memory: 16-byte copies, narrower ones, or the Hopper family's tensor maps (TMA).
+enum class Load : int { kVector = 0, kGather = 1, kTensorMap = 2 };
 // What follows the product: the whole tail, or y as it is and its statistics.
 enum class Epilogue : int { kTail = 0, kStatistics = 1 };
 
@@ -68,6 +69,46 @@ using TileFma128x64 = Tile<128, 64, 128, 3, 4, 1, 2>;
   X(prefix##_32x32, Tile32x32, Math::math, Load::load, Epilogue::kTail) \
   X(prefix##_64x64, Tile64x64, Math::math, Load::load, Epilogue::kTail) \
   X(prefix##_128x64, TileFma128x64, Math::math, Load::load, Epilogue::kTail)
+
+// A tile of the Hopper family (wgmma_gemm.cuh): kM pixels x kN channels, 64 elements of the depth a step. One
+// block per SM, of a warpgroup that loads and two that multiply; of each 128 pixels these take 64.
+template <int M, int N, int Stages, int StagingColumns>
+struct WgmmaTile {
+  static constexpr int kM = M, kN = N, kDepthBytes = 128, kStages = Stages, kBlocks = 1;
+  static constexpr int kConsumerWarps = 8, kThreads = 32 * (4 + kConsumerWarps);
+  static constexpr int kRowBlocks = M / 128;  // products of 64 rows that a warpgroup has under way
+  static constexpr int kBytesA = M * kDepthBytes, kBytesB = N * kDepthBytes;
+  static constexpr int kStageBytes = kBytesA + kBytesB;
+  // A projection needs the registers for a second sum.
+  static constexpr bool kProjection = kRowBlocks == 1;
+
+  // Dynamic shared memory, in this order; offsets in bytes. The stages are whole patterns of the 128-byte
+  // swizzle (1024 bytes). Nothing shares memory, so that loads fly while a tile is stored.
+  static constexpr int kStagingColumns = StagingColumns, kStagingPitch = (StagingColumns + 8) * 4;
+  static constexpr int kStagingBytes = 16 * kStagingPitch;  // of each consumer warp: fp32 rows
+  static constexpr int kStagingOffset = Stages * kStageBytes;
+  static constexpr int kNormBytes = 4 * N * 4;  // scale, shift of source 0, then of source 1
+  static constexpr int kNormOffset = kStagingOffset + kConsumerWarps * kStagingBytes;
+  static constexpr int kBarrierOffset = kNormOffset + 2 * kNormBytes;
+  template <Load kLoad>
+  static constexpr int kSharedBytes = kBarrierOffset + 8 * (2 * Stages + 4);
+  static constexpr int kParkBytes = 0;
+  static_assert(M % 128 == 0 && N % StagingColumns == 0, "whole warpgroups, whole passes");
+};
+
+using Wgmma128x64 = WgmmaTile<128, 64, 7, 64>;
+using Wgmma128x128 = WgmmaTile<128, 128, 5, 64>;
+using Wgmma256x128 = WgmmaTile<256, 128, 4, 32>;
+
+#define FUSED_RESNET_WGMMA_TILES(X, prefix, math)                                  \
+  X(prefix##_128x64, Wgmma128x64, Math::math, Load::kTensorMap, Epilogue::kTail)   \
+  X(prefix##_128x128, Wgmma128x128, Math::math, Load::kTensorMap, Epilogue::kTail) \
+  X(prefix##_256x128, Wgmma256x128, Math::math, Load::kTensorMap, Epilogue::kTail)
+#define FUSED_RESNET_KERNELS_WGMMA_F16(X) FUSED_RESNET_WGMMA_TILES(X, conv_wgmma_f16, kFloat16)
+#define FUSED_RESNET_KERNELS_WGMMA_BF16(X) FUSED_RESNET_WGMMA_TILES(X, conv_wgmma_bf16, kBFloat16)
+#define FUSED_RESNET_WGMMA_KERNELS(X) \
+  FUSED_RESNET_KERNELS_WGMMA_F16(X)   \
+  FUSED_RESNET_KERNELS_WGMMA_BF16(X)
 
 #define FUSED_RESNET_KERNELS_F16(X) FUSED_RESNET_TILES(X, conv_f16, kFloat16, kVector)
 #define FUSED_RESNET_KERNELS_BF16(X) FUSED_RESNET_TILES(X, conv_bf16, kBFloat16, kVector)

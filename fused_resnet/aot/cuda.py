@@ -18,8 +18,9 @@ from .training import TrainingCall, training_planner
 
 #: As csrc/cuda_build.py compiles the extension.
 NVCC_FLAGS = ("-std=c++17", "-O3")
-#: Whose PTX the others' machine code is assembled from; sm_75 lacks what that uses.
+#: Whose PTX the others' machine code is assembled from; sm_75 lacks what that uses, and kernels for sm_90a have more.
 SHARED = "sm_80"
+OWN = ("sm_75", "sm_90a")
 
 
 def compile(
@@ -54,12 +55,14 @@ def compile_training(call: TrainingCall, arch: str, out_dir: Path) -> Launch:
 
 def compile_kernel(kernel: Entry, arch: str, csrc: Path | None = None) -> tuple[str, bytes]:
     """PTX and cubin of one kernel for ``arch``, by nvcc or from the cache."""
+    arch = kernel.target(arch)
     return _ptx(kernel, arch, csrc).read_text(), _cubin(kernel, arch, arch, csrc).read_bytes()
 
 
 def assemble_kernel(kernel: Entry, arch: str, csrc: Path | None = None) -> bytes:
-    """The cubin as the extension holds it: assembled for ``arch`` from the PTX that all but sm_75 share."""
-    return _cubin(kernel, arch if arch == "sm_75" else SHARED, arch, csrc).read_bytes()
+    """The cubin as the extension holds it: assembled for ``arch`` from the PTX that most share (SHARED)."""
+    own = kernel.target(arch)
+    return _cubin(kernel, own if own in OWN else SHARED, own, csrc).read_bytes()
 
 
 def _ptx(kernel: Entry, arch: str, csrc: Path | None) -> Path:

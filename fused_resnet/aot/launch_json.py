@@ -9,7 +9,9 @@
 ``arguments`` lists every kernel parameter in order: ``{"type": "pointer", "tensor": name or null}``,
 ``{"type": "int32" | "int64" | "float32", "value": v}``, a struct by value ``{"type": "bytes", "hex": "...",
 "pointers": [{"offset": o, "tensor": name}]}`` (the eight bytes at ``offset`` are zero and become the tensor's
-address), or ``{"type": "tensormap", "tensor": name, ...}`` with every parameter of cuTensorMapEncodeTiled.
+address), or ``{"type": "tensormap", "tensor": name, "mode": "tiled" | "im2col", ...}`` with every parameter of
+cuTensorMapEncodeTiled, or of cuTensorMapEncodeIm2col: then ``box`` is [channelsPerPixel, pixelsPerColumn], and
+``lower_corner`` and ``upper_corner`` are there, for W and H. A tensormap parameter is aligned to 128 bytes.
 
 ``tensors`` gives, for each tensor that an argument names, ``dtype``, ``shape`` and ``strides`` (in elements, in
 torch's order of dimensions: ``x`` is [N, C, H, W], ``weight`` [K, C, R, S], ``y`` [N, K, P, Q], vectors [K]), and
@@ -51,6 +53,7 @@ _KEYS = (
 )  # fmt: skip
 _TENSORMAP_KEYS = ("data_type", "dims", "strides_bytes", "box", "element_strides", "interleave", "swizzle",
                    "l2_promotion", "oob_fill")  # fmt: skip
+_IM2COL_KEYS = ("lower_corner", "upper_corner")
 
 Dim3 = tuple[int, int, int]
 
@@ -91,7 +94,7 @@ def by_value(data: bytes, pointers: dict[int, str]) -> dict[str, Any]:
 
 
 def tensormap(tensor: str, **parameters: Any) -> dict[str, Any]:
-    """A TMA descriptor; ``parameters`` are those of cuTensorMapEncodeTiled, innermost dimension first."""
+    """A TMA descriptor; ``parameters`` are those of the driver's function, innermost dimension first."""
     return {"type": "tensormap", "tensor": tensor, **parameters}
 
 
@@ -181,7 +184,11 @@ def _check_argument(where: str, argument: dict[str, Any]) -> set[str]:
                 raise ValueError(f"{where}: expected 8 zero bytes at offset {entry['offset']}, got {address.hex()}")
         return {entry["tensor"] for entry in argument["pointers"]}
     if kind == "tensormap":
-        missing = [key for key in _TENSORMAP_KEYS if key not in argument]
+        mode = argument.get("mode", "tiled")
+        if mode not in ("tiled", "im2col"):
+            raise ValueError(f"{where}: expected the tensormap's mode to be tiled or im2col, got {mode!r}")
+        wanted = _TENSORMAP_KEYS + (_IM2COL_KEYS if mode == "im2col" else ())
+        missing = [key for key in wanted if key not in argument]
         if missing:
             raise ValueError(f"{where}: expected the tensormap parameter {missing[0]!r}, got {sorted(argument)}")
         return {argument["tensor"]}

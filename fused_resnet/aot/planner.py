@@ -17,7 +17,7 @@ import torch
 from ..backends.cuda import NormRequest, plan_request
 from ..core import extensions, user_cache
 from ..core.problem import Problem
-from .launch_json import Launch, TensorSpec, by_value, default_bn_dtype, tensor_specs, workspace_spec
+from .launch_json import Launch, TensorSpec, by_value, default_bn_dtype, tensor_specs, tensormap, workspace_spec
 
 #: The operation that a launch.json's problem names where the tail's kernel takes statistics instead.
 CONV_STATS = "conv_bn_stats"
@@ -31,6 +31,7 @@ class Device:
     capability: int
     shared_per_block: int
     shared_per_sm: int
+    wgmma: bool = False  # whether it runs the kernels on wgmma and tensor maps
 
     @property
     def properties(self) -> dict[str, int]:
@@ -38,11 +39,12 @@ class Device:
         return {
             "sm_count": self.sm_count, "capability": self.capability,
             "shared_bytes_per_block": self.shared_per_block, "shared_bytes_per_sm": self.shared_per_sm,
+            "wgmma": int(self.wgmma),
         }  # fmt: skip
 
 
 def _device(capability: int, sm_count: int, shared_kib: int) -> Device:
-    return Device(sm_count, capability, (shared_kib - 1) << 10, shared_kib << 10)
+    return Device(sm_count, capability, (shared_kib - 1) << 10, shared_kib << 10, wgmma=capability == 90)
 
 
 #: A full-size GPU of each architecture: T4, A100, A40, Orin, L40S, H100, B200, B300, RTX 5090, GB10.
@@ -65,8 +67,15 @@ class Entry:
     definition: str
     threads: int
     shared_bytes: int
-    header: ClassVar[str]
-    parameters: ClassVar[str]  # the C++ type of the kernel's only parameter
+    parameters: ClassVar[str]  # the C++ type of the kernel's first parameter, mostly its only one
+
+    @property
+    def header(self) -> str:
+        raise NotImplementedError
+
+    def target(self, arch: str) -> str:
+        """What it is compiled for, where ``arch`` is asked for."""
+        return arch
 
 
 EntryT = TypeVar("EntryT", bound=Entry)
@@ -79,15 +88,29 @@ class Kernel(Entry):
     tile: str
     turing_shared_bytes: int  # in place of shared_bytes on sm_75; 0 where the kernel does not run there
     park_bytes: int
+    projection: bool
     blocks_per_sm: int
     math: str
-    load: str
+    load: str  # "vector", "gather" or "tensor_map"
     epilogue: str  # "tail" or "statistics"
-    header = "kernel_entry.cuh"
     parameters = "ConvParams"
+
+    @property
+    def family(self) -> str:
+        """Of mma.sync and the FMA units ("mma"), or of Hopper's wgmma and tensor maps."""
+        return "wgmma" if self.load == "tensor_map" else "mma"
+
+    @property
+    def header(self) -> str:
+        return "wgmma_entry.cuh" if self.family == "wgmma" else "kernel_entry.cuh"
+
+    def target(self, arch: str) -> str:
+        return "sm_90a" if self.family == "wgmma" else arch
 
     def runs_on(self, arch: str) -> bool:
         """Whether a GPU of this architecture has the arithmetic and the registers."""
+        if self.family == "wgmma":
+            return arch in ("sm_90", "sm_90a")
         return arch != "sm_75" or self.turing_shared_bytes > 0
 
 
@@ -151,14 +174,16 @@ class Planner:
         """What the extension would launch for dense channels_last tensors at multiples of ``alignment`` bytes.
 
         With ``statistics`` it is the convolution of a training tail: y alone, and the mean and variance of its
-        channels. ValueError with the planner's sentence where it refuses.
+        channels. ``tile`` names one of the mma.sync family ("128x64"), or of the Hopper family ("wgmma128x64").
+        ValueError with the planner's sentence where it refuses.
         """
         device = device or device_for(arch)
         bn_dtype = bn_dtype or default_bn_dtype(problem)
         specs = tensor_specs(problem, alignment, bn_dtype)
-        tile_m, tile_n = (0, 0) if tile is None else _tile(tile)
+        family, tile_m, tile_n = ("any", 0, 0) if tile is None else _tile(tile)
         request = self.request(problem, bn_dtype, eps, proj_eps, alignment) | {
             "tile_m": tile_m, "tile_n": tile_n, "splits": splitk or 0, "statistics": int(statistics),
+            "family": self.extension.FAMILIES[family],
         }  # fmt: skip
         if statistics:
             specs |= {name: TensorSpec("float32", (problem.k,), (1,), 4) for name in ("mean", "var")}
@@ -167,12 +192,12 @@ class Planner:
             specs["workspace"] = workspace_spec(plan.workspace_bytes)
         return Launch(
             kernel=plan.kernel,
-            arch=arch,
+            arch=self.kernels[plan.kernel].target(arch),
             grid=plan.grid,
             block=plan.block,
             dynamic_shared_bytes=plan.dynamic_shared_bytes,
             workspace_bytes=plan.workspace_bytes,
-            arguments=[by_value(plan.argument, plan.pointers)],
+            arguments=[by_value(plan.argument, plan.pointers), *map(_map_argument, plan.maps)],
             tensors={name: dataclasses.replace(spec, alignment=plan.alignment[name]) for name, spec in specs.items()},
             problem=f"op={CONV_STATS},{problem}" if statistics else str(problem),
             eps=eps,
@@ -205,11 +230,20 @@ def kernel_of(kind: type[EntryT], row: dict[str, Any]) -> EntryT:
     return kind(**{field.name: row[field.name] for field in dataclasses.fields(kind)})
 
 
-def _tile(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
+def _tile(text: str) -> tuple[str, int, int]:
+    """Family, pixels and channels."""
+    found = re.fullmatch(r"(wgmma)?(\d+)x(\d+)", text)
     if found is None:
-        raise ValueError(f"tile: expected MxN as '128x64', got {text!r}")
-    return int(found.group(1)), int(found.group(2))
+        raise ValueError(f"tile: expected MxN as '128x64' or 'wgmma128x64', got {text!r}")
+    return "wgmma" if found.group(1) else "any", int(found.group(2)), int(found.group(3))
+
+
+def _map_argument(parameters: dict[str, Any] | None) -> dict[str, Any]:
+    """One tensor map behind the struct; in place of one that the launch has not, bytes that are not read."""
+    if parameters is None:
+        return by_value(bytes(128), {})
+    values = {name: list(v) if isinstance(v, tuple) else v for name, v in parameters.items()}
+    return tensormap(str(values.pop("tensor")), **values)
 
 
 @lru_cache

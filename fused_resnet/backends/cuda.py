@@ -29,14 +29,20 @@ _NONE = ConvBN(weight=None)  # type: ignore[arg-type]
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way to run a problem: the tile, and how many blocks share one tile's sum. Zeros: the planner's choice."""
+    """One way to run a problem: the tile, and how many blocks share one tile's sum. Zeros: the planner's choice.
+
+    ``wgmma``: a tile of the Hopper family, not one of those on mma.sync.
+    """
 
     tile_m: int = 0
     tile_n: int = 0
     splits: int = 0
+    wgmma: bool = False
 
     def __str__(self) -> str:
         tile = f"{self.tile_m}x{self.tile_n}" if self.tile_m else "auto"
+        if self.wgmma:
+            return f"wgmma {tile}"
         return f"{tile} splitk={self.splits}" if self.splits else tile
 
 
@@ -71,8 +77,16 @@ class CudaBackend(Backend):
 
     def candidates(self, problem: Problem, device: torch.device) -> Sequence[Configuration]:
         properties = _properties(device.index if device.index is not None else torch.cuda.current_device())
-        tiles = {(k["tile_m"], k["tile_n"]) for k in _loaded().catalogue()}
+        catalogue = _loaded().catalogue()
+        tiles = {(k["tile_m"], k["tile_n"]) for k in catalogue if k["load"] != "tensor_map"}
         found: dict[Configuration, None] = {AUTO: None}
+        for tile_m, tile_n in sorted({(k["tile_m"], k["tile_n"]) for k in catalogue if k["load"] == "tensor_map"}):
+            on_wgmma = Configuration(tile_m, tile_n, wgmma=True)
+            try:
+                _plan(problem, properties, on_wgmma)
+            except ValueError:  # another GPU, or a problem that tensor maps cannot describe
+                continue
+            found[on_wgmma] = None
         for tile_m, tile_n in sorted(tiles):
             for splits in (1, 2, 3, 4, 6, 8, 12, 16):
                 try:
@@ -93,7 +107,8 @@ class _General:
         self._convert = output_memory_format(tail.x, tail.conv.weight) is torch.contiguous_format
         self._widen = any(map(_several_dtypes, (tail.conv, tail.proj)))
         activation = _loaded().ACTIVATIONS[problem.activation]
-        self._options = (activation, problem.tf32, chosen.tile_m, chosen.tile_n, chosen.splits)
+        family = _loaded().FAMILIES["wgmma" if chosen.wgmma else "any"]
+        self._options = (activation, problem.tf32, chosen.tile_m, chosen.tile_n, chosen.splits, family)
 
     def __call__(self, tail: TailArguments) -> Tensor:
         conv, proj = tail.conv, tail.proj or _NONE
@@ -230,6 +245,7 @@ def _plan(
         _norm_request(problem.dtype, proj.bias, proj.bn, tail and tail.proj) if proj else NormRequest(),
     )  # fmt: skip
     request |= {"tile_m": chosen.tile_m, "tile_n": chosen.tile_n, "splits": chosen.splits}
+    request |= {"family": extension.FAMILIES["wgmma" if chosen.wgmma else "any"]}
     return extension.plan(properties, **request)
 
 

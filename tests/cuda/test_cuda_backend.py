@@ -101,6 +101,21 @@ def test_turing(a100: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_extension
+def test_candidates_on_hopper(a100: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles on wgmma beside those on mma.sync, where the build and the driver have them."""
+    h100 = {"sm_count": 132, "capability": 90, "shared_bytes_per_block": 232448, "shared_bytes_per_sm": 233472}
+    problem = Problem.parse(TAIL)
+    monkeypatch.setattr(cuda, "_properties", lambda index: h100 | {"wgmma": 1})
+    found = {str(c) for c in backends.get("cuda").candidates(problem, torch.device("cuda", 0))}
+    assert {c for c in found if c.startswith("wgmma")} == {"wgmma 128x64", "wgmma 128x128", "wgmma 256x128"}
+    assert "128x128 splitk=1" in found
+    for properties, text in ((h100, TAIL), (h100 | {"wgmma": 1}, TAIL.replace("c=64", "c=60"))):
+        monkeypatch.setattr(cuda, "_properties", lambda index, properties=properties: properties)
+        found = {str(c) for c in backends.get("cuda").candidates(Problem.parse(text), torch.device("cuda", 0))}
+        assert not any(c.startswith("wgmma") for c in found)
+
+
+@needs_extension
 def test_candidates_begin_with_the_planners_choice_and_fit(a100: None) -> None:
     problem = Problem.parse(TAIL)
     found = backends.get("cuda").candidates(problem, torch.device("cuda", 0))

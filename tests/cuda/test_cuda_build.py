@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -131,6 +132,18 @@ def test_every_cubin_comes_from_the_embedded_ptx() -> None:
     assert cuda_build.built_for(["75", "80", "90"]) == "sm_75 sm_80 sm_90 compute_80"
     assert cuda_build.gencode(["75"]) == "-gencode=arch=compute_75,code=[compute_75,sm_75]"
     assert cuda_build.gencode(["90a"]) == "-gencode=arch=compute_90a,code=[compute_90a,sm_90a]"
+
+
+def test_who_asks_for_hopper_gets_its_own_instructions() -> None:
+    """In files of their own: what every other kernel is made of does not change."""
+    code = "-gencode=arch=compute_90a,code=[compute_90a,sm_90a] -DFUSED_RESNET_HOPPER=1"
+    for archs in (["80", "90"], ["90"], ["80", "90a"]):
+        assert cuda_build.hopper_gencode(TOOLKIT, archs) == code
+    empty = "-gencode=arch=compute_80,code=compute_80 -DFUSED_RESNET_HOPPER=0"
+    assert cuda_build.hopper_gencode(TOOLKIT, ["75", "80", "100"]) == empty
+    old = dataclasses.replace(TOOLKIT, version="11.8")
+    assert cuda_build.hopper_gencode(old, ["80", "90"]) == empty
+    assert [path.name for path in cuda_build.HOPPER_KERNELS] == ["kernels_wgmma_bf16.cu", "kernels_wgmma_f16.cu"]
 
 
 def setup_py(*command: str, root: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:

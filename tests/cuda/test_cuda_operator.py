@@ -44,7 +44,8 @@ COMPILED = (
     "bn_stats", "bn_apply", "bn_backward_reduce", "bn_backward_apply",
 )  # fmt: skip
 SOURCES = (
-    "plan", "schedule", "launch", "tensors", "counters", "workspace", "conv_call", "conv_bn_add_relu", "conv_stats",
+    "plan", "catalogue", "tensor_maps", "schedule", "launch", "encode_maps", "tensors", "counters", "workspace",
+    "conv_call", "conv_bn_add_relu", "conv_stats",
     "bn_plan", "bn_launch", "bn_training",
 )  # fmt: skip
 
@@ -72,7 +73,7 @@ def _compile(folder: Path, csrc: Path) -> Path:
         '#include "cuda/tiles.h"\n'
         '#define EMPTY(symbol, ...) extern "C" __attribute__((weak)) void symbol() {}\n'
         "FUSED_RESNET_KERNELS(EMPTY)\n"
-        "namespace fused_resnet { void* stream_of_the_tests = nullptr; }\n"
+        "namespace fused_resnet { void* stream_of_the_tests = nullptr; extern const bool kHopperCode = false; }\n"
         'extern "C" void test_use_stream(void* stream) { fused_resnet::stream_of_the_tests = stream; }\n'
     )
     # The stand-in's constructors must run before those that register kernels with it: it is linked first.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import struct
+from typing import Any
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ def test_what_memory_bounds_does_not_run_alone_on_an_sm() -> None:
     alone = {}
     for tail in RESNET_TAILS:
         problem = dataclasses.replace(in_dtype(tail.problem, torch.float16), n=256, device_type="cuda")
-        launch = planner().plan(problem, "sm_90")
+        launch = planner().plan(problem, "sm_90", device=dataclasses.replace(H100, wgmma=False))
         outputs = problem.n * problem.p * problem.q * problem.k
         products = problem.r * problem.s * problem.c + (problem.projection.c if problem.projection else 0)
         moved = 2 * outputs * (2 if problem.residual else 1) + 2 * problem.n * problem.h * problem.w * problem.c
@@ -139,6 +140,78 @@ def test_what_memory_bounds_does_not_run_alone_on_an_sm() -> None:
         alone[problem] = _blocks_per_sm(launch.kernel, launch.dynamic_shared_bytes) == 1
         assert not (bound and alone[problem]), f"{tail.network} {tail.stage}: {launch.kernel}"
     assert True in alone.values(), "where products bound, the largest tile is the best"
+
+
+def _chosen(problem: Problem, **options: Any) -> str:
+    kernel = planner().kernels[planner().plan(problem, "sm_90", **options).kernel]
+    return f"{kernel.family} {kernel.tile}"
+
+
+def test_hopper_runs_large_batches_on_wgmma() -> None:
+    """One block per SM that takes tile after tile; where tiles are few, more and smaller blocks, or split-K."""
+    for tail in RESNET_TAILS:
+        for dtype in (torch.float16, torch.bfloat16):
+            problem = dataclasses.replace(in_dtype(tail.problem, dtype), n=256, device_type="cuda")
+            launch = planner().plan(problem, "sm_90")
+            kernel = planner().kernels[launch.kernel]
+            assert (kernel.family, kernel.math) == ("wgmma", str(dtype).removeprefix("torch."))
+            assert (launch.arch, launch.grid) == ("sm_90a", (H100.sm_count, 1, 1))
+            assert launch.dynamic_shared_bytes <= H100.shared_per_block
+            assert "mma" in _chosen(problem, device=dataclasses.replace(H100, wgmma=False)).split(), "without its code"
+        small = dataclasses.replace(in_dtype(tail.problem, torch.float16), device_type="cuda")
+        if tail.stage.startswith("layer4"):
+            assert _chosen(small).startswith("mma")
+
+
+@pytest.mark.parametrize(
+    ("changes", "takes"),
+    [
+        ({}, True),
+        ({"c": 8, "k": 8}, True),
+        ({"c": 20}, False),  # channels in packets of 8
+        ({"k": 20}, False),
+        ({"dtype": torch.float32, "residual": torch.float32}, False),
+        ({"residual": torch.float32}, False),  # y is float32 then
+        ({"residual": torch.bfloat16}, False),
+        ({"stride": (8, 8)}, True),
+        ({"stride": (1, 9)}, False),
+        ({"padding": (128, 1)}, True),
+        ({"padding": (1, 129), "h": 140, "w": 140}, False),
+        ({"dilation": (64, 1), "h": 140, "w": 140, "padding": (0, 0)}, True),
+        ({"dilation": (65, 1), "h": 140, "w": 140, "padding": (0, 0)}, False),  # the upper corner: -130
+        ({"dilation": (127, 1), "h": 300, "w": 140, "padding": (127, 0)}, True),  # -127, 254 pixels on
+        ({"dilation": (128, 1), "h": 300, "w": 140, "padding": (128, 0)}, False),  # 256
+    ],
+)  # fmt: skip
+def test_what_tensor_maps_can_say(changes: dict[str, Any], takes: bool) -> None:
+    """What they cannot is left to the other family; asked for by name, it is refused in one sentence."""
+    problem = dataclasses.replace(SMALL, **{"n": 64, "c": 64, "k": 64, "residual": torch.float16, **changes})
+    if takes:
+        assert _chosen(problem, tile="wgmma128x64") == "wgmma 128x64"
+        return
+    assert _chosen(problem).startswith("mma")
+    with pytest.raises(ValueError, match="cuda: wgmma takes 16-bit tensors, c and k that are multiples of 8"):
+        planner().plan(problem, "sm_90", tile="wgmma128x64")
+
+
+def test_forced_tiles_and_splits_are_of_the_family_that_they_always_were() -> None:
+    large = dataclasses.replace(SMALL, n=256, c=64, k=256)
+    assert _chosen(large).startswith("wgmma")
+    assert _chosen(large, tile="128x128") == "mma 128x128"
+    assert _chosen(large, splitk=1).startswith("mma")
+    assert _chosen(large, tile="wgmma128x128", splitk=1) == "wgmma 128x128"
+    for options in ({"tile": "wgmma128x128", "splitk": 2}, {"tile": "wgmma128x64", "alignment": 8}):
+        with pytest.raises(ValueError, match=r"cuda: wgmma takes 16-bit tensors .* and no split-K, got c 64 and k 256"):
+            planner().plan(large, "sm_90", **options)
+    with pytest.raises(
+        ValueError, match="cuda: wgmma needs sm_90, a build for it and a driver that encodes tensor maps, got sm_80"
+    ):
+        planner().plan(large, "sm_80", tile="wgmma128x128")
+    with pytest.raises(ValueError, match="tile must be one of 128x64, 128x128, 256x128, got 64x64"):
+        planner().plan(large, "sm_90", tile="wgmma64x64")
+    projected = dataclasses.replace(large, projection=Projection(8, 15, 15, (2, 2), False, True))
+    with pytest.raises(ValueError, match="tile must be one of 128x64, 128x128, got 256x128"):
+        planner().plan(projected, "sm_90", tile="wgmma256x128")
 
 
 def test_turing() -> None:

@@ -29,7 +29,7 @@ from tests.support.host_cuda.host import HostCuda, HostCudaError, Order, Statist
 from tests.support.host_cuda.shapes import ARCH, PER_KERNEL, Shape, shapes
 from tests.support.launch_harness import Memory
 
-KERNELS = tuple(k.symbol for k in planner().kernels.values() if k.epilogue == "tail")
+KERNELS = tuple(k.symbol for k in planner().kernels.values() if (k.epilogue, k.family) == ("tail", "mma"))
 MATHS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
 
 

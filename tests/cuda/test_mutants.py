@@ -83,6 +83,9 @@ def run_ptx(test: str, csrc: Path, patch: pytest.MonkeyPatch, folder: Path) -> N
     patch.setattr(test_ptx_cuda, "compile_kernel", lambda kernel, arch: real(kernel, arch, csrc))
     patch.setattr(cuda, "compile_kernel", lambda kernel, arch: real(kernel, arch, csrc))
     kind, _, symbol = test.partition(":")
+    if kind == "wgmma":
+        run_wgmma(symbol, csrc, patch)
+        return
     if kind == "kernel":
         test_ptx_cuda.test_kernel(symbol, "sm_80", folder)
     elif kind == "turing":
@@ -95,6 +98,18 @@ def run_ptx(test: str, csrc: Path, patch: pytest.MonkeyPatch, folder: Path) -> N
         test_ptx_training.test_reductions_leave_the_workspace_ready_for_the_next_launch(symbol)
     else:
         test_ptx_cuda.test_split_k_leaves_the_workspace_ready_for_the_next_launch(folder)
+
+
+def run_wgmma(symbol: str, csrc: Path, patch: pytest.MonkeyPatch) -> None:
+    from fused_resnet.aot import cuda
+    from tests.cuda import test_ptx_wgmma
+
+    mutated = HostCuda(csrc)
+    loaded = interpreter().load(cuda._ptx(mutated.planner.kernels[symbol], "sm_90a", csrc).read_text())
+    patch.setattr(test_ptx_wgmma, "module", lambda symbol: loaded)
+    patch.setattr(test_ptx_wgmma, "planner", lambda: mutated.planner)
+    for number in range(test_ptx_wgmma.PER_KERNEL):
+        test_ptx_wgmma.test_kernel(symbol, number)
 
 
 def run_static(symbol: str, csrc: Path, patch: pytest.MonkeyPatch) -> None:
@@ -116,6 +131,12 @@ def run_counters(test: str, csrc: Path, folder: Path) -> None:
     getattr(test_cuda_counters, test)(test_cuda_counters.Runtime(csrc, folder))
 
 
+def run_maps(test: str, csrc: Path, folder: Path) -> None:
+    from tests.cuda import test_encode_maps
+
+    getattr(test_encode_maps, test)(test_encode_maps.Maps(csrc, folder))
+
+
 def run_planner(test: str, csrc: Path, patch: pytest.MonkeyPatch) -> None:
     from tests.cuda import test_cuda_planner
 
@@ -129,6 +150,8 @@ def run(leg: str, test: str, csrc: Path, patch: pytest.MonkeyPatch, folder: Path
         run_host(test, csrc, patch)
     elif leg == "counters":
         run_counters(test, csrc, folder)
+    elif leg == "maps":
+        run_maps(test, csrc, folder)
     elif leg == "planner":
         run_planner(test, csrc, patch)
     elif leg == "ptx":
@@ -146,16 +169,24 @@ def test_mutant_is_caught(
     if mutant.name not in CI and "mutant" not in chosen:
         pytest.skip("planted by `make mutants`")
     leg, _, test = mutant.test.partition(":")
-    needed = {"host": (), "planner": (), "counters": ("nvcc",), "ptx": ("nvcc",), "static": ("nvcc", "cuobjdump")}[leg]
+    needed = {
+        "host": (),
+        "planner": (),
+        "counters": ("nvcc",),
+        "maps": ("nvcc",),
+        "ptx": ("nvcc",),
+        "static": ("nvcc", "cuobjdump"),
+    }[leg]
     if missing := why_not(*needed):
         pytest.skip(missing)
     if leg == "ptx" and not os.environ.get("PTXI_HOME"):
         pytest.skip("needs PTXI_HOME, the folder of the PTX interpreter")
     csrc = plant(mutant, tmp_path)
-    reports: tuple[type[Exception], ...] = (AssertionError, HostCudaError)
+    # the last: what was to be refused is not
+    reports: tuple[type[BaseException], ...] = (AssertionError, HostCudaError, pytest.fail.Exception)
     if leg == "ptx":
         reports = (*reports, interpreter().PtxError)
-    if leg == "counters":  # where the extension would raise
+    if leg in ("counters", "maps"):  # where the extension would raise
         reports = (*reports, RuntimeError)
     if leg == "planner":  # which refuses
         reports = (*reports, ValueError)

@@ -7,6 +7,7 @@ global memory, accesses out of bounds or misaligned, uninitialised data, and cop
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -39,7 +40,7 @@ from tests.support.launch_harness import WRITABLE, Memory, interpreter, run_modu
 
 pytestmark = [pytest.mark.ptx, pytest.mark.aot]
 
-KERNELS = tuple(k.symbol for k in planner().kernels.values() if k.epilogue == "tail")
+KERNELS = tuple(k.symbol for k in planner().kernels.values() if (k.epilogue, k.family) == ("tail", "mma"))
 ARCHS = ("sm_75", "sm_80", "sm_90")
 RUNNING = [(symbol, arch) for symbol in KERNELS for arch in ARCHS if planner().kernels[symbol].runs_on(arch)]
 
@@ -164,52 +165,75 @@ def test_split_k_leaves_the_workspace_ready_for_the_next_launch(tmp_path: Path) 
 # ---- the launch path: planner and launcher as they are, above a stand-in for the CUDA runtime
 
 
+#: Kernels in the library of each family, as they stand in tiles.h; what it is built for, and the device it runs on.
+SHORT = {"mma": ("(?!32x32)", "(?!f16)", "8.0", "80"), "wgmma": ("(?!128x64, Wgmma)", "", "9.0", "90")}
+
+
 @lru_cache
-def launcher_library() -> Path:
-    """Planner, launcher and the kernels of the smallest tile (as PTX) in one shared object against libcudart.so."""
+def launcher_library(family: str) -> Path:
+    """Planner, launcher and the kernels of a tile (as PTX) in one shared object against libcudart.so."""
     csrc = source_directory()
-    out = cache_directory() / f"launcher-{sources_key(csrc, '.cuh')}-{sources_key(csrc, '.cpp')}.so"
+    build = hashlib.sha256((csrc / "cuda_build.py").read_bytes()).hexdigest()[:8]
+    key = f"{family}-{build}-{sources_key(csrc, '.cuh')}-{sources_key(csrc, '.cpp')}"
+    out = cache_directory() / f"launcher-{key}.so"
+    other_tiles, other_statistics, archs, _ = SHORT[family]
     with locked(out), tempfile.TemporaryDirectory() as folder:
         if not out.exists():
             copy = Path(folder) / "csrc"
             shutil.copytree(csrc, copy, ignore=shutil.ignore_patterns("cpu", "__pycache__"))
             # A short catalogue, for the compiler's sake: the launcher neither knows nor cares which kernels are in it.
             tiles = copy / "cuda" / "tiles.h"
-            text = re.sub(r"X\(prefix##_(?!32x32)\w+, [^)]*\)", "", tiles.read_text())
-            tiles.write_text(re.sub(r"FUSED_RESNET_STATISTICS\(X, conv_(?!f16)\w+, [^)]*\)", "", text))
-            built = build_module(copy).build_launcher(Path(folder) / "build", "8.0", "shared")
+            text = re.sub(rf"X\(prefix##_{other_tiles}\w+, [^)]*\)", "", tiles.read_text())
+            tiles.write_text(re.sub(rf"FUSED_RESNET_STATISTICS\(X, conv_{other_statistics}\w+, [^)]*\)", "", text))
+            if family != "mma":
+                _leave_out_all_kernels_but(family, copy)
+            built = build_module(copy).build_launcher(Path(folder) / "build", archs, "shared")
             shutil.copy(built, f"{out}.tmp")
             Path(f"{out}.tmp").rename(out)
     return out
 
 
-def run_job(job: dict[str, Any], directory: Path) -> dict[str, Any]:
+def _leave_out_all_kernels_but(family: str, csrc: Path) -> None:
+    """The compiler's time again: lists that are empty now, and training passes, whose names alone must be there."""
+    for path in (csrc / "cuda").glob("*.cu"):
+        if path.stem.startswith("bn_"):
+            name = "FUSED_RESNET_DEFINE_BN_KERNEL"
+            empty = f'#include "bn_kernels.h"\n#define {name}(symbol, ...) extern "C" void symbol() {{}}\n'
+            path.write_text(empty + path.read_text().partition("\n")[2])
+        elif family not in path.stem:
+            path.unlink()
+
+
+def run_job(job: dict[str, Any], directory: Path, family: str = "mma") -> dict[str, Any]:
     """One launch by the library, in a process of its own above the stand-in for the CUDA runtime."""
     (directory / "jobs.json").write_text(json.dumps([{"shift": {}, "drop": [], "extra": [], **job}]))
     script = Path(__file__).parents[1] / "support/host_cuda/launch_path.py"
-    command = [sys.executable, str(script), str(launcher_library()), str(directory / "jobs.json")]
-    done = subprocess.run(command, env=os.environ | {"PTXI_ARCH": "80"}, capture_output=True, text=True, check=False)
+    command = [sys.executable, str(script), str(launcher_library(family)), str(directory / "jobs.json")]
+    env = os.environ | {"PTXI_ARCH": SHORT[family][-1]}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
 
 
-def launch_through_the_runtime(problem: Problem, directory: Path, splits: int = 0, **changes: Any) -> dict[str, Any]:
+def launch_through_the_runtime(
+    problem: Problem, directory: Path, splits: int = 0, family: str = "mma", **changes: Any
+) -> dict[str, Any]:
     """Plan and launch (host_cuda/launch_path.py); adds y to the answer."""
     tail = make_tail(problem, "integers")
     proj_eps = tail.proj.eps if tail.proj else 1e-5
     # The short catalogue has one tile, so name it where the buffers (the workspace's size) are made.
-    launch = planner().plan(
-        problem, "sm_80", tile="32x32", splitk=splits or 1, eps=tail.conv.eps, proj_eps=proj_eps
-    )  # fmt: skip
+    arch, tile = ("sm_80", "32x32") if family == "mma" else ("sm_90", "wgmma128x64")
+    launch = planner().plan(problem, arch, tile=tile, splitk=splits or 1, eps=tail.conv.eps, proj_eps=proj_eps)
     fields = planner().request(problem, default_bn_dtype(problem), tail.conv.eps, proj_eps, 16)
-    request = planner().extension.plan_request(**fields, splits=splits or 1)
+    wanted = {"splits": splits or 1, "family": planner().extension.FAMILIES[family]}
+    request = planner().extension.plan_request(**fields, **wanted)
     memory = Memory(launch, tail)
     buffers = {}
     for name, spec in launch.tensors.items():
         (directory / name).write_bytes(memory.content(name))
         buffers[name] = {"file": str(directory / name), "alignment": spec.alignment, "writable": name in WRITABLE}
-    answer = run_job({"request": request.hex(), "buffers": buffers, **changes}, directory)
+    answer = run_job({"request": request.hex(), "buffers": buffers, **changes}, directory, family)
     memory.replace("y", (directory / "y").read_bytes())
     answer |= {"y": memory.y, "exact": reference(tail.to(torch.float64)), "symbol": launch.kernel}
     return answer
@@ -230,7 +254,25 @@ def test_launch_path(text: str, splits: int, tmp_path: Path) -> None:
     answer = launch_through_the_runtime(dataclasses.replace(Problem.parse(text), device_type="cuda"), tmp_path, splits)
     assert answer["error"] == ""
     assert answer["launches"] == 1, "one launch, whatever the problem"
-    assert answer["device"] == [108, 80, 166912, 167936]
+    assert answer["device"] == [108, 80, 166912, 167936, 0]
+    assert_bitexact(answer["y"], answer["exact"], text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "n=1,h=14,w=14,c=64,k=64,padding=1,dtype=float16,residual=1",
+        "n=3,h=13,w=11,c=40,k=136,padding=1,stride=2,dtype=bfloat16,residual=1,relu=0",
+        "n=1,h=9,w=9,c=32,k=40,padding=1,dtype=float16,proj=16x17x17x2",
+    ],
+)
+def test_launch_path_of_hopper(text: str, tmp_path: Path) -> None:
+    """Tensor maps by the driver's functions, found at run time, and all five arguments of the kernel."""
+    problem = dataclasses.replace(Problem.parse(text), device_type="cuda")
+    answer = launch_through_the_runtime(problem, tmp_path, family="wgmma")
+    assert answer["error"] == ""
+    assert answer["launches"] == 1
+    assert answer["device"] == [132, 90, 232448, 233472, 1]
     assert_bitexact(answer["y"], answer["exact"], text)
 
 

@@ -33,10 +33,31 @@ def _check(symbol: str, arch: str) -> None:
 
 
 # The last first: the PTX tests, which share the cache of compiled kernels, begin at the other end.
-@pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
-@pytest.mark.parametrize("symbol", list(reversed(KERNELS)))
+@pytest.mark.parametrize(
+    ("symbol", "arch"),
+    [(s, arch) for s in reversed(KERNELS) for arch in ("sm_90", "sm_80") if KERNELS[s].runs_on(arch)],
+)
 def test_main_architectures(symbol: str, arch: str) -> None:
     _check(symbol, arch)
+
+
+@pytest.mark.parametrize("symbol", [symbol for symbol, kernel in KERNELS.items() if kernel.family == "wgmma"])
+def test_products_and_copies_of_hopper_are_asynchronous(symbol: str) -> None:
+    """Where ptxas cannot follow the sums it waits after each product; then its loop has a wait for each of them."""
+    kernel = KERNELS[symbol]
+    (found,) = sass.read_cubin(gate.assemble_kernel(kernel, "sm_90"))
+    assert len(found.main_loops) == 1 + kernel.projection, "one, and one for the projection"
+    for loop in found.main_loops:
+        opcodes = [i.opcode for i in loop.instructions]
+        assert sum(opcode.startswith("HGMMA") for opcode in opcodes) == int(kernel.tile.split("x")[0]) // 128 * 4
+        assert sum(opcode.startswith("WARPGROUP.ARRIVE") for opcode in opcodes) == 1
+        assert sum(opcode.startswith("WARPGROUP.DEPBAR") for opcode in opcodes) == 1
+        assert not any(opcode.startswith(("LDS", "LDG", "STS", "BAR")) for opcode in opcodes)
+    copying = [loop for loop in found.loops if any(i.base == "UTMALDG" for i in loop.instructions)]
+    steps = min(copying, key=lambda loop: len(loop.instructions))
+    opcodes = [i.opcode for i in steps.instructions]
+    assert [opcode for opcode in opcodes if opcode.startswith("UTMALDG")] == ["UTMALDG.4D.IM2COL", "UTMALDG.3D"]
+    assert len(opcodes) < 100
 
 
 def _features(kernel: Kernel) -> set[str]:
@@ -81,6 +102,29 @@ def test_the_gate_can_fail() -> None:
         "expected 1 barriers": {"loop": table.LoopReport(122, 32, 0, 3.8, 2.1, 16, 2)},
         "no division": {"loop": dataclasses.replace(loop, divisions=3)},
         "no block fits": {"blocks_per_sm": 0},
+    }
+    for sentence, change in bad.items():
+        found = gate.violations(dataclasses.replace(row, **change))
+        assert any(sentence in line for line in found), (sentence, found)
+
+
+def test_the_gate_of_hopper_can_fail() -> None:
+    row = gate.read(KERNELS["conv_wgmma_f16_128x64"], "sm_90")
+    assert gate.violations(row) == []
+    loop = row.loop
+    assert loop is not None
+    bad = {
+        "no spill": {"spill_instructions": 4},
+        "no local memory": {"stack": 16},
+        "at most 168 registers": {"registers": 170},
+        "one block on an SM": {"blocks_per_sm": 0},
+        "HGMMA.64x64x16.F32 alone": {"mma_opcodes": {"HMMA.16816.F32": 32}},
+        "two copies by tensor map": {"loads": {"STG.16B": 4}},
+        "no copies by threads": {"loads": {"UTMALDG": 2, "LDGSTS.16B": 1}},
+        "16-byte stores alone": {"loads": {"UTMALDG": 2, "STG.4B": 1}},
+        "expected a main loop": {"loop": None},
+        "no division": {"loop": dataclasses.replace(loop, divisions=1)},
+        "math ratio of 1.5": {"loop": dataclasses.replace(loop, math_ratio=1.2)},
     }
     for sentence, change in bad.items():
         found = gate.violations(dataclasses.replace(row, **change))

@@ -112,14 +112,16 @@ class Memory:
 
 def _tensormap(argument: dict[str, Any], address: int) -> bytes:
     ptxi = interpreter()
-    assert set(argument["element_strides"]) == {1}, "beyond the interpreter"
     assert argument["interleave"] == 0, "beyond the interpreter"
     # launch.json has CUtensorMapDataType's numbers, the interpreter those of tensormap.replace
     data_type = {8: 9, 9: 10, 10: 8}.get(argument["data_type"], argument["data_type"])
-    return ptxi.encode_tiled(
-        address, data_type, argument["dims"], argument["strides_bytes"], argument["box"],
-        argument["swizzle"], argument["oob_fill"],
-    )  # fmt: skip
+    where = address, data_type, argument["dims"], argument["strides_bytes"]
+    what = argument["swizzle"], argument["oob_fill"], argument["element_strides"]
+    if argument.get("mode") == "im2col":
+        made = ptxi.encode_im2col(*where, argument["lower_corner"], argument["upper_corner"], *argument["box"], *what)
+    else:
+        made = ptxi.encode_tiled(*where, argument["box"], *what)
+    return bytes(made)
 
 
 def _triton_without_the_fence() -> bool:
@@ -157,16 +159,23 @@ def run_ptx(launch: Launch, ptx: str, tail: TailArguments, *, seed: int = 0, mem
 
 
 def run_module(
-    launch: Launch, module: Any, tail: TailArguments, *, seed: int = 0, memory: Memory | None = None
+    launch: Launch,
+    module: Any,
+    tail: TailArguments,
+    *,
+    seed: int = 0,
+    memory: Memory | None = None,
+    lanes: bool = False,
 ) -> Tensor:
     memory = memory or Memory(launch, tail)
-    interpret(launch, module, memory, seed)
+    interpret(launch, module, memory, seed, lanes)
     return memory.y
 
 
-def interpret(launch: Launch, module: Any, memory: Memory, seed: int) -> None:
+def interpret(launch: Launch, module: Any, memory: Memory, seed: int, lanes: bool = False) -> None:
+    """`lanes`: report races between the lanes of a warp as well."""
     interpreter().raw_launch(
         module, launch.kernel, launch.grid, launch.block, memory.arguments(), memory.ranges(),
         dyn=launch.dynamic_shared_bytes, mode=2, seed=seed, race=1, global_race=1, block_order=2,
-        resident=1 + seed % 3, strict=1,
+        resident=1 + seed % 3, strict=1, warp_race=int(lanes),
     )  # fmt: skip

@@ -128,7 +128,7 @@ def operator(module: ModuleType, runtime: ctypes.CDLL) -> None:
         before = runtime.ptxi_cudart_launches()
         y = op(
             tail.x, *tail.conv, tail.residual, tail.stride, tail.padding, tail.dilation, tail.groups, tail.proj_x,
-            *(tail.proj or none), tail.proj_stride, module.ACTIVATIONS[tail.activation], False, 0, 0, splits,
+            *(tail.proj or none), tail.proj_stride, module.ACTIVATIONS[tail.activation], False, 0, 0, splits, 0,
         )  # fmt: skip
         expect_exact(tail, y)
         assert y.is_contiguous(memory_format=CHANNELS_LAST)
@@ -147,6 +147,7 @@ def errors(module: ModuleType, runtime: ctypes.CDLL) -> None:
             "groups": 1, "proj_x": None, "proj_weight": None, "proj_bias": None, "proj_bn_weight": None,
             "proj_bn_bias": None, "proj_running_mean": None, "proj_running_var": None, "proj_eps": 0.0,
             "proj_stride": [1, 1], "activation": 1, "tf32": False, "tile_m": 0, "tile_n": 0, "splits": 0,
+            "family": 0,
         }  # fmt: skip
         try:
             op(**(arguments | changes))
@@ -294,7 +295,7 @@ def captures(module: ModuleType, runtime: ctypes.CDLL) -> None:
         for tail, tile in zip(tails, (32, 64) * 3, strict=True):
             out = op(
                 tail.x, *tail.conv, tail.residual, tail.stride, tail.padding, tail.dilation, tail.groups, tail.proj_x,
-                *(tail.proj or none), tail.proj_stride, module.ACTIVATIONS[tail.activation], False, tile, tile, 3,
+                *(tail.proj or none), tail.proj_stride, module.ACTIVATIONS[tail.activation], False, tile, tile, 3, 0,
             )  # fmt: skip
             expect_exact(tail, out)
         convolution = torch.ops.fused_resnet_C.cuda_conv_stats(y, weight, None, [1, 1], [0, 0], [1, 1], 1, False)

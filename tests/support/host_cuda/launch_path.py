@@ -31,7 +31,7 @@ def aligned(data: bytes, alignment: int) -> np.ndarray:
 
 def run(library: Any, runtime: Any, job: dict[str, Any]) -> dict[str, Any]:
     error = ctypes.create_string_buffer(512)
-    sizes, device = (ctypes.c_int32 * 4)(), (ctypes.c_int32 * 4)()
+    sizes, device = (ctypes.c_int32 * 4)(), (ctypes.c_int32 * 5)()
     api = "fused_resnet_bn_" if "pass" in job else "fused_resnet_"
     which = (job["pass"],) if "pass" in job else ()
     make_plan, launch = library[f"{api}plan"], library[f"{api}launch"]

@@ -18,7 +18,7 @@ class Mutant:
     put: str
     test: str  # "host:kernel:<symbol>", "host:turing:<symbol>", "host:banks:<symbol>", "host:split", "ptx:kernel:<symbol>", "ptx:turing:<symbol>", "ptx:split", "static:<symbol>";
     # of the training passes "host:pass:<op>", "host:parts:<op>", "host:mean", "host:pass_nan:<op>", "host:stats:<symbol>", "host:stats_groups", "ptx:pass:<op>", "ptx:turing_rounding:<dtype>", "ptx:parts:<op>", "static:pass:<op>";
-    # "counters:<test>", "planner:<test>" of those modules
+    # of the Hopper family "ptx:wgmma:<symbol>"; "counters:<test>", "maps:<test>", "planner:<test>" of those modules
 
 
 GEMM, VECTOR, GATHER, MMA = "implicit_gemm.cuh", "load_vector.cuh", "load_gather.cuh", "warp_mma.cuh"
@@ -34,6 +34,18 @@ WALK, REDUCE, MOMENTS, BN_PLAN, BN_LIST = (
     "bn_plan.cpp",
     "bn_kernels.h",
 )
+PIPELINE, WGMMA, WGMMA_STORE, HOPPER = (
+    "wgmma_pipeline.cuh",
+    "wgmma_gemm.cuh",
+    "wgmma_epilogue.cuh",
+    "primitives_hopper.cuh",
+)
+MAPS, ENCODE, CHOICES = (
+    "tensor_maps.cpp",
+    "encode_maps.cpp",
+    "planner:test_forced_tiles_and_splits_are_of_the_family_that_they_always_were",
+)
+W64, W128, W256 = (f"ptx:wgmma:conv_wgmma_f16_{tile}" for tile in ("128x64", "128x128", "256x128"))
 STATISTICS, F16_STATS = "statistics.cuh", "host:stats:conv_f16_stats_64x64"
 STATS, APPLY, SUMS, BACKWARD = "bn_stats", "bn_apply_add_relu", "bn_backward_reduce", "bn_backward_apply"
 F16, F16_SMALL, F16_LARGE = "host:kernel:conv_f16_64x64", "host:kernel:conv_f16_32x32", "host:kernel:conv_f16_128x128"
@@ -43,7 +55,7 @@ GATHERED, T16 = "host:kernel:conv_gather_f16_32x32", "host:turing:conv_f16_64x64
 CI = (
     "no_barrier_in_a_step", "wait_one_group_less", "no_halo_rows", "residual_after_activation", "no_swizzle",
     "mask_bits_behind_the_end", "no_barrier_between_slots", "every_part_weighs_the_same", "parts_without_a_fence", "counters_not_zeroed",
-    "graph_counts_where_the_stream_does", "registers_read_before_all_have_put",
+    "graph_counts_where_the_stream_does", "registers_read_before_all_have_put", "stage_back_before_its_products", "map_of_another_shape",
 )  # fmt: skip
 
 MUTANTS = (
@@ -127,7 +139,7 @@ MUTANTS = (
     Mutant("wide_stores_of_odd_rows", PLAN, "q.k % count == 0 && alignment", "alignment", F16),
     Mutant("step_of_the_tap", PLAN, "depth / source.c % source.s", "depth / source.c", F16),
     Mutant("negative_quotient_rounded_up", PLAN, "return room < 0 ? 0 : ", "return ", "planner:test_sizes_as_in_python"),
-    Mutant("alone_on_its_sm", SCHEDULE, "in_company && blocks_per_sm", "false && blocks_per_sm", "planner:test_what_memory_bounds_does_not_run_alone_on_an_sm"),
+    Mutant("alone_on_its_sm", SCHEDULE, "in_company && !wgmma && blocks_per_sm", "false && blocks_per_sm", "planner:test_what_memory_bounds_does_not_run_alone_on_an_sm"),
     # ---- arrival counters across streams and graphs
     Mutant("counters_not_zeroed", COUNTERS, "status = cudaMemsetAsync(fresh, 0, bytes, own);", "", SHARED_COUNTERS),
     Mutant("counters_zeroed_too_late", COUNTERS, "if (status == cudaSuccess) status = cudaStreamSynchronize(own);", "", SHARED_COUNTERS),
@@ -158,6 +170,58 @@ MUTANTS = (
     Mutant("two_barriers_a_step", GEMM, "__syncthreads();\n    typename", "__syncthreads();\n    __syncthreads();\n    typename",
            "static:conv_f16_64x64"),
     Mutant("division_in_the_loop", ADDRESS, "at.position += elements;", "at.position += elements; at.r = at.position / size_c - step_r;", "static:conv_f16_128x128"),
+    # ---- Hopper: who waits for whom
+    Mutant("stage_back_before_its_products", WGMMA, "wgmma_wait<1>();", "wgmma_wait<2>();", W64),
+    Mutant("stage_read_before_its_copies", WGMMA, "mbarrier_wait(shared.full(ring.stage), ring.parity);", "", W64),
+    Mutant("stage_overwritten_in_use", PIPELINE, "mbarrier_wait(shared.empty(ring.stage), ring.parity ^ 1);", "", W64),
+    Mutant("half_the_warps_give_a_stage_back", PIPELINE, "mbarrier_init(empty(i), Tile::kConsumerWarps)", "mbarrier_init(empty(i), Tile::kConsumerWarps / 2)", W64),
+    Mutant("fewer_bytes_than_copied", PIPELINE, "mbarrier_arrive_expecting(full, Tile::kStageBytes)", "mbarrier_arrive_expecting(full, Tile::kBytesA)", W64),
+    Mutant("parity_of_the_first_round", PIPELINE, "parity ^= 1;", "", W64),
+    Mutant("barriers_used_before_they_are_there", WGMMA, "shared.init();\n    __syncthreads();", "shared.init();", W64),
+    Mutant("scales_overwritten_in_use", PIPELINE, "mbarrier_wait(shared.norm_empty(walk.turn), shared.norm_parity(walk.turn) ^ 1);", "", W64),
+    Mutant("scales_read_before_they_are_there", WGMMA, "mbarrier_wait(shared.norm_full(walk.turn), shared.norm_parity(walk.turn));", "", W64),
+    Mutant("one_buffer_of_scales", PIPELINE, "turn % 2 * Tile::kNormBytes", "0 * Tile::kNormBytes", W64),
+    Mutant("products_without_a_fence", WGMMA, "wgmma_fence();\n", "", W64),
+    Mutant("sums_touched_in_flight", WGMMA, "wgmma_wait<1>();", "acc[0][0] = add_rn(acc[0][0], 0.0f);\n    wgmma_wait<1>();", W64),
+    Mutant("rows_read_before_they_are_staged", WGMMA_STORE, "warp_sync();\n    float scale[8]", "float scale[8]", W64),
+    Mutant("rows_staged_over_rows_in_use", WGMMA_STORE, "warp_sync();  // the previous rows have been read\n", "", W128),
+    # ---- Hopper: what is copied, multiplied and stored
+    Mutant("tiles_of_the_next_block", PIPELINE, "tile += gridDim.x;", "++tile;", W64),
+    Mutant("half_the_channels_a_step", PIPELINE, "c += 64;", "c += 32;", W64),
+    Mutant("filters_of_the_first_tap", PIPELINE, "++tap;", "", W64),
+    Mutant("dilation_of_the_other_axis", PIPELINE, "s * source.dilation_w", "s * source.dilation_h", W64),
+    Mutant("corner_of_the_other_axis", PIPELINE, "column * source.stride_w - source.padding_w", "column * source.stride_w - source.padding_h", W64),
+    Mutant("pattern_of_four_rows", HOPPER, "uint64_t{1024 >> 4} << 32", "uint64_t{512 >> 4} << 32", W64),
+    Mutant("bf16_as_f16_on_wgmma", HOPPER, 'FUSED_RESNET_WGMMA_64("bf16")', 'FUSED_RESNET_WGMMA_64("f16")', "ptx:wgmma:conv_wgmma_bf16_128x64"),
+    Mutant("filters_of_the_first_slab", WGMMA, "b + slab * 2);", "b);", W64),
+    Mutant("pixels_of_the_other_group", WGMMA, "operand_at(stage + group * Tile::kRowBlocks", "operand_at(stage + (1 - group) * Tile::kRowBlocks", W64),
+    Mutant("second_block_of_rows_too_near", WGMMA, "block * (64 * Tile::kDepthBytes / 16)", "block * (32 * Tile::kDepthBytes / 16)", W256),
+    Mutant("stored_as_the_first_block_of_rows", WGMMA, "row + block * 64,", "row,", W256),
+    Mutant("main_sum_unscaled", WGMMA, "main[i] = mul_rn(acc[0][i], scale);", "main[i] = acc[0][i];", W128),
+    Mutant("projection_on_top_of_the_main_sum", WGMMA, "});\n        clear_sums<Tile>(acc);", "});", W128),
+    Mutant("scale_of_the_main_sum_twice", WGMMA, "for_columns<Tile>(norm + 2 * Tile::kN * 4,", "for_columns<Tile>(norm,", W128),
+    Mutant("projection_shift_left_out", WGMMA_STORE, "shift[i] = add_rn(shift[i], shared_load_f32(at + 3 * Tile::kN * 4));", "", W128),
+    Mutant("lower_rows_over_the_upper", WGMMA_STORE, "put + 8 * Tile::kStagingPitch + j * 32", "put + j * 32", W64),
+    Mutant("pixels_behind_the_last", WGMMA_STORE, "if (exists && pixel < params.pixels) {\n        store", "if (exists) {\n        store", W64),
+    Mutant("filters_behind_the_last", WGMMA_STORE, "exists = channel < params.k", "exists = channel >= 0", W64),
+    Mutant("activation_before_the_residual", WGMMA_STORE,
+           "if (params.residual) v[i] = add_rn(v[i], unpack<8>(residual[turn], i, params.residual_dtype));\n        v[i] = activate(v[i], params.activation);",
+           "v[i] = activate(v[i], params.activation);\n        if (params.residual) v[i] = add_rn(v[i], unpack<8>(residual[turn], i, params.residual_dtype));",
+           W64),
+    # ---- Hopper: tensor maps and the choice of the family
+    Mutant("corner_without_dilation", MAPS, "(taps - 1) * dilation;", "(taps - 1);", W64),
+    Mutant("map_stride_of_the_other_axis", MAPS, "map.element_strides[1] = source.stride_w;", "map.element_strides[1] = source.stride_h;", W64),
+    Mutant("map_corner_of_the_other_axis", MAPS, "map.lower[1] = static_cast<int32_t>(lower_corner(source.padding_h));",
+           "map.lower[1] = static_cast<int32_t>(lower_corner(source.padding_w));", W64),
+    Mutant("columns_of_128_pixels", MAPS, "map.box[1] = tile_m;", "map.box[1] = 128;", W256),
+    Mutant("map_of_another_shape", ENCODE, " || std::memcmp(&kept.plan, &plan, sizeof(plan)) != 0", "", "maps:test_memory_that_holds_another_tensor_gets_another_map"),
+    Mutant("map_of_another_address", ENCODE, "kept.address != address || ", "", "maps:test_a_map_is_encoded_once_for_an_address"),
+    Mutant("maps_are_not_kept", ENCODE, "kept.address = address;", "", "maps:test_a_map_is_encoded_once_for_an_address"),
+    Mutant("no_look_at_what_the_driver_said", ENCODE, "if (status != CUDA_SUCCESS) {", "if (false) {", "maps:test_what_the_driver_refuses_is_a_sentence_every_time"),
+    Mutant("wgmma_with_split_k", PLAN, "!q.statistics && q.splits <= 1 && tensor_maps_take", "!q.statistics && tensor_maps_take", CHOICES),
+    Mutant("wgmma_takes_forced_tiles", PLAN, "q.family == kFamilyAny && !forced", "q.family == kFamilyAny", CHOICES),
+    Mutant("wgmma_where_there_is_none", PLAN, "wgmma = device.wgmma && ", "wgmma = ", CHOICES),
+    Mutant("projection_without_registers", SCHEDULE, "if (params.sources == 2 && !kernel.projection) continue;", "", CHOICES),
     # ---- training: the elementwise passes
     Mutant("mask_bits_behind_the_end", WALK, "if constexpr (!kWhole) bits &= (1u << count) - 1;", "", f"host:pass:{APPLY}"),
     Mutant("a_lane_less_in_a_word", WALK, "if constexpr (kWordLanes > 2) bits |= shuffle_xor<2>(bits);", "", f"host:pass:{APPLY}"),
