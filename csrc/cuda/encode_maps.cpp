@@ -67,7 +67,7 @@ CUresult encode(const TensorMapPlan& plan, void* address, CUtensorMap* map) {
                          element_strides, kInterleave, kSwizzle, kPromotion, kFill);
 }
 
-// The latest map of each place; a place is shared by all maps whose keys fall there.
+// The latest map of each place; a place is shared by all addresses that fall there, and by all maps of one.
 struct Kept {
   TensorMapPlan plan;
   const void* address = nullptr;
@@ -75,12 +75,9 @@ struct Kept {
 };
 constexpr int kPlaces = 256;
 
-Kept& place_of(const TensorMapPlan& plan, const void* address) {
+Kept& place_of(const void* address) {
   thread_local const std::unique_ptr<Kept[]> places(new Kept[kPlaces]);
-  uint64_t hash = reinterpret_cast<uintptr_t>(address) / 16;
-  uint64_t words[sizeof(TensorMapPlan) / 8];
-  std::memcpy(words, &plan, sizeof(plan));
-  for (const uint64_t word : words) hash = (hash ^ word) * 0x9e3779b97f4a7c15;
+  const uint64_t hash = reinterpret_cast<uintptr_t>(address) / 16 * 0x9e3779b97f4a7c15;
   return places[hash >> 56];
 }
 
@@ -98,7 +95,7 @@ int encode_map(const TensorMapPlan& plan, const ConvParams& params, TensorMap& m
   }
   void* address = nullptr;
   std::memcpy(&address, reinterpret_cast<const char*>(&params) + tensor_offset(plan.slot), sizeof(address));
-  Kept& kept = place_of(plan, address);
+  Kept& kept = place_of(address);
   if (kept.address != address || std::memcmp(&kept.plan, &plan, sizeof(plan)) != 0) {
     kept.address = nullptr;
     CUtensorMap fresh;

@@ -201,7 +201,7 @@ def test_forced_tiles_and_splits_are_of_the_family_that_they_always_were() -> No
     assert _chosen(large, splitk=1).startswith("mma")
     assert _chosen(large, tile="wgmma128x128", splitk=1) == "wgmma 128x128"
     for options in ({"tile": "wgmma128x128", "splitk": 2}, {"tile": "wgmma128x64", "alignment": 8}):
-        with pytest.raises(ValueError, match=r"cuda: wgmma takes 16-bit tensors .* and no split-K, got c 64 and k 256"):
+        with pytest.raises(ValueError, match=r"cuda: wgmma takes 16-bit tensors, .*and no split-K, got c 64 and k 256"):
             planner().plan(large, "sm_90", **options)
     with pytest.raises(
         ValueError, match="cuda: wgmma needs sm_90, a build for it and a driver that encodes tensor maps, got sm_80"
