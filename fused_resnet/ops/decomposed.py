@@ -1,7 +1,7 @@
 """Every operator in those of torch: what an exported program becomes for whoever does not know ours.
 
-torch's registry knows them as well, from which ``torch.onnx`` takes what it cannot translate. ``torch.compile`` does
-not look there: it runs the operators.
+They are in no registry of torch's: where the variable ``CI`` is set, Inductor refuses to run an operator that has a
+decomposition there, and ``torch.compile`` is to run ours.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._decomp import register_decomposition
 
 from ..backends.training import eager
 from ..core.convolution import convolution, convolution_backward
@@ -117,8 +116,6 @@ _BY_NAME: dict[str, Callable[..., Any]] = {
     "bn_backward_apply": _bn_backward_apply,
 }
 _DECOMPOSITIONS = {getattr(torch.ops.fused_resnet, name).default: run for name, run in _BY_NAME.items()}
-for _operator, _run in _DECOMPOSITIONS.items():
-    register_decomposition(_operator)(_run)
 
 
 def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:

@@ -25,7 +25,7 @@ def export(model: nn.Module, example: Any, **options: Any) -> ExportedProgram:
     ``torch.export.export`` of a fused model gives its own forward, in standard operators, which every runtime knows.
     This program holds ``fused_resnet::conv_bn_add_relu`` and its like instead, and so the kernels: whoever loads it
     has imported ``fused_resnet``. ``program.run_decompositions(fused_resnet.decompositions())`` turns it into core
-    ATen, and ``torch.onnx.export`` takes it as it is.
+    ATen, which ``torch.onnx.export`` takes.
 
     Args:
         model: in evaluation mode; fused where nothing in it is yet (a copy, ``model`` itself is left alone). Of a

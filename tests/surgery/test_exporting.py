@@ -196,8 +196,7 @@ def test_a_saved_program_runs_in_a_process_that_imports_the_package_alone(import
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("decomposed", [False, True])
-def test_onnx_translates_it(decomposed: bool, tmp_path: Path) -> None:
+def test_onnx_translates_it_decomposed(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -205,8 +204,7 @@ def test_onnx_translates_it(decomposed: bool, tmp_path: Path) -> None:
     kinds = []
     for program in (export(model, X, dynamic_shapes=BATCH), torch.export.export(model, (X,), dynamic_shapes=BATCH)):
         path = tmp_path / f"{len(kinds)}.onnx"
-        if decomposed:
-            program = program.run_decompositions(fused_resnet.decompositions())
+        program = program.run_decompositions(fused_resnet.decompositions())
         torch.onnx.export(program, (), str(path), dynamo=True, verbose=False)
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         for x in (X, X[:1]):
