@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from .. import nn as fused_nn
 from .check import difference
 from .match import Matcher
-from .plan import ATTRIBUTE, Fusion, graphs_of, is_fused, original_class, planner
+from .plan import ATTRIBUTE, Fusion, graphs_of, is_fused, original_class, planner, runs_tails
 from .program import Plan, make_plan
 from .reads import intercepted
 from .snapshot import Snapshot, Unknown
@@ -59,7 +58,7 @@ def _discover(model: nn.Module, check: bool) -> Discovery:
     names: dict[int, str] = {}
     for name, module in model.named_modules():
         names.setdefault(id(module), name)
-        if is_fused(module) or isinstance(module, fused_nn.FusedModule):
+        if runs_tails(module):
             opaque[id(module)] = module
     result.already = [names[i] for i, m in opaque.items() if not is_fused(m)]
     had_fused = bool(opaque)
@@ -282,9 +281,7 @@ def replan(module: nn.Module) -> None:
     fusion: Fusion = module.__dict__.pop(ATTRIBUTE)
     fused: Any = type(module)
     module.__class__ = original_class(module)  # what is planned is its own forward
-    opaque: dict[int, Any] = {
-        id(m): m for m in module.modules() if m is not module and (is_fused(m) or isinstance(m, fused_nn.FusedModule))
-    }
+    opaque: dict[int, Any] = {id(m): m for m in module.modules() if m is not module and runs_tails(m)}
     try:
         plan = make_plan(module, opaque)
         verdict = "it has no tail any more" if plan is None else None

@@ -11,12 +11,11 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from ..core.packed_weights import OF_THE_PROCESS
-from ..nn import FusedModule
 from ..nn.onlookers import shown_fused
 from .arguments import require_module
 from .frozen import FrozenModel
 from .live import fuse
-from .plan import ATTRIBUTE, is_fused
+from .plan import ATTRIBUTE, is_fused, runs_tails
 
 
 def export(model: nn.Module, example: Any, **options: Any) -> ExportedProgram:
@@ -49,22 +48,18 @@ def export(model: nn.Module, example: Any, **options: Any) -> ExportedProgram:
             "export: model: expected evaluation mode (model.eval()), got training mode; "
             "torch.export.export exports its own forward, which can be trained"
         )
-    if not any(map(_has_tails, model.modules())):
+    if not any(map(runs_tails, model.modules())):
         model = fuse(model)
     args = example if isinstance(example, tuple) else (example,)
     with shown_fused(), torch.no_grad(), _packed_by_the_process(model):
         return torch.export.export(model, args, **options)
 
 
-def _has_tails(module: nn.Module) -> bool:
-    return is_fused(module) or isinstance(module, FusedModule)
-
-
 @contextmanager
 def _packed_by_the_process(model: nn.Module) -> Iterator[None]:
     """The number of a module's own packed weights means nothing to whoever loads the program."""
     owners = [
-        module.__dict__[ATTRIBUTE] if is_fused(module) else module for module in model.modules() if _has_tails(module)
+        module.__dict__[ATTRIBUTE] if is_fused(module) else module for module in model.modules() if runs_tails(module)
     ]
     own = [owner.packed_weights for owner in owners]
     try:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import nn as fused_nn
 from ..core import extensions
 from ..core.packed_weights import PackedWeights
 from ..core.problem import dtype_name
@@ -28,7 +27,7 @@ from ..nn.tail import may_go_inside
 from .arguments import Frozen, check_dtype, check_options, require_module
 from .cuda_graph import CudaGraph
 from .live import fuse
-from .plan import is_fused, original_class
+from .plan import original_class, runs_tails
 from .recorder import NotRecordable, Recorder
 from .recording import Recording, map_values
 
@@ -333,7 +332,7 @@ def _is_piece(module: nn.Module) -> bool:
         return False
     if type(module) is nn.Sequential:
         return any(_is_piece(child) for child in module)
-    return is_fused(module) or isinstance(module, fused_nn.FusedModule)
+    return runs_tails(module)
 
 
 def freeze(

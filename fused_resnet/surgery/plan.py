@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ..core.packed_weights import PackedWeights
-from ..nn import tail
+from ..nn import FusedModule, tail
 from ..nn.onlookers import watched
 from .program import Plan
 
@@ -183,6 +183,11 @@ def _new(cls: type) -> Any:
 def is_fused(module: nn.Module) -> bool:
     """Whether ``module`` itself has been fused by :func:`fused_resnet.fuse`."""
     return isinstance(module, FusedForward)
+
+
+def runs_tails(module: nn.Module) -> bool:
+    """Whether ``module`` itself runs fused: :func:`fused_resnet.fuse` made it so, or it is one of ours."""
+    return is_fused(module) or isinstance(module, FusedModule)
 
 
 def original_class(module: Any) -> type:
