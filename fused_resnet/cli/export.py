@@ -133,7 +133,7 @@ def _check_output(output: Path) -> None:
 
 # ---- one function for each format: a note on what was written, and what runs the file -------------------------
 
-_Exported = tuple[str, Callable[["Tensor"], "Tensor"]]
+_Exported = tuple[str, Callable[["Tensor"], Any]]
 
 
 def _dynamic(any_batch: bool) -> Any:
@@ -167,7 +167,7 @@ def _pt2(model: torch.nn.Module, example: Tensor, any_batch: bool, path: Path) -
     torch.export.save(program, path)
     module = torch.export.load(path).module()
     count = sum("fused_resnet" in str(node.target) for node in program.graph.nodes)
-    return f"torch.export program with {count} fused operators", lambda x: _first(module(x))
+    return f"torch.export program with {count} fused operators", module
 
 
 def _aoti(model: torch.nn.Module, example: Tensor, any_batch: bool, path: Path) -> _Exported:
@@ -177,13 +177,7 @@ def _aoti(model: torch.nn.Module, example: Tensor, any_batch: bool, path: Path) 
         program = torch.export.export(model, (example,), dynamic_shapes=_dynamic(any_batch))
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     package = torch._inductor.aoti_load_package(str(path))
-    return "AOTInductor package of standard operators", lambda x: _first(package(x))
-
-
-def _first(output: Any) -> Tensor:
-    from ..core.timing import first_tensor
-
-    return first_tensor(output)
+    return "AOTInductor package of standard operators", package
 
 
 _EXPORTERS = {"onnx": _onnx, "pt2": _pt2, "aoti": _aoti}

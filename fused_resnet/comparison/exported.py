@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class Check:
         return f"batch {self.images}: rms error {self.exported:.1e}, eager's own {self.eager:.1e}"
 
 
-def check(model: nn.Module, run: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> list[Check]:
+def check(model: nn.Module, run: Callable[[Tensor], Any], inputs: list[Tensor]) -> list[Check]:
     """Compare ``run``, what a saved file computes, with ``model`` on each of ``inputs``."""
     exact_model = copy.deepcopy(model).double()
     checks = []
@@ -35,7 +36,7 @@ def check(model: nn.Module, run: Callable[[Tensor], Tensor], inputs: list[Tensor
         for x in inputs:
             exact = first_tensor(exact_model(x.double()))
             scale = float(exact.abs().max()) or 1.0
-            eager, got = first_tensor(model(x.clone())), run(x.clone())
+            eager, got = (first_tensor(f(x.clone())) for f in (model, run))
             if got.shape != exact.shape:
                 checks.append(Check(len(x), 0.0, float("inf"), False))
                 continue
