@@ -125,13 +125,12 @@ def arithmetic(dtype: torch.dtype) -> str | None:
 def _run_widened(backend: CpuBackend, dtype: torch.dtype, tail: TailArguments) -> Tensor:
     """``tail`` in a wider type, whose weights are kept where the caller keeps packed ones."""
     memory_format = output_memory_format(tail.x, tail.conv.weight)
-    kept = tail.packed_weights
-    wide = tail._replace(packed_weights=None)
+    kept, casts, wide = tail.packed_weights, None, tail
     if kept is not None and extensions.cpu() is not None:
         conv, proj = (conv and conv._replace(weight=kept.cast(conv.weight, dtype)) for conv in (tail.conv, tail.proj))
         assert conv is not None
-        wide = tail._replace(conv=conv, proj=proj, packed_weights=kept.casts)
-    wide = wide.to(dtype)._replace(packed_weights=wide.packed_weights)
+        casts, wide = kept.casts, tail._replace(conv=conv, proj=proj)
+    wide = wide.to(dtype)._replace(packed_weights=casts)
     y = backend.run(Problem.from_tail(wide), wide)
     return y.to(Problem.from_tail(tail).output_dtype).contiguous(memory_format=memory_format)
 
