@@ -17,7 +17,7 @@ from fused_resnet.core.reference import ACTIVATIONS, TailArguments, reference
 from fused_resnet.testing import PROBLEMS, assert_bitexact, assert_within_bar, call_arguments, in_dtype, make_tail
 from tests.cpu.test_cpu_kernels import name_of
 from tests.cpu.test_cpu_stem import STEMS
-from tests.support.conv_problems import DIRECT_PROBLEMS, REAL, WINOGRAD_PROBLEMS
+from tests.support.conv_problems import DIRECT_PROBLEMS, REAL, WINOGRAD_PROBLEMS, assert_threads_change_nothing
 from tests.support.instruction_sets import BF16, need
 
 if extensions.cpu() is None:
@@ -150,18 +150,8 @@ def test_a_stem_is_kernel_and_pool_to_the_bit(
 
 @algorithms
 def test_threads_do_not_change_a_bit(algorithm: Algorithm) -> None:
-    before = torch.get_num_threads()
     tails = [tail_of(text) for text in (REAL[3], DIRECT_PROBLEMS[6], DIRECT_PROBLEMS[2])]
-    try:
-        results = []
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            results.append([run(tail, algorithm) for tail in tails])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert torch.equal(a, b)
+    assert_threads_change_nothing(lambda: [run(tail, algorithm) for tail in tails])
 
 
 def test_x_may_begin_at_any_address() -> None:

@@ -17,7 +17,7 @@ from fused_resnet.core.reference import ConvBN, TailArguments, reference
 from fused_resnet.testing import assert_bitexact, assert_within_bar, make_tail
 from fused_resnet.testing.problems import Problem
 from fused_resnet.testing.tolerances import WINOGRAD_F4_RMS_FACTOR
-from tests.support.conv_problems import DIRECT_PROBLEMS, REAL, WINOGRAD_PROBLEMS
+from tests.support.conv_problems import DIRECT_PROBLEMS, REAL, WINOGRAD_PROBLEMS, assert_threads_change_nothing
 from tests.support.instruction_sets import ALL, TILES, need
 
 if extensions.cpu() is None:
@@ -162,18 +162,8 @@ def test_strided_and_expanded_operands(algorithm: Algorithm) -> None:
 
 @algorithms
 def test_threads_do_not_change_a_bit(algorithm: Algorithm) -> None:
-    before = torch.get_num_threads()
     tails = [make_tail(problem(text), "random") for text in (REAL[3], DIRECT_PROBLEMS[6], DIRECT_PROBLEMS[2])]
-    try:
-        results = []
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            results.append([run(tail, algorithm) for tail in tails])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert torch.equal(a, b)
+    assert_threads_change_nothing(lambda: [run(tail, algorithm) for tail in tails])
 
 
 def with_pixel(value: float, where: tuple[int, ...] = (0, 2, 6, 6)) -> TailArguments:

@@ -1,4 +1,11 @@
-"""Problems for the CPU convolution kernels, as text."""
+"""Problems for the CPU convolution kernels, as text, and what all of those kernels are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
 
 # Every remainder of lanes (4, 8, 16), panels (8, 16, 32) and tiles (2, 4) in C, K, P and Q; more tiles than a register
 # block has rows; several blocks; padding that reaches beyond the filter; one pixel.
@@ -41,3 +48,18 @@ DIRECT_PROBLEMS = [
 #: Of real networks.
 REAL = ["n=1,h=28,w=28,c=128,k=128,padding=1,residual=1", "n=2,h=14,w=14,c=256,k=256,padding=1,residual=1",
         "n=1,h=56,w=56,c=64,k=64,padding=1,residual=1", "n=1,h=7,w=7,c=512,k=512,padding=1,residual=1"]  # fmt: skip
+
+
+def assert_threads_change_nothing(compute: Callable[[], list[Tensor]]) -> None:
+    """``compute`` must give the same bits with any number of threads."""
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results.append(compute())
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)

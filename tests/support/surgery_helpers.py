@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock
 
+import fused_resnet
 from fused_resnet import functional
 
 M = TypeVar("M", bound=nn.Module)
@@ -161,3 +166,10 @@ def launches(model: nn.Module, x: Tensor) -> int:
 def assert_same(fused: nn.Module, original: nn.Module, x: Tensor, tolerance: float = 1e-10) -> None:
     with torch.no_grad():
         torch.testing.assert_close(fused(x), original(x), rtol=tolerance, atol=tolerance)
+
+
+def run_in_new_process(code: str, folder: Path) -> None:
+    """Run ``code`` in ``folder`` by a Python that finds this package, and nothing else of ours; it must succeed."""
+    env = os.environ | {"PYTHONPATH": str(Path(fused_resnet.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +17,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 import fused_resnet
 from fused_resnet import FusedBasicBlock, export, freeze, fuse, unfuse
 from fused_resnet.core.packed_weights import OF_THE_PROCESS
-from tests.support.surgery_helpers import randomise
+from tests.support.surgery_helpers import randomise, run_in_new_process
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 BATCH = ({0: torch.export.Dim("batch", min=1, max=64)},)
@@ -191,9 +188,7 @@ def test_a_saved_program_runs_in_a_process_that_imports_the_package_alone(import
         "    decomposed = program.run_decompositions(fused_resnet.decompositions())\n"
         "    torch.testing.assert_close(decomposed.module()(x[:1]), expected[:1], rtol=1e-3, atol=1e-4)\n"
     )
-    env = os.environ | {"PYTHONPATH": str(Path(fused_resnet.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_in_new_process(code, tmp_path)
 
 
 def test_onnx_translates_it_decomposed(tmp_path: Path) -> None:

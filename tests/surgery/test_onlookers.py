@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +19,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import fused_resnet
 from fused_resnet import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, freeze, fuse
+from tests.support.surgery_helpers import run_in_new_process
 
 Seen = tuple[str, Any]
 """A graph in words, and a result."""
@@ -356,6 +354,4 @@ def test_a_saved_program_with_our_operators_needs_the_package_alone(imports: str
         "got.sum().backward()\n"
         "assert arguments[1].grad is not None\n"
     )
-    env = os.environ | {"PYTHONPATH": str(Path(fused_resnet.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_in_new_process(code, tmp_path)
