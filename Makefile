@@ -100,7 +100,7 @@ $(VENV)/.torch:
 	@python="$(PYTHON)"; test -n "$$python" || { \
 	  echo "fused_resnet: found no Python >= 3.10 with its venv module; install one or set PYTHON=..."; exit 1; }; \
 	echo "creating $(VENV) with $$python"; $$python -m venv $(VENV)
-	$(BIN)/python -m pip install -q --no-compile $(PIP_ARGS) $(TORCH) "setuptools>=77" ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install -q --no-compile $(PIP_ARGS) $(TORCH) "setuptools>=77" ninja
 	@touch $@
 
 # Editable, so that Python changes need nothing. A changed pyproject.toml installs again; a changed C++ source

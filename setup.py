@@ -15,6 +15,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +80,6 @@ def sources(*patterns: str) -> list[str]:
 
 
 def extension(name: str, files: list[str], **arguments: Any) -> Any:
-    import pybind11
     from torch.utils.cpp_extension import CppExtension
 
     arguments.setdefault("extra_compile_args", [])
@@ -90,9 +90,9 @@ def extension(name: str, files: list[str], **arguments: Any) -> Any:
         "-fvisibility=hidden",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
     ]
-    include_dirs = [str(ROOT / "csrc"), pybind11.get_include(), *arguments.pop("include_dirs", [])]
-    built = CppExtension(name, files, include_dirs=include_dirs, **arguments)
-    # libtorch_python is not needed: pybind11 is its own and torch is reached through the stable ABI
+    include_dirs = [str(ROOT / "csrc"), *arguments.pop("include_dirs", [])]
+    # the stable ABIs of Python (csrc/python.h) and torch: one module for Python 3.10 and torch 2.10 and all after them
+    built = CppExtension(name, files, include_dirs=include_dirs, py_limited_api=True, **arguments)
     built.libraries = [library for library in built.libraries if library not in ("torch_python", "c10")]
     return built
 
@@ -142,7 +142,7 @@ def setup_arguments() -> dict[str, Any]:
     if not have_compiler():
         say("no C++ compiler found, installing the pure-Python package (backends: eager, triton, cudnn)")
         return pure
-    check_tools("torch", "pybind11")
+    check_tools("torch")
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):  # type: ignore[misc, valid-type]
@@ -156,6 +156,10 @@ def setup_arguments() -> dict[str, Any]:
                 self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
 
         def run(self) -> None:
+            only_here = sysconfig.get_config_var("EXT_SUFFIX")
+            for ext in self.extensions:  # a module for one Python alone, of an earlier build, would come first
+                for folder in (ROOT, Path(self.build_lib)):
+                    (folder / (ext.name.replace(".", "/") + only_here)).unlink(missing_ok=True)
             self.without_cuda = cuda if isinstance(cuda, str) else None
             super().run()
             # for `fused-resnet doctor`; beside the module, whose place it takes
@@ -185,7 +189,7 @@ def setup_arguments() -> dict[str, Any]:
         def copy_extensions_to_source(self) -> None:
             failed = isinstance(cuda, CudaBuild) and self.without_cuda is not None
             if failed:  # what an earlier build left there belongs to other sources
-                (ROOT / self.get_ext_filename("fused_resnet._C_cuda")).unlink(missing_ok=True)
+                (ROOT / "fused_resnet/_C_cuda.abi3.so").unlink(missing_ok=True)
             super().copy_extensions_to_source()
 
     planner = [str(path.relative_to(ROOT)) for path in cuda_build.PLANNER]
@@ -202,6 +206,7 @@ def setup_arguments() -> dict[str, Any]:
     return {
         "ext_modules": extensions,
         "cmdclass": {"build_py": BuildPy, "build_ext": Build.with_options(use_ninja=True)},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 

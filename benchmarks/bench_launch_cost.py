@@ -134,13 +134,12 @@ def _stub_module() -> Any:
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
-    pybind11 = pytest.importorskip("pybind11")
     csrc, torch_root = ROOT / "csrc", Path(torch.__file__).parent
     sources = [ROOT / "benchmarks/launch_stub.cpp", csrc / "bindings_cuda.cpp", csrc / "bindings_planner.cpp"]
     sources += [csrc / f"cuda/{name}.cpp" for name in ("plan", "schedule", "bn_plan")]
     folder = Path(tempfile.mkdtemp(prefix="fused_resnet_launch_stub_"))
     library = folder / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    includes = [pybind11.get_include(), sysconfig.get_paths()["include"], str(torch_root / "include"), str(csrc)]
+    includes = [sysconfig.get_paths()["include"], str(torch_root / "include"), str(csrc)]
     names = [f'-DFUSED_RESNET_{name}="stub"' for name in ("ARCHITECTURES", "CUDART", "NVCC")]
     flags = [
         "-O3",

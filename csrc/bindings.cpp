@@ -1,12 +1,10 @@
 // The module fused_resnet._C: the launch planner of the CUDA kernels, which needs no CUDA, and the list of
 // CPU implementation operators. Each operator is implemented and registered in the file named beside it.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
 #include <string>
 
-#include "bindings_planner.h"
+#include "bindings_planner.h"  // Python's header comes before any other
 #include "cpu/isa.h"
 
 STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
@@ -52,17 +50,36 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   m.def("cpu_training_isa(str isa) -> str");
 }
 
-PYBIND11_MODULE(_C, m) {
-  fused_resnet::bind_planner(m);
-  m.def(
-      "build_info",
-      [] {
-        pybind11::dict info;
-        info["compiler"] = __VERSION__;
-        info["cpu_isa"] = std::string(fused_resnet::cpu::best_isa());
-        info["cpu_isas"] = fused_resnet::cpu::isas();
-        return info;
-      },
-      "The compiler that built the extension, the instruction set that its CPU kernels use here, and all "
-      "those that they can be asked for: the ones of this CPU from that one down.");
+namespace {
+
+using namespace fused_resnet;
+
+PyObject* build_info(PyObject*, PyObject*) {
+  return python::answer([] {
+    python::Object info = python::dict(), isas(PyList_New(0));
+    for (const auto& isa : cpu::isas()) python::append(isas, std::string(isa));
+    python::set(info, "compiler", __VERSION__);
+    python::set(info, "cpu_isa", std::string(cpu::best_isa()));
+    python::set(info, "cpu_isas", std::move(isas));
+    return info;
+  });
+}
+
+PyMethodDef kFunctions[] = {{"build_info", build_info, METH_NOARGS,
+                             "The compiler that built the extension, the instruction set that its CPU "
+                             "kernels use here, and all those "
+                             "that they can be asked for: the ones of this CPU from that one down."},
+                            {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_C", "CPU kernels and launch planner of fused_resnet.", -1,
+                       kFunctions};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() {
+  return python::answer([] {
+    python::Object module(PyModule_Create(&kModule));
+    bind_planner(module.get());
+    return module;
+  });
 }

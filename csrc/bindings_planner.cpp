@@ -1,17 +1,18 @@
 #include "bindings_planner.h"
 
 #include <cstddef>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "cuda/bn_plan.h"
 #include "cuda/plan.h"
 
-namespace py = pybind11;
-
 namespace fused_resnet {
 namespace {
 
+using python::Object;
 constexpr int kErrorBytes = 512;
 
 // ---- requests: keyword arguments by the names of their fields ----
@@ -86,63 +87,48 @@ constexpr size_t bytes_of(const Field (&fields)[kCount]) {
 static_assert(bytes_of(kPlanFields) == sizeof(PlanRequest), "a field of PlanRequest is not in the list");
 static_assert(bytes_of(kBnFields) == sizeof(BnRequest), "a field of BnRequest is not in the list");
 
-void write(char* to, Kind kind, const py::handle& value) {
-  switch (kind) {
-    case Kind::kInt32:
-      *reinterpret_cast<int32_t*>(to) = value.cast<int32_t>();
-      break;
-    case Kind::kInt64:
-      *reinterpret_cast<int64_t*>(to) = value.cast<int64_t>();
-      break;
-    case Kind::kFloat:
-      *reinterpret_cast<float*>(to) = value.cast<float>();
-      break;
+void write(char* to, const Field& field, PyObject* value) {
+  if (field.kind == Kind::kFloat) {
+    const double number = PyFloat_AsDouble(value);
+    if (number == -1.0 && PyErr_Occurred()) throw python::Raised();
+    *reinterpret_cast<float*>(to) = static_cast<float>(number);
+  } else if (field.kind == Kind::kInt64) {
+    *reinterpret_cast<int64_t*>(to) = python::integer(value, 64, field.name);
+  } else {
+    *reinterpret_cast<int32_t*>(to) = static_cast<int32_t>(python::integer(value, 32, field.name));
   }
 }
 
 template <class Request, int kCount>
-Request request_of(const char* function, const Field (&fields)[kCount], const py::kwargs& arguments) {
+Request request_of(const char* function, const Field (&fields)[kCount], PyObject* arguments) {
   Request request;
-  for (const auto& [name, value] : arguments) {
-    const std::string text = py::cast<std::string>(name);
+  python::for_items(arguments, [&](const std::string& name, PyObject* value) {
     const Field* field = fields;
-    while (field < fields + kCount && text != field->name) ++field;
-    if (field == fields + kCount) throw py::type_error(std::string(function) + ": unknown argument " + text);
-    try {
-      write(reinterpret_cast<char*>(&request) + field->offset, field->kind, value);
-    } catch (const py::cast_error&) {
-      throw py::value_error(text + ": expected a number of " + (field->kind == Kind::kInt64 ? "64" : "32") +
-                            " bits, got " + std::string(py::str(value)));
+    while (field < fields + kCount && name != field->name) ++field;
+    if (field == fields + kCount) {
+      throw python::TypeError(std::string(function) + ": unknown argument " + name);
     }
-  }
+    write(reinterpret_cast<char*>(&request) + field->offset, *field, value);
+  });
   return request;
 }
 
-PlanRequest plan_request(const py::kwargs& arguments) {
+PlanRequest plan_request(PyObject* arguments) {
   return request_of<PlanRequest>("plan", kPlanFields, arguments);
 }
-BnRequest bn_request(const py::kwargs& arguments) {
+BnRequest bn_request(PyObject* arguments) {
   return request_of<BnRequest>("plan_training", kBnFields, arguments);
 }
 
-DeviceProperties device_of(const py::dict& device) {
-  return {device["sm_count"].cast<int32_t>(), device["capability"].cast<int32_t>(),
-          device["shared_bytes_per_block"].cast<int32_t>(), device["shared_bytes_per_sm"].cast<int32_t>(),
-          device.contains("wgmma") ? device["wgmma"].cast<int32_t>() : 0};
-}
-
-template <class Plan, class Request>
-Plan answer(int (*make)(const Request&, const DeviceProperties&, Plan&, char*, int), const Request& request,
-            const py::dict& device) {
-  Plan plan;
-  char error[kErrorBytes];
-  if (make(request, device_of(device), plan, error, kErrorBytes)) throw py::value_error(error);
-  return plan;
-}
-
-template <class T>
-py::bytes bytes(const T& value) {
-  return py::bytes(reinterpret_cast<const char*>(&value), sizeof(value));
+DeviceProperties device_of(PyObject* device) {
+  const auto property = [&](const char* name) {
+    const Object number(PyObject_GetItem(device, python::value(name).get()));
+    return static_cast<int32_t>(python::integer(number.get(), 32, name));
+  };
+  const Object with_wgmma(PyObject_CallMethod(device, "get", "si", "wgmma", 0));
+  const auto wgmma = static_cast<int32_t>(python::integer(with_wgmma.get(), 32, "wgmma"));
+  return {property("sm_count"), property("capability"), property("shared_bytes_per_block"),
+          property("shared_bytes_per_sm"), wgmma};
 }
 
 // ---- the catalogues ----
@@ -164,44 +150,80 @@ constexpr const char* kMathNames[] = {"float16", "bfloat16", "tf32", "float32"};
 constexpr const char* kPassNames[] = {"bn_stats", "bn_apply_add_relu", "bn_backward_reduce",
                                       "bn_backward_apply"};
 
-py::dict kernel_dict(int index) {
+Object kernel_dict(int index) {
   const KernelInfo& kernel = kernel_info(index);
-  py::dict d;
-  d["symbol"] = kernel.symbol;
-  d["definition"] = kDefinitions[index];
-  d["tile"] = std::to_string(kernel.tile_m) + "x" + std::to_string(kernel.tile_n);
-  d["tile_m"] = kernel.tile_m;
-  d["tile_n"] = kernel.tile_n;
-  d["depth_bytes"] = kernel.depth_bytes;
-  d["stages"] = kernel.stages;
-  d["threads"] = kernel.threads;
-  d["blocks_per_sm"] = kernel.blocks_per_sm;
-  d["shared_bytes"] = kernel.shared_bytes;
-  d["turing_shared_bytes"] = kernel.turing_shared_bytes;
-  d["park_bytes"] = kernel.park_bytes;
-  d["projection"] = kernel.projection != 0;
-  d["math"] = kMathNames[static_cast<int>(kernel.math)];
-  d["load"] = kLoadNames[static_cast<int>(kernel.load)];
-  d["epilogue"] = kernel.epilogue == Epilogue::kTail ? "tail" : "statistics";
+  Object d = python::dict({{"tile_m", kernel.tile_m},
+                           {"tile_n", kernel.tile_n},
+                           {"depth_bytes", kernel.depth_bytes},
+                           {"stages", kernel.stages},
+                           {"threads", kernel.threads},
+                           {"blocks_per_sm", kernel.blocks_per_sm},
+                           {"shared_bytes", kernel.shared_bytes},
+                           {"turing_shared_bytes", kernel.turing_shared_bytes},
+                           {"park_bytes", kernel.park_bytes}});
+  python::set(d, "projection", Object(PyBool_FromLong(kernel.projection)));
+  python::set(d, "symbol", kernel.symbol);
+  python::set(d, "definition", kDefinitions[index]);
+  python::set(d, "tile", std::to_string(kernel.tile_m) + "x" + std::to_string(kernel.tile_n));
+  python::set(d, "math", kMathNames[static_cast<int>(kernel.math)]);
+  python::set(d, "load", kLoadNames[static_cast<int>(kernel.load)]);
+  python::set(d, "epilogue", kernel.epilogue == Epilogue::kTail ? "tail" : "statistics");
   return d;
 }
 
-py::dict bn_kernel_dict(int index) {
+Object bn_kernel_dict(int index) {
   const BnKernelInfo& kernel = bn_kernel_info(index);
-  py::dict d;
-  d["symbol"] = kernel.symbol;
-  d["definition"] = kBnDefinitions[index];
-  d["op"] = kPassNames[static_cast<int>(kernel.pass)];
-  d["packet"] = kernel.packet;
-  d["threads"] = kBnThreads;
-  d["shared_bytes"] = kernel.shared_bytes;
+  Object d = python::dict(
+      {{"packet", kernel.packet}, {"threads", kBnThreads}, {"shared_bytes", kernel.shared_bytes}});
+  python::set(d, "symbol", kernel.symbol);
+  python::set(d, "definition", kBnDefinitions[index]);
+  python::set(d, "op", kPassNames[static_cast<int>(kernel.pass)]);
   return d;
 }
 
-py::list list_of(int count, py::dict (*describe)(int)) {
-  py::list kernels;
-  for (int i = 0; i < count; ++i) kernels.append(describe(i));
+Object list_of(int count, Object (*describe)(int)) {
+  Object kernels(PyList_New(0));
+  for (int i = 0; i < count; ++i) python::append(kernels, describe(i));
   return kernels;
+}
+
+// ---- tensor maps ----
+
+template <class T, size_t kCount>
+Object first_of(const T (&values)[kCount], int count) {
+  Object result(PyTuple_New(count));
+  for (int i = 0; i < count; ++i)
+    python::check(PyTuple_SetItem(result.get(), i, python::value(values[i]).release()));
+  return result;
+}
+
+// The parameters of cuTensorMapEncodeTiled or cuTensorMapEncodeIm2col and the tensor's name; None: no such
+// map.
+Object map_of(const TensorMapPlan& map) {
+  if (map.rank == 0) return python::none();
+  Object d = python::dict({{"data_type", map.data_type},
+                           {"interleave", 0},
+                           {"swizzle", kMapSwizzle128},
+                           {"l2_promotion", kMapPromotion256},
+                           {"oob_fill", 0}});
+  python::set(d, "tensor", tensor_name(map.slot));
+  python::set(d, "mode", map.im2col ? "im2col" : "tiled");
+  python::set(d, "dims", first_of(map.dims, map.rank));
+  python::set(d, "strides_bytes", first_of(map.strides, map.rank - 1));
+  python::set(d, "box", first_of(map.box, map.im2col ? 2 : map.rank));
+  python::set(d, "element_strides", first_of(map.element_strides, map.rank));
+  if (map.im2col) {
+    python::set(d, "lower_corner", first_of(map.lower, 2));
+    python::set(d, "upper_corner", first_of(map.upper, 2));
+  }
+  return d;
+}
+
+Object maps_of(const Plan& plan) {
+  Object maps(PyList_New(0));
+  if (kernel_info(plan.kernel).load != Load::kTensorMap) return maps;
+  for (const TensorMapPlan& map : plan.maps) python::append(maps, map_of(map));
+  return maps;
 }
 
 // ---- plans ----
@@ -225,8 +247,8 @@ int64_t offset_of(const BnPlan&, int slot) {
   return bn_tensor_offset(slot);
 }
 
-py::tuple triple(const int32_t (&v)[3]) {
-  return py::make_tuple(v[0], v[1], v[2]);
+Object triple(const int32_t (&v)[3]) {
+  return Object(Py_BuildValue("iii", v[0], v[1], v[2]));
 }
 
 // body(slot) for every tensor that the launch has.
@@ -237,127 +259,136 @@ void for_tensors(const Plan& plan, Body&& body) {
   }
 }
 
-template <class T, size_t kCount>
-py::tuple first_of(const T (&values)[kCount], int count) {
-  py::tuple result(count);
-  for (int i = 0; i < count; ++i) result[i] = values[i];
+// Everything one launch needs except addresses, by name; the plan itself is behind what has an index.
+PyStructSequence_Field kPlanNames[] = {
+    {"kernel", "symbol"},
+    {"grid", nullptr},
+    {"block", nullptr},
+    {"dynamic_shared_bytes", nullptr},
+    {"workspace_bytes", nullptr},
+    {"counter_bytes", "First bytes of the workspace: zero before the first launch."},
+    {"argument", "Bytes of the kernel's only parameter, every address zero."},
+    {"pointers", "Offset in `argument` of each tensor's address."},
+    {"alignment", "Bytes that each tensor's address must be a multiple of."},
+    {"configuration", "The kernel's row of the catalogue; None for a training pass."},
+    {"splits", "How many blocks share the sum of one tile; None for a training pass."},
+    {"steps", "Steps of the sum: splitting it further leaves blocks idle. None for a training pass."},
+    {"maps",
+     "The tensor maps behind `argument`, one parameter each; None: 128 bytes that are not read. None for a "
+     "training pass."},
+    {"raw", "The plan, for this module's own functions."},
+    {nullptr, nullptr}};
+constexpr int kPlanIndexed = 13;
+
+PyTypeObject* plan_type() {
+  static PyStructSequence_Desc description = {
+      "fused_resnet.Plan", "Everything one launch needs except addresses.", kPlanNames, kPlanIndexed};
+  static PyTypeObject* type = PyStructSequence_NewType(&description);
+  if (!type) throw python::Raised();
+  return type;
+}
+
+template <class Plan>
+Object plan_object(const Plan& plan) {
+  Object pointers = python::dict(), alignment = python::dict();
+  for_tensors(plan, [&](int slot) {
+    const Object offset = python::value(offset_of(plan, slot));
+    python::check(PyDict_SetItem(pointers.get(), offset.get(), python::value(name_of(plan, slot)).get()));
+    python::set(alignment, name_of(plan, slot), plan.alignment[slot]);
+  });
+  Object result(PyStructSequence_New(plan_type()));
+  Py_ssize_t index = 0;
+  const auto put = [&](Object item) { PyStructSequence_SetItem(result.get(), index++, item.release()); };
+  put(python::value(symbol_of(plan)));
+  put(triple(plan.grid));
+  put(triple(plan.block));
+  put(python::value(plan.dynamic_shared_bytes));
+  put(python::value(plan.workspace_bytes));
+  put(python::value(plan.counter_bytes));
+  put(python::bytes(plan.params));
+  put(std::move(pointers));
+  put(std::move(alignment));
+  if constexpr (std::is_same_v<Plan, fused_resnet::Plan>) {
+    const ConvParams& params = plan.params;
+    put(kernel_dict(plan.kernel));
+    put(python::value(params.splits));
+    put(python::value(params.source[0].steps + (params.sources == 2 ? params.source[1].steps : 0)));
+    put(maps_of(plan));
+  } else {
+    while (index < kPlanIndexed) put(python::none());
+  }
+  put(python::bytes(plan));
   return result;
 }
 
-// The parameters of cuTensorMapEncodeTiled or cuTensorMapEncodeIm2col and the tensor's name; None: no such
-// map.
-py::object map_dict(const TensorMapPlan& map) {
-  if (map.rank == 0) return py::none();
-  py::dict d;
-  d["tensor"] = tensor_name(map.slot);
-  d["mode"] = map.im2col ? "im2col" : "tiled";
-  d["data_type"] = map.data_type;
-  d["dims"] = first_of(map.dims, map.rank);
-  d["strides_bytes"] = first_of(map.strides, map.rank - 1);
-  d["box"] = first_of(map.box, map.im2col ? 2 : map.rank);
-  d["element_strides"] = first_of(map.element_strides, map.rank);
-  if (map.im2col) {
-    d["lower_corner"] = first_of(map.lower, 2);
-    d["upper_corner"] = first_of(map.upper, 2);
-  }
-  d["interleave"] = 0;
-  d["swizzle"] = kMapSwizzle128;
-  d["l2_promotion"] = kMapPromotion256;
-  d["oob_fill"] = 0;
-  return d;
+// ---- the module's functions ----
+
+template <class Plan, class Request>
+PyObject* planned(PyObject* arguments, PyObject* keywords, Request (*read)(PyObject*),
+                  int (*make)(const Request&, const DeviceProperties&, Plan&, char*, int)) {
+  return python::answer([&] {
+    PyObject* device = nullptr;
+    if (!PyArg_ParseTuple(arguments, "O", &device)) throw python::Raised();
+    Plan plan;
+    char error[kErrorBytes];
+    if (make(read(keywords), device_of(device), plan, error, kErrorBytes)) throw std::invalid_argument(error);
+    return plan_object(plan);
+  });
 }
 
-// Local to its module, since _C and _C_cuda have them both.
-template <class Plan>
-py::class_<Plan> bind_plan(py::module_& m, const char* name) {
-  return py::class_<Plan>(m, name, "Everything one launch needs except addresses.", py::module_local())
-      .def_property_readonly("kernel", [](const Plan& p) { return symbol_of(p); })
-      .def_property_readonly("grid", [](const Plan& p) { return triple(p.grid); })
-      .def_property_readonly("block", [](const Plan& p) { return triple(p.block); })
-      .def_readonly("dynamic_shared_bytes", &Plan::dynamic_shared_bytes)
-      .def_readonly("workspace_bytes", &Plan::workspace_bytes)
-      .def_readonly("counter_bytes", &Plan::counter_bytes,
-                    "First bytes of the workspace: zero before the first launch.")
-      .def_property_readonly(
-          "argument", [](const Plan& p) { return bytes(p.params); },
-          "Bytes of the kernel's only parameter, every address zero.")
-      .def_property_readonly(
-          "pointers",
-          [](const Plan& p) {
-            py::dict d;
-            for_tensors(p, [&](int slot) { d[py::int_(offset_of(p, slot))] = name_of(p, slot); });
-            return d;
-          },
-          "Offset in `argument` of each tensor's address.")
-      .def_property_readonly(
-          "alignment",
-          [](const Plan& p) {
-            py::dict d;
-            for_tensors(p, [&](int slot) { d[name_of(p, slot)] = p.alignment[slot]; });
-            return d;
-          },
-          "Bytes that each tensor's address must be a multiple of.");
+PyObject* plan(PyObject*, PyObject* arguments, PyObject* keywords) {
+  return planned<Plan>(arguments, keywords, &plan_request, &make_plan);
 }
+PyObject* plan_training(PyObject*, PyObject* arguments, PyObject* keywords) {
+  return planned<BnPlan>(arguments, keywords, &bn_request, &make_bn_plan);
+}
+PyObject* plan_request_bytes(PyObject*, PyObject*, PyObject* keywords) {
+  return python::answer([&] { return python::bytes(plan_request(keywords)); });
+}
+PyObject* training_request_bytes(PyObject*, PyObject*, PyObject* keywords) {
+  return python::answer([&] { return python::bytes(bn_request(keywords)); });
+}
+PyObject* catalogue(PyObject*, PyObject*) {
+  return python::answer([] { return list_of(kernel_count(), &kernel_dict); });
+}
+PyObject* training_catalogue(PyObject*, PyObject*) {
+  return python::answer([] { return list_of(bn_kernel_count(), &bn_kernel_dict); });
+}
+
+constexpr int kKeywords = METH_VARARGS | METH_KEYWORDS;
+PyMethodDef kFunctions[] = {
+    {"plan", python::method(plan), kKeywords,
+     "plan(device, **request) -> Plan, by the fields of PlanRequest (csrc/cuda/plan.h); ValueError with the "
+     "reason."},
+    {"plan_training", python::method(plan_training), kKeywords,
+     "The same for a training pass, by the fields of BnRequest (csrc/cuda/bn_plan.h)."},
+    {"plan_request", python::method(plan_request_bytes), kKeywords,
+     "The bytes of a PlanRequest, for the C API (csrc/cuda/c_api.cpp)."},
+    {"training_request", python::method(training_request_bytes), kKeywords,
+     "The bytes of a BnRequest, for the C API."},
+    {"catalogue", catalogue, METH_NOARGS, "Every kernel of a tail."},
+    {"training_catalogue", training_catalogue, METH_NOARGS, "Every kernel of a training pass."},
+    {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 
-void bind_planner(py::module_& m) {
-  bind_plan<Plan>(m, "Plan")
-      .def_property_readonly("configuration", [](const Plan& p) { return kernel_dict(p.kernel); })
-      .def_property_readonly("splits", [](const Plan& p) { return p.params.splits; })
-      .def_property_readonly(
-          "maps",
-          [](const Plan& p) {
-            py::list maps;
-            if (kernel_info(p.kernel).load != Load::kTensorMap) return maps;
-            for (const TensorMapPlan& map : p.maps) maps.append(map_dict(map));
-            return maps;
-          },
-          "The tensor maps behind `argument`, one parameter each; None: 128 bytes that are not read.")
-      .def_property_readonly(
-          "steps",
-          [](const Plan& p) {
-            return p.params.source[0].steps + (p.params.sources == 2 ? p.params.source[1].steps : 0);
-          },
-          "Steps of the sum: splitting it further leaves blocks idle.");
-  bind_plan<BnPlan>(m, "TrainingPlan");
-  m.def(
-      "plan",
-      [](const py::dict& device, const py::kwargs& request) {
-        return answer(&make_plan, plan_request(request), device);
-      },
-      py::arg("device"),
-      "plan(device, **request) -> Plan, by the fields of PlanRequest (csrc/cuda/plan.h); ValueError with "
-      "the reason.");
-  m.def(
-      "plan_training",
-      [](const py::dict& device, const py::kwargs& request) {
-        return answer(&make_bn_plan, bn_request(request), device);
-      },
-      py::arg("device"), "The same for a training pass, by the fields of BnRequest (csrc/cuda/bn_plan.h).");
-  m.def(
-      "plan_request", [](const py::kwargs& request) { return bytes(plan_request(request)); },
-      "The bytes of a PlanRequest, for the C API (csrc/cuda/c_api.cpp).");
-  m.def(
-      "training_request", [](const py::kwargs& request) { return bytes(bn_request(request)); },
-      "The bytes of a BnRequest, for the C API.");
-  m.def("catalogue", [] { return list_of(kernel_count(), &kernel_dict); }, "Every kernel of a tail.");
-  m.def(
-      "training_catalogue", [] { return list_of(bn_kernel_count(), &bn_kernel_dict); },
-      "Every kernel of a training pass.");
-  m.attr("ABSENT") = int(kAbsent);
-  m.attr("DTYPES") = py::dict(py::arg("float16") = int(kFloat16), py::arg("bfloat16") = int(kBFloat16),
-                              py::arg("float32") = int(kFloat32));
-  m.attr("ACTIVATIONS") =
-      py::dict(py::arg("none") = int(kActivationNone), py::arg("relu") = int(kActivationRelu),
-               py::arg("relu6") = int(kActivationRelu6));
-  m.attr("FAMILIES") = py::dict(py::arg("any") = int(kFamilyAny), py::arg("mma") = int(kFamilyMma),
-                                py::arg("wgmma") = int(kFamilyWgmma));
-  m.attr("AFFINE") = py::dict(py::arg("none") = int(kAffineNone), py::arg("both") = int(kAffineBoth),
-                              py::arg("weight") = int(kAffineWeight), py::arg("bias") = int(kAffineBias));
-  py::dict passes;
-  for (size_t i = 0; i < std::extent_v<decltype(kPassNames)>; ++i) passes[kPassNames[i]] = i;
-  m.attr("PASSES") = passes;
+void bind_planner(PyObject* module) {
+  python::check(PyModule_AddFunctions(module, kFunctions));
+  python::add(module, "ABSENT", int(kAbsent));
+  python::add(module, "DTYPES",
+              python::dict({{"float16", kFloat16}, {"bfloat16", kBFloat16}, {"float32", kFloat32}}));
+  python::add(
+      module, "ACTIVATIONS",
+      python::dict({{"none", kActivationNone}, {"relu", kActivationRelu}, {"relu6", kActivationRelu6}}));
+  python::add(module, "FAMILIES",
+              python::dict({{"any", kFamilyAny}, {"mma", kFamilyMma}, {"wgmma", kFamilyWgmma}}));
+  python::add(
+      module, "AFFINE",
+      python::dict(
+          {{"none", kAffineNone}, {"both", kAffineBoth}, {"weight", kAffineWeight}, {"bias", kAffineBias}}));
+  const Object passes = python::dict();
+  for (size_t i = 0; i < std::extent_v<decltype(kPassNames)>; ++i) python::set(passes, kPassNames[i], i);
+  python::check(PyModule_AddObjectRef(module, "PASSES", passes.get()));
 }
 
 }  // namespace fused_resnet

@@ -24,7 +24,6 @@ from tests.support.toolchain import why_not
 if reason := why_not("g++", "nvcc"):
     pytest.skip(reason, allow_module_level=True)
 
-import pybind11
 
 from fused_resnet.aot.cuda import build_module
 from fused_resnet.aot.planner import cache_directory, source_directory
@@ -62,7 +61,7 @@ def _compile(folder: Path, csrc: Path) -> Path:
     ptxi_home = Path(os.environ["PTXI_HOME"])
     torch_include = Path(torch.__file__).parent / "include"
     includes = [
-        *(f"-I{d}" for d in toolkit.include_dirs), f"-I{sources}", f"-I{pybind11.get_include()}",
+        *(f"-I{d}" for d in toolkit.include_dirs), f"-I{sources}",
         f"-I{sysconfig.get_paths()['include']}", f"-I{torch_include}",
     ]  # fmt: skip
     flags = [

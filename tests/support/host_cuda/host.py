@@ -23,7 +23,6 @@ from enum import IntEnum
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-import pybind11
 import torch
 from torch import Tensor
 
@@ -164,7 +163,7 @@ class HostCuda:
         if sources_key(self.csrc, ".cpp") == sources_key(CSRC, ".cpp"):
             return planner()
         sources = [*build_module(self.csrc).PLANNER, self.csrc / "bindings_planner.cpp", HERE / "planner_module.cpp"]
-        include_dirs = (self.csrc, Path(pybind11.get_include()), Path(sysconfig.get_paths()["include"]))
+        include_dirs = (self.csrc, Path(sysconfig.get_paths()["include"]))
         name = f"planner_{sources_key(self.csrc, '.cpp')}"
         flags = ("-O1", "-fvisibility=hidden", f"-DMUTATED_PLANNER={name}", *(f"-I{path}" for path in include_dirs))
         path = self._build(f"{name}.so", sources, flags)
