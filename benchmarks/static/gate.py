@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from benchmarks.static import sass, table
 from fused_resnet.aot.cuda import assemble_kernel
-from fused_resnet.aot.planner import DEVICES, Kernel
+from fused_resnet.aot.planner import Kernel
+from fused_resnet.backends.cuda_launch import DEVICES
 
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 

@@ -15,48 +15,13 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from ..backends.cuda import NormRequest, plan_request
+from ..backends.cuda_launch import DEVICES, Device
 from ..core import extensions, user_cache
 from ..core.problem import Problem
 from .launch_json import Launch, TensorSpec, by_value, default_bn_dtype, tensor_specs, tensormap, workspace_spec
 
 #: The operation that a launch.json's problem names where the tail's kernel takes statistics instead.
 CONV_STATS = "conv_bn_stats"
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the planner asks of a GPU: number of SMs, and shared memory in bytes."""
-
-    sm_count: int
-    capability: int
-    shared_per_block: int
-    shared_per_sm: int
-    wgmma: bool = False  # whether it runs the kernels on wgmma and tensor maps
-
-    @property
-    def properties(self) -> dict[str, int]:
-        """As the planner takes them."""
-        return {
-            "sm_count": self.sm_count, "capability": self.capability,
-            "shared_bytes_per_block": self.shared_per_block, "shared_bytes_per_sm": self.shared_per_sm,
-            "wgmma": int(self.wgmma),
-        }  # fmt: skip
-
-
-def _device(capability: int, sm_count: int, shared_kib: int) -> Device:
-    return Device(sm_count, capability, (shared_kib - 1) << 10, shared_kib << 10, wgmma=capability == 90)
-
-
-#: A full-size GPU of each architecture: T4, A100, A40, Orin, L40S, H100, B200, B300, RTX 5090, GB10.
-DEVICES = {
-    d.capability: d
-    for d in (
-        Device(40, 75, 64 << 10, 64 << 10),
-        _device(80, 108, 164), _device(86, 84, 100), _device(87, 16, 164), _device(89, 142, 100),
-        _device(90, 132, 228), _device(100, 148, 228), _device(103, 148, 228), _device(120, 170, 100),
-        _device(121, 48, 100),
-    )
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from ..backends.cuda import dtype_code
+from ..backends.cuda_launch import Device
 from ..core.problem import DTYPES, dtype_name
 from ..core.reference import ACTIVATIONS
 from ..core.training_call import mask_words
 from .launch_json import Launch, TensorSpec, by_value, workspace_spec
-from .planner import Device, Entry, Planner, device_for, kernel_of, planner
+from .planner import Entry, Planner, device_for, kernel_of, planner
 
 OPS = ("bn_stats", "bn_apply_add_relu", "bn_backward_reduce", "bn_backward_apply")
 _MACROS = tuple(f"FUSED_RESNET_BN_{name}_KERNELS" for name in ("STATS", "APPLY", "BACKWARD_REDUCE", "BACKWARD_APPLY"))

@@ -213,6 +213,11 @@ def _too_old(index: int) -> str | None:
     return None if runs else f"cuda: the extension was built for {' '.join(built)}, got sm_{capability}"
 
 
+def properties(index: int) -> dict[str, int] | None:
+    """What the planner is told of this machine's GPU; None where the extension does not run on it."""
+    return None if (why_not_loaded() or _too_old(index)) is not None else _properties(index)
+
+
 @lru_cache
 def _properties(index: int) -> dict[str, int]:
     properties: dict[str, int] = _loaded().device_properties(index)
@@ -233,20 +238,22 @@ def _refusal(problem: Problem, index: int) -> str | None:
 def _plan(
     problem: Problem, properties: dict[str, int], chosen: Configuration = AUTO, tail: TailArguments | None = None
 ) -> Any:
-    """The planner's answer for aligned tensors; ValueError with its sentence where it refuses.
-
-    Without ``tail`` BN is taken to be affine and in float32, which matters to no tile.
-    """
+    """The planner's answer for aligned tensors; ValueError with its sentence where it refuses."""
     extension = _loaded()
+    request = request_of(extension, problem, tail)
+    request |= {"tile_m": chosen.tile_m, "tile_n": chosen.tile_n, "splits": chosen.splits}
+    request |= {"family": extension.FAMILIES["wgmma" if chosen.wgmma else "any"]}
+    return extension.plan(properties, **request)
+
+
+def request_of(extension: ModuleType, problem: Problem, tail: TailArguments | None = None) -> dict[str, int | float]:
+    """The problem as `plan` takes it, without ``tail`` with an affine BN in float32: that matters to no tile."""
     proj = problem.projection
-    request = plan_request(
+    return plan_request(
         extension, problem,
         _norm_request(problem.dtype, problem.bias, problem.bn, tail and tail.conv),
         _norm_request(problem.dtype, proj.bias, proj.bn, tail and tail.proj) if proj else NormRequest(),
     )  # fmt: skip
-    request |= {"tile_m": chosen.tile_m, "tile_n": chosen.tile_n, "splits": chosen.splits}
-    request |= {"family": extension.FAMILIES["wgmma" if chosen.wgmma else "any"]}
-    return extension.plan(properties, **request)
 
 
 class NormRequest(NamedTuple):

@@ -2,7 +2,8 @@
 
 Status: expected not slower than eager, **unmeasured**. The rule stands until a GPU's tuning file is committed, and
 ``fused-resnet tune`` replaces it on any machine. It compares what :mod:`fused_resnet.kernels.gpu_model`
-expects of each way to run the call: the device's time, or the host's where that is longer.
+expects of each way to run the call: the device's time, or the host's where that is longer. Of the backend ``cuda``
+that is the time of the kernels that its planner would launch (:mod:`.cuda_launch`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 from ..core.problem import Problem
 from ..devices import Device
 from ..kernels import gpu_model
+from . import cuda_launch
 
 #: What our own kernels are taken to need more than the model says, until a GPU has measured them.
 UNMEASURED = 1.05
@@ -23,9 +25,14 @@ TIE = 0.02
 PREFERENCE = ("cuda", "triton", "cudnn", "two_pass", "eager")
 
 
-def order(backends: Iterable[str], problem: Problem, device: Device) -> list[str]:
-    """The names ``backends``, the one to be tried first in front."""
-    expected = {name: seconds(name, problem, device) for name in backends}
+def order(
+    backends: Iterable[str], problem: Problem, device: Device, planned_for: cuda_launch.Device | None = None
+) -> list[str]:
+    """The names ``backends``, the one to be tried first in front.
+
+    ``planned_for``: what the planner of ``cuda`` knows of this machine's GPU; None: a full build on such a device.
+    """
+    expected = {name: seconds(name, problem, device, planned_for) for name in backends}
     best = min(expected.values(), default=0.0)
 
     def rank(name: str) -> tuple[float, int]:
@@ -35,10 +42,13 @@ def order(backends: Iterable[str], problem: Problem, device: Device) -> list[str
     return sorted(expected, key=rank)
 
 
-def seconds(backend: str, problem: Problem, device: Device) -> float:
+def seconds(backend: str, problem: Problem, device: Device, planned_for: cuda_launch.Device | None = None) -> float:
     """The time in which ``backend`` is expected to run ``problem``, calls following each other."""
     if backend not in PREFERENCE:
         backend = "eager"
     ours = UNMEASURED if backend in ("cuda", "triton") else 1.0
-    on_device = gpu_model.device_seconds(backend, problem, device) * ours
+    launch = None
+    if backend == "cuda":
+        launch = cuda_launch.expected(problem, planned_for or cuda_launch.of_row(device))
+    on_device = gpu_model.device_seconds(backend, problem, device, launch) * ours
     return max(on_device, gpu_model.host_seconds(backend, problem))

@@ -10,7 +10,7 @@ import torch
 
 from .. import devices
 from ..core.problem import Problem
-from . import gpu_rule
+from . import cuda_launch, gpu_rule
 from .base import Backend
 
 #: Every backend by name; each lives in the module of the same name, as ``BACKEND``.
@@ -68,8 +68,9 @@ def choose(problem: Problem, name: str = "auto") -> Backend:
         return backend
     ladder: Sequence[str] = _LADDER.get(problem.device_type, ("eager",))
     if problem.device_type == "cuda" and torch.cuda.is_available():
-        device = devices.of(torch.device("cuda", torch.cuda.current_device()))
-        ladder = gpu_rule.order(gpu_rule.PREFERENCE, problem, device)
+        index = torch.cuda.current_device()
+        device = devices.of(torch.device("cuda", index))
+        ladder = gpu_rule.order(gpu_rule.PREFERENCE, problem, device, cuda_launch.of_index(index))
     for candidate in ladder:
         backend = get(candidate)
         if backend.can_run(problem) is None:

@@ -200,13 +200,14 @@ def roofline(
     dtype: DtypeOption = "float16",
     tflops: Annotated[float | None, typer.Option(min=0.0, help="your own 16-bit peak instead of the table's")] = None,
     bandwidth: Annotated[float | None, typer.Option(min=0.0, help="your own memory bandwidth, TB/s")] = None,
+    expected: Annotated[bool, typer.Option("--expected", help="also what a model, unmeasured, expects")] = False,
     measure: Annotated[bool, typer.Option("--measure", help="also run it on this machine's GPU")] = False,
     plot: Annotated[Path | None, typer.Option(help="file for a roofline plot")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Bound what fusion can give on a GPU: FLOPs, bytes, launches and least times of each block, eager and fused.
 
-    Needs no GPU; only --measure does.
+    Needs no GPU; only --measure does. --expected adds each kernel's time by a model, and the family that multiplies.
     """
     from .. import devices
     from .. import roofline as rooflines
@@ -232,6 +233,8 @@ def roofline(
         console.print_json(json.dumps(result.as_dict()))
     else:
         console.print(result.table())
+        if expected:
+            console.print(rooflines.expected.table(result.tails(), gpu))
         say(f"full fusion can be at most {result.speedup:.2f}x as fast as eager on this device, by its bounds")
     if plot is not None:
         with user_errors(ImportError, OSError, ValueError, prefix="--plot: "):

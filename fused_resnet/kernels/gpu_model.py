@@ -5,7 +5,8 @@ is an assumption to about 30 %, until a GPU has been asked (benchmarks/gpu_day.s
 
     time = max(FLOPs / (rate * fill * D / (D + prologue)), bytes / (bandwidth * share)) + fixed
 
-D is the depth of the sum, R*S*C and the projection's C. ``fill`` is how much of the SMs the best tile keeps busy.
+D is the depth of the sum, R*S*C and the projection's C. ``fill`` is how much of the SMs the best tile keeps busy, or
+the tile that a planner has chosen. Which family runs a call of the backend ``cuda`` is its planner's to say.
 """
 
 from __future__ import annotations
@@ -33,11 +34,27 @@ class Family:
         return self.rates.get(device.capability[0], min(self.rates.values()))
 
 
-#: Of the tensor peak as measured. cuda: mma.sync, which does not reach the peak of Hopper and of datacentre Blackwell.
-#: On Turing its copies pass registers. triton: wgmma on Hopper. cudnn: a convolution alone. mma.sync reads 16 bytes a
-#: thread.
+@dataclass(frozen=True)
+class Launch:
+    """A kernel of ours as its planner would launch it: the tile, the blocks that share its sum, the depth it walks."""
+
+    family: str  # "wgmma", "mma.sync" or, for exact float32, "FMA"
+    m: int
+    n: int
+    splits: int
+    depth: int  # in whole steps, so at least R*S*C and the projection's C
+
+    def __str__(self) -> str:
+        return f"{self.family} {self.m}x{self.n}" + (f" splitk={self.splits}" if self.splits > 1 else "")
+
+
+#: Of the tensor peak as measured. mma.sync: the C++ kernels, whose instruction does not reach the peak of Hopper and of
+#: datacentre Blackwell; on Turing their copies pass registers. wgmma: the C++ kernels for Hopper, persistent and with
+#: copies that run ahead into the next tile, so that of a tile's start and end only the store is left. triton: wgmma on
+#: Hopper. cudnn: a convolution alone. mma.sync reads 16 bytes a thread.
 FAMILIES: dict[str, Family] = {
-    "cuda": Family({7: 0.60, 8: 0.80, 9: 0.63, 10: 0.25, 12: 0.80}, 160, 0.82, 2.5e-6),
+    "wgmma": Family({9: 0.91}, 64, 0.88, 2e-6),
+    "mma.sync": Family({7: 0.60, 8: 0.80, 9: 0.63, 10: 0.25, 12: 0.80}, 160, 0.82, 2.5e-6),
     "triton": Family({8: 0.75, 9: 0.76, 10: 0.60, 12: 0.75}, 220, 0.82, 2.8e-6),
     "cudnn": Family({7: 0.80, 8: 0.85, 9: 0.86, 10: 0.80, 12: 0.80}, 160, 0.85, 2.5e-6),
 }
@@ -45,7 +62,7 @@ FAMILIES: dict[str, Family] = {
 #: Where pixels are narrower than a 16-byte load, as the stem's three channels: ours gathers them (961 instructions for
 #: 32 products of tiles), the others load less per instruction too. Whole kernels: filling the SMs is in the rate.
 NARROW: dict[str, Family] = {
-    "cuda": Family({9: 0.076}, 0, 0.70, 3e-6),
+    "mma.sync": Family({9: 0.076}, 0, 0.70, 3e-6),
     "triton": Family({9: 0.152}, 0, 0.70, 3e-6),
     "cudnn": Family({9: 0.215}, 0, 0.80, 3e-6),
 }
@@ -75,30 +92,39 @@ def memory_bound(problem: Problem, flops: float = 790e12, bandwidth: float = 4.3
     return problem.flops / flops < problem.compulsory_bytes / bandwidth
 
 
-def filled(problem: Problem, sms: int) -> float:
-    """The share of SM time that the best tile and split keep busy, times how well that tile feeds the tensor cores."""
+def _filled(problem: Problem, sms: int, tile: tuple[int, int, float], split: int) -> float:
+    m, n, quality = tile
     pixels = max(1, problem.n * problem.p * problem.q)
-    best = 0.0
-    for m, n, quality in TILES:
-        tiles = math.ceil(pixels / m) * math.ceil(problem.k / n)
-        useful = pixels * problem.k / (tiles * m * n)
-        for split in SPLITS:
-            waves = tiles * split / sms
-            cost = 1.0 if split == 1 else SPLIT_QUALITY  # the partial sums travel
-            best = max(best, quality * useful * cost * waves / math.ceil(waves))
-    return best
+    tiles = math.ceil(pixels / m) * math.ceil(problem.k / n)
+    useful = pixels * problem.k / (tiles * m * n)
+    waves = tiles * split / sms
+    cost = 1.0 if split == 1 else SPLIT_QUALITY  # the partial sums travel
+    return quality * useful * cost * waves / math.ceil(waves)
 
 
-def kernel(name: str, problem: Problem, device: Device, moved: float | None = None) -> float:
-    """Seconds of one kernel of the family ``name`` that computes ``problem`` and moves ``moved`` bytes."""
+def filled(problem: Problem, sms: int, launch: Launch | None = None) -> float:
+    """The share of SM time that a tile keeps busy, times how well it feeds the tensor cores: that of ``launch``, or of
+    the best tile and split."""
+    if launch is not None:
+        (tile,) = (tile for tile in TILES if tile[:2] == (launch.m, launch.n))
+        return _filled(problem, sms, tile, launch.splits)
+    return max(_filled(problem, sms, tile, split) for tile in TILES for split in SPLITS)
+
+
+def kernel(
+    name: str, problem: Problem, device: Device, moved: float | None = None, launch: Launch | None = None
+) -> float:
+    """Seconds of one kernel of the family ``name`` that computes ``problem`` and moves ``moved`` bytes, with the
+    tile of ``launch`` if one is known."""
     narrow = problem.c // problem.groups * problem.dtype.itemsize % 16 != 0
     family = (NARROW if narrow else FAMILIES)[name]
     peak = device.flops(problem.dtype, problem.tf32)
     if problem.dtype.itemsize == 2 or problem.tf32:
         depth = problem.r * problem.s * (problem.c // problem.groups)
         depth += problem.projection.c if problem.projection else 0
-        peak *= family.rate(device) * depth / (depth + family.prologue)
-    rate = peak * (1.0 if narrow else filled(problem, device.sms))
+        walked = launch.depth if launch else depth
+        peak *= family.rate(device) * depth / (walked + family.prologue)
+    rate = peak * (1.0 if narrow else filled(problem, device.sms, launch))
     traffic = problem.compulsory_bytes if moved is None else moved
     return max(problem.flops / rate, traffic / (device.bandwidth * family.share)) + family.fixed
 
@@ -108,10 +134,14 @@ def passes(moved: float, launches: int, device: Device) -> float:
     return moved / (device.bandwidth * PASS_SHARE) + launches * PASS_FIXED
 
 
-def device_seconds(backend: str, problem: Problem, device: Device) -> float:
-    """What the GPU takes for a call by ``backend``."""
-    if backend in ("cuda", "triton"):
-        return kernel(backend, problem, device)
+def device_seconds(backend: str, problem: Problem, device: Device, launch: Launch | None = None) -> float:
+    """What the GPU takes for a call by ``backend``. ``launch``: what ``cuda`` launches, else mma.sync at its best."""
+    if backend == "cuda":
+        if launch is not None and launch.family == "wgmma":
+            return kernel("wgmma", problem, device, launch=launch)
+        return kernel("mma.sync", problem, device)
+    if backend == "triton":
+        return kernel("triton", problem, device)
     y = problem.n * problem.p * problem.q * problem.k * problem.dtype.itemsize
     out = y // problem.dtype.itemsize * problem.output_dtype.itemsize
     added = 0 if problem.residual is None else y // problem.dtype.itemsize * problem.residual.itemsize

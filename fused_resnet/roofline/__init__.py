@@ -2,7 +2,8 @@
 
 Each kernel takes at least ``max(FLOPs / peak FLOP/s, compulsory bytes / DRAM bandwidth)``: every input read once,
 the output written once, no time for launches. Fusion lowers the bytes and the launches, not the FLOPs; the ratio of
-the two sums bounds what it can give. :func:`measure` adds what a GPU really takes.
+the two sums bounds what it can give. :mod:`.expected` has what the model behind the rule of ``auto`` expects of each
+kernel, and :func:`measure` adds what a GPU really takes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from .. import devices
 from ..devices import Device
 from ..kernels import gpu_model
+from . import expected
 from .kernel_count import Kernel, count
 
 if TYPE_CHECKING:
@@ -77,6 +79,10 @@ class Roofline:
         """Seconds of the whole network at least; ``side`` is ``"eager"`` or ``"fused"``."""
         return sum(getattr(row, side).bound(self.device) for row in self.rows)
 
+    def tails(self) -> list[expected.Tail]:
+        """What the fused tails are expected to take here by the model of :mod:`.expected`, not measured."""
+        return expected.tails([kernel for row in self.rows for kernel in row.fused.kernels], self.device)
+
     @property
     def speedup(self) -> float:
         """What fusion can give at most here: the eager bound over the fused one."""
@@ -109,6 +115,7 @@ class Roofline:
             "bound_seconds": {side: self.bound(side) for side in ("eager", "fused")},
             "bound_speedup": self.speedup,
             "measured_seconds": dict(self.measured),
+            "expected": expected.as_dict(self.tails()),
         }
 
     def table(self) -> Table:

@@ -7,6 +7,7 @@ not, at any batch size, in milliseconds and without memory.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class Kernel:
     flops: int
     bytes: int
     dtype: torch.dtype
+    problem: Problem | None = None  # of a fused tail, as on a GPU
 
 
 def _size(t: Tensor) -> int:
@@ -81,10 +83,10 @@ class TrafficMode(TorchDispatchMode):
         if "batch_norm" in name:
             outputs = outputs[:1]  # the statistics that it returns besides are empty in evaluation mode
         traffic = sum(map(_size, inputs)) + sum(map(_size, outputs))
-        flops = 0
+        flops, problem = 0, None
         if name.startswith("fused_resnet::conv_bn") and not name.endswith("stats"):
             tail, _ = _ops.tail.to_tail(name.removeprefix("fused_resnet::"), *args, **kwargs)
-            problem = Problem.from_tail(tail)
+            problem = dataclasses.replace(Problem.from_tail(tail), device_type="cuda")
             flops, traffic = problem.flops, problem.compulsory_bytes
         elif name in ("aten::convolution", "aten::_convolution", "fused_resnet::conv_bn_stats"):
             x, weight, stride = args[0], args[1], args[3]
@@ -93,7 +95,7 @@ class TrafficMode(TorchDispatchMode):
         elif name in ("aten::addmm", "aten::mm"):
             matrix = args[1] if name == "aten::addmm" else args[0]
             flops = 2 * outputs[0].numel() * matrix.shape[-1]
-        self.kernels.append(Kernel(name, _running(self._names), flops, traffic, outputs[0].dtype))
+        self.kernels.append(Kernel(name, _running(self._names), flops, traffic, outputs[0].dtype, problem))
 
 
 def _running(names: dict[int, str]) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, devices
-from ..backends import gpu_rule
+from ..backends import cuda_launch, gpu_rule
 from ..core.problem import Problem
 from ..core.reference import TailArguments
 from . import candidates as _candidates
@@ -123,7 +123,9 @@ def in_order(call: Call, device: torch.device, backend: str, store: Store, may_t
         offered = _candidates.of_backend(backend, problem, device)
     elif device.type == "cuda":
         offered = _candidates.every(problem, device)
-        order = gpu_rule.order(dict.fromkeys(c.backend for c in offered), problem, devices.of(device))
+        index = torch.cuda.current_device() if device.index is None else device.index
+        names, here = dict.fromkeys(c.backend for c in offered), cuda_launch.of_index(index)
+        order = gpu_rule.order(names, problem, devices.of(device), here)
         offered.sort(
             key=lambda candidate: order.index(candidate.backend)
         )  # stable: each backend's own preference stands

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backends import cpu
+from ..backends import cpu, cuda_launch
 from ..core.problem import dtype_name
 from .arguments import require_module
 from .discovery import Discovery, Found, discover
@@ -184,10 +184,14 @@ def build_frozen(frozen: FrozenModel) -> Explanation:
 
 
 def _arithmetic(dtype: torch.dtype, device: torch.device) -> list[str]:
-    """How this device computes a 16-bit type, where that is not with kernels of ours."""
-    if device.type != "cpu" or dtype.itemsize != 2:
+    """How this device computes a 16-bit type: a GPU with which kernels of ours, a CPU where it is not with ours."""
+    if device.type not in ("cpu", "cuda") or dtype.itemsize != 2:
         return []
-    sentence = cpu.arithmetic(dtype)
+    if device.type == "cpu":
+        sentence = cpu.arithmetic(dtype)
+    else:
+        here = cuda_launch.of_index(torch.cuda.current_device() if device.index is None else device.index)
+        sentence = None if here is None else cuda_launch.arithmetic(dtype, here)
     return [] if sentence is None else [sentence]
 
 

@@ -208,7 +208,9 @@ def test_roofline_needs_no_gpu(model_file: Path, tmp_path: Path) -> None:
     document = json.loads(ok("roofline", spec, "-s", 32, "-b", 8, "--device", "A100 40GB", "--json"))
     assert document["device"] == "A100 40GB"
     assert document["bound_speedup"] > 1.2
-    text = ok("roofline", spec, "-s", 32, "-b", 8, "--plot", tmp_path / "roof.png")
+    assert {tail["family"] for tail in document["expected"]["tails"]} == {"mma.sync"}
+    text = ok("roofline", spec, "-s", 32, "-b", 8, "--expected", "--plot", tmp_path / "roof.png")
+    assert "by the model, not measured: H100" in text
     assert "full fusion can be at most" in text
     assert (tmp_path / "roof.png").stat().st_size > 5000
     assert "device: expected one of" in fails("roofline", spec, "--device", "abacus")

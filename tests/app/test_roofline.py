@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from fused_resnet import devices, surgery
 from fused_resnet.core.problem import Problem
+from fused_resnet.kernels import gpu_model
 from fused_resnet.nn import FusedConvBNReLU
-from fused_resnet.roofline import Roofline, Row, Work, measure, roofline, seconds
+from fused_resnet.roofline import Roofline, Row, Work, expected, measure, roofline, seconds
 from fused_resnet.roofline.kernel_count import Kernel, count
 
 torchvision = pytest.importorskip("torchvision")
@@ -102,6 +103,34 @@ def test_blocks_line_up(resnet18: tuple[nn.Module, nn.Module]) -> None:
         assert row.fused.flops == row.eager.flops
         assert row.fused.bytes < row.eager.bytes
     assert "layer3.1" in str(result.as_dict())
+
+
+def test_what_the_model_expects_names_the_family(resnet18: tuple[nn.Module, nn.Module]) -> None:
+    from rich.console import Console
+
+    for name, family, quicker in (("H200", "wgmma 256x128", True), ("A100", "mma.sync 128x128", False)):
+        device = devices.find(name)
+        result = roofline(resnet18[0], (256, 3, 224, 224), device=device, fused=resnet18[1])
+        tails = result.tails()
+        assert sum(tail.calls for tail in tails) == 17
+        assert (expected.total(tails, "cuda") < 0.9 * expected.total(tails, "mma.sync")) == quicker
+        assert expected.total(tails, "auto") <= 1.06 * min(expected.total(tails, side) for side in expected.SIDES)
+        for tail in tails:
+            assert min(tail.seconds.values()) > seconds_of_bound(tail.problem, device)
+        numbers = result.as_dict()["expected"]
+        assert numbers["source"] == "model, not measured"
+        assert family in {row["launch"] for row in numbers["tails"]}
+        assert numbers["seconds"]["cuda"] == pytest.approx(expected.total(tails, "cuda"))
+        console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console.print(expected.table(tails, device))
+        text = console.export_text()
+        assert "not measured" in text
+        assert family in text
+        assert "…" not in text, "wider than 80 columns"
+
+
+def seconds_of_bound(problem: Problem, device: devices.Device) -> float:
+    return gpu_model.bound(problem.flops, problem.compulsory_bytes, problem.dtype, device)
 
 
 def test_compulsory_bytes_of_the_fused_operator_are_the_problems(resnet18: tuple[nn.Module, nn.Module]) -> None:

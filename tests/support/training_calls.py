@@ -15,8 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fused_resnet.aot.planner import Device
 from fused_resnet.aot.training import OPS, TrainingCall
+from fused_resnet.backends.cuda_launch import Device
 from fused_resnet.backends.training.eager import BACKEND as EAGER
 from fused_resnet.backends.training.eager import pack_mask, unpack_mask
 from fused_resnet.core.training_call import BackwardPass, BatchNorm, ForwardPass, Gradients, GradMeans, mask_words

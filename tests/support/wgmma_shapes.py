@@ -13,7 +13,8 @@ from functools import lru_cache
 
 import torch
 
-from fused_resnet.aot.planner import Device, Kernel, device_for, planner
+from fused_resnet.aot.planner import Kernel, device_for, planner
+from fused_resnet.backends.cuda_launch import Device
 from fused_resnet.core.problem import Problem, Projection
 
 PER_KERNEL = 20

@@ -29,9 +29,9 @@ def test_the_rule_prefers_fusion_where_memory_binds() -> None:
     assert order[-1] == "eager"
 
 
-def test_the_rule_leaves_mma_sync_where_hoppers_tensor_cores_bind() -> None:
+def test_the_rule_leaves_mma_sync_where_blackwells_tensor_cores_bind() -> None:
     deep = "n=256,h=14,w=14,c=256,k=256,padding=1,dtype=float16,residual=1"
-    order = _best(deep, "H200")
+    order = _best(deep, "B200")
     assert order.index("cuda") > order.index("triton")
     assert order.index("two_pass") < order.index("eager")
 

@@ -11,7 +11,8 @@ from functools import lru_cache
 
 import torch
 
-from fused_resnet.aot.planner import DEVICES, Kernel, planner
+from fused_resnet.aot.planner import Kernel, planner
+from fused_resnet.backends.cuda_launch import DEVICES
 from fused_resnet.core.problem import Problem, Projection
 from tests.support.host_cuda.host import Order
 
