@@ -47,6 +47,11 @@ class Value(NamedTuple):
     original: Tensor | None = None
     """What eager has here, where it is not ``tensor``, or strided in a way that neither format describes."""
 
+    @property
+    def fresh(self) -> bool:
+        """Whether ``tensor`` is what eager has here, in another layout at most, and no copy beside it."""
+        return self.original is None
+
 
 def enter(x: Any) -> Any:
     """``x`` as a :class:`Value`; anything that is not an image in a plain floating-point tensor stays what it is."""
@@ -69,6 +74,9 @@ def leave(x: Any) -> Any:
 class Recorded:
     """Stands for a :class:`Value` while a network is frozen: tails are noted instead of run."""
 
+    fresh = False
+    """See :attr:`Value.fresh`."""
+
     def tail(
         self, conv: nn.Conv2d, bn: Any, residual: Any, projection: Any, pool: Any, activation: str, options: Options,
         residual_first: bool = False,
@@ -82,6 +90,15 @@ class Recorded:
 
     def apply(self, function: Callable[[Tensor], Any]) -> Any:
         """See :func:`apply`."""
+        raise NotImplementedError
+
+    def in_any_layout(self, function: Callable[..., Any]) -> Any:
+        """See :func:`.between.in_any_layout`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def joined(values: list[Any], dim: int) -> Any:
+        """See :func:`.between.cat`."""
         raise NotImplementedError
 
 
@@ -115,14 +132,14 @@ def may_go_inside(module: nn.Module) -> bool:
     another.
     """
     cls = type(module)
-    if cls.__call__ is not _MODULE_CALL or why_not_bypassed(module) is not None:
+    if cls.__call__ is not MODULE_CALL or why_not_bypassed(module) is not None:
         return False
     forward: Any = cls.forward
     return cls is nn.Sequential or cls is nn.Identity or getattr(forward, "_runs_inside", None) is forward
 
 
-#: As it was when this file was imported.
-_MODULE_CALL = nn.Module.__call__
+#: ``nn.Module.__call__`` as it was when this file was imported.
+MODULE_CALL = nn.Module.__call__
 
 
 def runs_inside(forward: Any) -> Any:

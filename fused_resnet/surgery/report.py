@@ -160,8 +160,8 @@ def build(model: nn.Module, discovery: Discovery) -> Explanation:
     notes = []
     if not entries:
         notes.append(
-            f"No block of this {original_class(model).__name__} adds a residual to a convolution's output: "
-            "there is no residual tail to fuse, and the model is left as it is."
+            f"No convolution of this {original_class(model).__name__} is followed by a batch norm or added to: "
+            "there is no tail to fuse, and the model is left as it is."
         )
     ordered = tuple(sorted(entries.values(), key=lambda e: order[e.name]))
     return Explanation(original_class(model).__name__, ordered, tuple(notes))

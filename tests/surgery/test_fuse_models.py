@@ -136,7 +136,7 @@ def test_pairs_outside_blocks_are_fused_where_they_are() -> None:
     model = randomise(torchvision.models.segmentation.DeepLabV3(backbone(nn.BatchNorm2d), head).eval(), torch.float32)
     fused = fuse(model)
     assert explain(fused).unfused == ()
-    assert explain(fused)["classifier"].launches == 6
+    assert sum(e.launches for e in explain(fused) if e.name.startswith("classifier")) == 6
     x = torch.randn(1, 3, 40, 56)
     with torch.inference_mode():
         expected, got = model(x)["out"], fused(x)["out"]
