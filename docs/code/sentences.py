@@ -79,8 +79,8 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     (r"does not load with torch", "build again beside this torch"),
     (r"package triton is not installed", "`pip install triton`"),
     (r"no NVIDIA GPU is visible|torch sees no GPU", "look at `nvidia-smi` and at `CUDA_VISIBLE_DEVICES`"),
-    (r"needs (sm_80|compute capability 8)", "nothing to do: cuDNN or eager runs on older GPUs"),
-    (r"was built for sm_", "build again with `TORCH_CUDA_ARCH_LIST` naming this GPU's capability"),
+    (r"needs (sm_|compute capability)", "nothing to do: cuDNN or eager runs on older GPUs"),
+    (r"extension was built for", "build again with `TORCH_CUDA_ARCH_LIST` naming this GPU's capability"),
     # what a backend can run
     (r"groups must be 1", "nothing to do: grouped convolutions run on a backend that has them"),
     (r"activation must be relu", "nothing to do: `auto` takes another backend"),
@@ -110,8 +110,6 @@ REMEDIES: tuple[tuple[str, str], ...] = (
      r"other attributes|are no longer|it had |it was a |is gone", "`fused_resnet.refresh(model)`"),
     (r"TorchFunctionMode", "leave the mode's `with` block; inside it blocks run their own forward"),
     # frozen models, gradients
-    (r"gradients are wanted", "wrap inference in `torch.inference_mode()`; train the live model"),
-    (r"autocast is on", "call it outside of autocast; convert the model (`model.bfloat16()`) before freezing it"),
     (r"evaluation mode", "call `model.eval()` before"),
     (r"frozen model cannot be trained", "train `fast.model`, then call `fast.refresh()`"),
     (r"double backward|forward-mode differentiation is not", "`unfuse(model)` for that computation"),

@@ -35,10 +35,9 @@ def compile(  # the name of the command: fused-resnet compile
     ``arch`` is ``"sm_75"`` (cuda alone), ``"sm_80"`` or newer. ``problem`` may be the text that
     :meth:`Problem.parse` reads; in it, or as arguments, ``proj`` adds a projection (``CxHxWxSTRIDE``), ``splitk`` fixes
     the number of blocks that share one tile's sum, ``tile`` the tile configuration (``"128x64"``); by default the
-    planner chooses both. The two eps are
-    BatchNorm's. A text that begins with ``op=`` asks for a training pass instead, such as
-    ``"op=bn_stats,n=8,h=14,w=14,c=64,dtype=float16"`` (see :mod:`.training`), and ``op=conv_bn_stats`` before the
-    text of a problem for its convolution alone, with the statistics of its output. Raises ValueError for what the
+    planner chooses both. The two eps are BatchNorm's. A text that begins with ``op=`` asks for a training pass instead,
+    such as ``"op=bn_stats,n=8,h=14,w=14,c=64,dtype=float16"`` (see :mod:`.training`), and ``op=conv_bn_stats`` before
+    the text of a problem for its convolution alone, with the statistics of its output. Raises ValueError for what the
     backend refuses and RuntimeError where a compiler is missing.
     """
     if backend not in BACKENDS:

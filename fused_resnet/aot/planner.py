@@ -83,13 +83,12 @@ class Kernel(Entry):
     math: str
     load: str
     epilogue: str  # "tail" or "statistics"
+    header = "kernel_entry.cuh"
+    parameters = "ConvParams"
 
     def runs_on(self, arch: str) -> bool:
         """Whether a GPU of this architecture has the arithmetic and the registers."""
         return arch != "sm_75" or self.turing_shared_bytes > 0
-
-    header = "kernel_entry.cuh"
-    parameters = "ConvParams"
 
 
 def source_directory() -> Path:

@@ -72,7 +72,8 @@ def _folded_conv(
 
     Always in channels_last, and grouped convolutions with oneDNN's in-place sum on a copy of the residual: its other
     combinations round bfloat16 before they add (seen in oneDNN 3.12 with plain NCHW, and with groups of 16 channels).
-    Of a single pixel of output, torch 2.11 knows no other sum either ("could not create a memory").
+    Torch 2.11 knows no other sum either ("could not create a memory") of a residual whose strides fit both formats:
+    one of a single channel or pixel.
     """
     x, padding = pad_width(x, conv.weight.shape[3], padding, dilation)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -80,7 +81,7 @@ def _folded_conv(
     arguments = (weight, bias, padding, stride, dilation, groups)
     if residual is None:
         y = torch.ops.mkldnn._convolution_pointwise.default(x, *arguments, "none", [], None)
-    elif groups == 1 and residual.shape[2:] != (1, 1):
+    elif groups == 1 and not residual.is_contiguous():
         y = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *arguments, "add", 1.0, None, [], None)
     else:
         y = torch.ops.mkldnn._convolution_pointwise_.binary(residual.clone(), x, *arguments, "add", 1.0, None, [], None)

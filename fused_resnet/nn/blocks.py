@@ -60,6 +60,57 @@ def why_not_bypassed(modules: Iterable[tuple[str, nn.Module | None]]) -> str | N
     return pristine.why_not()
 
 
+# What follows is for blocks of torchvision's layout, whether they are of this file's classes or of torchvision's.
+
+
+def projection_of(block: Any) -> tuple[nn.Conv2d, nn.Module | None] | None:
+    """The 1x1 convolution and BN of ``downsample``, where it is that and nothing else."""
+    down = block.downsample
+    if not isinstance(down, nn.Sequential) or type(down).forward is not nn.Sequential.forward:
+        return None
+    if not 1 <= len(down) <= 2:
+        return None
+    conv = down[0]
+    bn = down[1] if len(down) == 2 else None
+    if not isinstance(conv, nn.Conv2d) or not parts.is_projection(conv):
+        return None
+    if bn is not None and not (parts.is_plain_batch_norm(bn) or parts.is_frozen_batch_norm(bn)):
+        return None
+    return conv, bn
+
+
+def bypassed_of(block: Any, names: Iterable[str]) -> Iterator[tuple[str, nn.Module | None]]:
+    """Everything whose call the block's fused forward replaces: the submodules ``names``, and the projection."""
+    for name in names:
+        yield name, block._modules.get(name)
+    projection = projection_of(block)
+    if projection is not None:
+        yield "downsample", block.downsample
+        yield "downsample.0", projection[0]
+        yield "downsample.1", projection[1]
+
+
+def run_basic_block(block: Any, x: Any, options: tail.Options) -> Any:
+    """The forward of a BasicBlock in tails, from a :class:`fused_resnet.nn.tail.Value` to another."""
+    h = tail.conv_bn_act(block.conv1, block.bn1, x, None, "relu", options)
+    return _last_tail(block, block.conv2, block.bn2, h, x, options)
+
+
+def run_bottleneck(block: Any, x: Any, options: tail.Options) -> Any:
+    """The forward of a Bottleneck in tails, from a :class:`fused_resnet.nn.tail.Value` to another."""
+    h = tail.conv_bn_act(block.conv1, block.bn1, x, None, "relu", options)
+    h = tail.conv_bn_act(block.conv2, block.bn2, h, None, "relu", options)
+    return _last_tail(block, block.conv3, block.bn3, h, x, options)
+
+
+def _last_tail(block: Any, conv: nn.Conv2d, bn: nn.Module, h: Any, x: Any, options: tail.Options) -> Any:
+    projection = projection_of(block)
+    if projection is not None:
+        return tail.conv_bn_proj_act(conv, bn, h, *projection, x, "relu", options)
+    identity = x if block.downsample is None else tail.call(block.downsample, x)
+    return tail.conv_bn_act(conv, bn, h, identity, "relu", options)
+
+
 class FusedModule(nn.Module):
     """What the fused modules share: the backend to use, and when their own submodules must be called instead."""
 
@@ -148,37 +199,8 @@ class _FusedBlock(FusedModule):
         new.training = block.training
         return new
 
-    def _projection(self) -> tuple[nn.Conv2d, nn.Module | None] | None:
-        """The 1x1 convolution and BN of ``downsample``, where it is that and nothing else."""
-        down = self.downsample
-        if not isinstance(down, nn.Sequential) or type(down).forward is not nn.Sequential.forward:
-            return None
-        if not 1 <= len(down) <= 2:
-            return None
-        conv = down[0]
-        bn = down[1] if len(down) == 2 else None
-        if not isinstance(conv, nn.Conv2d) or not parts.is_projection(conv):
-            return None
-        if bn is not None and not (parts.is_plain_batch_norm(bn) or parts.is_frozen_batch_norm(bn)):
-            return None
-        return conv, bn
-
     def _bypassed(self) -> Iterator[tuple[str, nn.Module | None]]:
-        children = self._modules
-        for name in self._names:
-            yield name, children.get(name)
-        projection = self._projection()
-        if projection is not None:
-            yield "downsample", self.downsample
-            yield "downsample.0", projection[0]
-            yield "downsample.1", projection[1]
-
-    def _tail(self, conv: nn.Conv2d, bn: nn.Module, h: Any, x: Any) -> Any:
-        projection = self._projection()
-        if projection is not None:
-            return tail.conv_bn_proj_act(conv, bn, h, *projection, x, "relu", self.options)
-        identity = x if self.downsample is None else tail.call(self.downsample, x)
-        return tail.conv_bn_act(conv, bn, h, identity, "relu", self.options)
+        return bypassed_of(self, self._names)
 
 
 class FusedBasicBlock(_FusedBlock):
@@ -221,8 +243,7 @@ class FusedBasicBlock(_FusedBlock):
         self.stride = stride
 
     def _run(self, x: Any) -> Any:
-        h = tail.conv_bn_act(self.conv1, self.bn1, x, None, "relu", self.options)
-        return self._tail(self.conv2, self.bn2, h, x)
+        return run_basic_block(self, x, self.options)
 
     def _forward_unfused(self, x: Tensor) -> Tensor:
         identity = x
@@ -270,9 +291,7 @@ class FusedBottleneck(_FusedBlock):
         self.stride = stride
 
     def _run(self, x: Any) -> Any:
-        h = tail.conv_bn_act(self.conv1, self.bn1, x, None, "relu", self.options)
-        h = tail.conv_bn_act(self.conv2, self.bn2, h, None, "relu", self.options)
-        return self._tail(self.conv3, self.bn3, h, x)
+        return run_bottleneck(self, x, self.options)
 
     def _forward_unfused(self, x: Tensor) -> Tensor:
         identity = x

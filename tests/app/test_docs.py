@@ -120,11 +120,8 @@ def test_refusals_are_read_from_the_code(tmp_path: Path, monkeypatch: pytest.Mon
     known = code.sentences()
     texts = {sentence.text for sentence in known}
     assert "cuda: groups must be 1, got …" in texts
-    assert any(text.startswith("takes more than one argument") for text in texts)
-    for words, remedy in code.REMEDIES:
-        assert any(re.search(words, sentence.text) for sentence in known), (
-            f"no sentence has {words!r} any more: {remedy}"
-        )
+    stale = [words for words, _ in code.REMEDIES if not any(re.search(words, sentence.text) for sentence in known)]
+    assert not stale, f"remedies of docs/code/sentences.py for sentences that nothing says any more: {stale}"
 
     (tmp_path / "backends").mkdir()
     (tmp_path / "backends" / "new.py").write_text(

@@ -5,7 +5,7 @@ They are pure, as it demands: a forward and nothing else. All state is the adopt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class BasicBlock(nn.Module):
     downsample: nn.Module | None
 
     def forward(self, x: Tensor) -> Tensor:
-        return _forward(self, blocks.FusedBasicBlock, _basic_block, x)
+        return _forward(self, blocks.FusedBasicBlock, blocks.run_basic_block, x)
 
 
 class Bottleneck(nn.Module):
@@ -45,42 +45,13 @@ class Bottleneck(nn.Module):
     downsample: nn.Module | None
 
     def forward(self, x: Tensor) -> Tensor:
-        return _forward(self, blocks.FusedBottleneck, _bottleneck, x)
+        return _forward(self, blocks.FusedBottleneck, blocks.run_bottleneck, x)
 
 
-def _forward(block: Any, fused: Any, run: Callable[[Any, Any], Any], x: Tensor) -> Tensor:
+def _forward(block: Any, fused: Any, run: Callable[[Any, Any, tail.Options], Any], x: Tensor) -> Tensor:
     """``fused`` is the class of which ``block`` has the submodules."""
-    if watched(x) or blocks.why_not_bypassed(_bypassed(block, fused)) is not None:
+    if watched(x) or blocks.why_not_bypassed(blocks.bypassed_of(block, fused._names)) is not None:
         unfused: Tensor = fused._forward_unfused(block, x)
         return unfused
-    y: Tensor = tail.leave(run(block, tail.enter(x)))
+    y: Tensor = tail.leave(run(block, tail.enter(x), _OPTIONS))
     return y
-
-
-def _bypassed(block: Any, fused: Any) -> Iterator[tuple[str, nn.Module | None]]:
-    for name in fused._names:
-        yield name, block._modules.get(name)
-    projection = fused._projection(block)
-    if projection is not None:
-        yield "downsample", block.downsample
-        yield "downsample.0", projection[0]
-        yield "downsample.1", projection[1]
-
-
-def _basic_block(block: Any, x: Any) -> Any:
-    h = tail.conv_bn_act(block.conv1, block.bn1, x, None, "relu", _OPTIONS)
-    return _last(block, block.conv2, block.bn2, h, x)
-
-
-def _bottleneck(block: Any, x: Any) -> Any:
-    h = tail.conv_bn_act(block.conv1, block.bn1, x, None, "relu", _OPTIONS)
-    h = tail.conv_bn_act(block.conv2, block.bn2, h, None, "relu", _OPTIONS)
-    return _last(block, block.conv3, block.bn3, h, x)
-
-
-def _last(block: Any, conv: nn.Conv2d, bn: nn.Module, h: Any, x: Any) -> Any:
-    projection = blocks.FusedBasicBlock._projection(block)
-    if projection is not None:
-        return tail.conv_bn_proj_act(conv, bn, h, *projection, x, "relu", _OPTIONS)
-    identity = x if block.downsample is None else tail.call(block.downsample, x)
-    return tail.conv_bn_act(conv, bn, h, identity, "relu", _OPTIONS)

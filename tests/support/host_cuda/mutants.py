@@ -154,7 +154,7 @@ MUTANTS = (
            "ptx:kernel:conv_bf16_32x32"),
     # ---- what only machine code shows
     Mutant("too_many_blocks_asked_for", ENTRY, "fused_resnet::math>())", "fused_resnet::math>() * 2)", "static:conv_f16_128x128"),
-    Mutant("narrow_copies", VECTOR, "cp_async<16>(b + i", "cp_async<8>(b + i", "static:conv_f16_64x64"),
+    Mutant("narrow_copies", VECTOR, "cp_async<16>(place(", "cp_async<8>(place(", "static:conv_f16_64x64"),
     Mutant("two_barriers_a_step", GEMM, "__syncthreads();\n    typename", "__syncthreads();\n    __syncthreads();\n    typename",
            "static:conv_f16_64x64"),
     Mutant("division_in_the_loop", ADDRESS, "at.position += elements;", "at.position += elements; at.r = at.position / size_c - step_r;", "static:conv_f16_128x128"),
