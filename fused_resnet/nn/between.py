@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core.layout import looks_channels_last, looks_contiguous
 from .parts import uses_batch_statistics, why_not_bypassed
-from .tail import MODULE_CALL, Recorded, Value, apply, enter, leave
+from .value import MODULE_CALL, Recorded, Value, apply, enter, leave
 
 _ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.GELU, nn.Hardtanh, nn.Sigmoid, nn.Hardsigmoid),

@@ -20,7 +20,7 @@ from ..core.layout import looks_channels_last, looks_contiguous
 from ..core.packed_weights import PackedWeights
 from ..core.reference import ConvBN, TailArguments
 from ..nn import tail
-from ..nn.between import is_image
+from ..nn.between import is_free, is_image, run
 from ..nn.parts import geometry, uses_batch_statistics, why_not_bypassed
 from ..nn.tail import Options
 from ..selection import plans
@@ -221,6 +221,8 @@ class Recorder:
 
     def call(self, module: nn.Module, x: Any) -> Any:
         """See :func:`fused_resnet.nn.tail.call`."""
+        if isinstance(x, Symbol) and is_free(module):
+            return run(module, x)
         if isinstance(x, Symbol) and tail.may_go_inside(module):
             if type(module) is nn.Identity:
                 return x
