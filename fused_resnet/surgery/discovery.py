@@ -10,12 +10,14 @@ from torch import nn
 
 from .. import nn as fused_nn
 from .check import NEVER_RUNS, difference, one_thread
-from .guards import descend
-from .match import MatchedTail, Matcher
+from .gain import blocks_gain, no_gain, why_not_worth
+from .guards import descend, names_of
+from .match import Matcher
 from .plan import ATTRIBUTE, Fusion, graphs_of, is_fused, original_class, planner
 from .program import Plan, make_plan
 from .reads import intercepted
 from .structure import structure
+from .survey import Survey, survey_of
 from .trace import SeveralInputs, Traced, Untraceable, inside, is_batch_norm, is_container, trace
 
 
@@ -28,6 +30,8 @@ class Found:
     plan: Plan | None
     reason: str | None
     residual: bool = True
+    left: dict[str, str] = field(default_factory=dict)
+    """See :attr:`.plan.Fusion.left`."""
 
 
 @dataclass
@@ -48,11 +52,12 @@ _verdicts: dict[Any, str | None] = {}
 _MOST_VERDICTS = 256
 
 
-def discover(model: nn.Module, check: bool = True) -> Discovery:
-    """Plan every block of ``model`` that can be planned; nothing is changed."""
+def discover(model: nn.Module, check: bool = True, everywhere: bool = False) -> Discovery:
+    """Plan every block of ``model`` that can be planned, and is worth it or ``everywhere``; nothing is changed."""
     with intercepted(), one_thread():
-        search = _Search(model, check)
+        search = _Search(model, check, everywhere)
         search.blocks(model)
+        search.leave_blocks()
         search.surroundings()
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     search.result.found.sort(key=lambda f: order[f.name])
@@ -74,13 +79,14 @@ class _Search:
     """One discovery: the residual blocks first, then what lies around them, innermost first.
 
     ``opaque`` are modules that others call as a whole, since they have a plan or a reason; of the ``refused``
-    nothing is known but the reason.
+    nothing is known but the reason. Those of them that could be planned, but gain nothing by it, are ``left``.
     """
 
-    def __init__(self, model: nn.Module, check: bool) -> None:
-        self.model, self.check, self.result = model, check, Discovery()
+    def __init__(self, model: nn.Module, check: bool, everywhere: bool) -> None:
+        self.model, self.check, self.everywhere, self.result = model, check, everywhere, Discovery()
         self.opaque: dict[int, nn.Module] = {}
         self.refused: set[int] = set()
+        self.left: dict[int, str] = {}
         self.names: dict[int, str] = {}
         for name, module in model.named_modules():
             self.names.setdefault(id(module), name)
@@ -91,7 +97,7 @@ class _Search:
         self._below: list[nn.Module] = []
         self._blocks: dict[Any, _Block] = {}
         self._plans: dict[Any, Found | None] = {}
-        self._surveys: dict[Any, _Survey] = {}
+        self._surveys: dict[Any, Survey] = {}
 
     def _holds_tail_parts(self, module: nn.Module) -> bool:
         parts = list(inside(module, self.opaque))
@@ -109,7 +115,7 @@ class _Search:
             return below
         if not any(isinstance(m, nn.Conv2d) for m in inside(module, self.opaque)):
             return below
-        key = structure(module, self.opaque)
+        key = self._key(module)
         block = self._blocks.get(key)
         if key is None or block is None or not _holds(block.plan, module):
             block = self._blocks[key] = self._examine(module, below)
@@ -123,6 +129,20 @@ class _Search:
             if block.untraceable:
                 self._below += module.children()
         return True
+
+    def leave_blocks(self) -> None:
+        """Leave the residual blocks as they are, together, where none of them gains: they hand activations on."""
+        blocks = [(f, f.plan) for f in self.result.found if f.plan is not None]
+        if self.everywhere or blocks_gain([(f.module, plan) for f, plan in blocks]):
+            return
+        for found, plan in blocks:
+            found.plan, found.reason = None, no_gain(found.module, plan)
+            self._leave(found.module, found.reason)
+
+    def _leave(self, module: nn.Module, why_not: str) -> None:
+        self.opaque[id(module)] = module
+        self.refused.add(id(module))
+        self.left[id(module)] = why_not
 
     def _examine(self, module: nn.Module, below: bool) -> _Block:
         try:
@@ -182,7 +202,7 @@ class _Search:
         if id(module) in self._seen or id(module) in self.opaque or not self._holds_tail_parts(module):
             return
         self._seen.add(id(module))
-        key = structure(module, self.opaque)
+        key = self._key(module)
         found = self._surveys.get(key) if key is not None else None
         if found is None:
             found = self._surveys[key] = self._survey(module)
@@ -201,23 +221,12 @@ class _Search:
         if whole or (found.traceable and self._joins(module)):
             self._settle(module, whole)
 
-    def _survey(self, module: nn.Module) -> _Survey:
+    def _survey(self, module: nn.Module) -> Survey:
         try:
             (traced,) = self._traces(module, (False,))
         except Untraceable:
-            return _Survey(False, [], [], [name for name, _ in module.named_children()])
-        owners = {_owner(module, tail, traced) for tail in Matcher(traced).tails()}
-        # A container joins the owner around it: `Sequential(Sequential(conv, bn, relu), conv, bn)` is one.
-        owners -= {
-            path
-            for path in owners
-            if path and is_container(module.get_submodule(path)) and any(_is_inside(path, other) for other in owners)
-        }
-        reached = traced.called | set(traced.inlined)
-        innermost = sorted(traced.one_input, key=lambda path: -path.count("."))
-        between = [path for path in innermost if not is_container(module.get_submodule(path))]
-        unreached = list(_outermost(module, reached))
-        return _Survey(True, sorted(owners, key=lambda path: -path.count(".")), between, unreached)
+            return Survey(False, [], [], [name for name, _ in module.named_children()])
+        return survey_of(module, traced)
 
     def _joins(self, module: nn.Module) -> bool:
         """Whether there are modules in ``module``'s forward that could hand activations on to one another."""
@@ -232,19 +241,41 @@ class _Search:
 
     def _settle(self, module: nn.Module, said: bool = True) -> bool:
         """Plan ``module`` with what is planned inside it; False where it cannot be, which is reported if ``said``."""
-        key = structure(module, self.opaque)
+        key = self._key(module)
         known = self._plans.get(key)
         if key is None or key not in self._plans or not _holds(None if known is None else known.plan, module):
             known = self._plans[key] = self._plan(module)
         if known is None:
             return False
-        name = self.names[id(module)]
-        found = Found(name, module, known.plan, known.reason, residual=False)
+        left = {path: self.left[id(m)] for path, m in module.named_modules() if id(m) in self.left}
+        found = Found(self.names[id(module)], module, known.plan, known.reason, False, left)
+        if self._is_left(found, said):
+            return True
         if found.plan is not None or said:
             self._report(found)
         if found.plan is not None:
             self.opaque[id(module)] = module
         return found.plan is not None
+
+    def _is_left(self, found: Found, said: bool) -> bool:
+        """Whether nothing is gained by the plan that has been found: the module is then called as it is."""
+        if self.everywhere or found.plan is None:
+            return False
+        why_not = why_not_worth(found.module, found.plan, self._is_planned)
+        if why_not is not None and said:
+            self._report(Found(found.name, found.module, None, why_not, found.residual))
+            self._leave(found.module, why_not)
+        return why_not is not None
+
+    def _is_planned(self, module: nn.Module) -> bool:
+        if type(module) is nn.Sequential:
+            return any(map(self._is_planned, module))
+        return id(module) in self.opaque and id(module) not in self.refused
+
+    def _key(self, module: nn.Module) -> Any:
+        """What a plan of ``module`` depends on, as far as that can be said."""
+        key = structure(module, self.opaque)
+        return None if key is None else (key, tuple(id(m) in self.refused for m in module.modules()))
 
     def _report(self, found: Found) -> None:
         if found.plan is not None:  # what its program runs through needs no reason of its own
@@ -262,7 +293,7 @@ class _Search:
         name, reason = self.names[id(module)], None
         for residual in (True, False):
             try:
-                plan = make_plan(module, self.opaque, residual, traces)
+                plan = make_plan(module, self.opaque, residual, traces, self.refused)
                 traces = None  # a plan is made of them
             except Untraceable as error:
                 return Found(name, module, None, str(error))
@@ -277,43 +308,6 @@ class _Search:
             if verdict.startswith("cannot be compared"):
                 break
         return None if reason is None else Found(name, module, None, reason)
-
-
-@dataclass(frozen=True)
-class _Survey:
-    """What one forward says of the tails in it, by paths from its module."""
-
-    traceable: bool
-    owners: list[str]
-    """The modules to be planned, innermost first; ``""`` is the module itself."""
-    between: list[str]
-    """Other modules that it runs through, called with one value, innermost first."""
-    unreached: list[str]
-    """Modules that the forward in eval mode does not call."""
-
-
-def _is_inside(path: str, other: str) -> bool:
-    return path != other and (not other or path.startswith(f"{other}."))
-
-
-def _owner(module: nn.Module, tail: MatchedTail, traced: Traced) -> str:
-    """The innermost module whose forward holds all of ``tail``, and is called with one value.
-
-    Of a container inside of a block it is the block, so that whoever calls the block goes on with its activations.
-    """
-    paths = [path for path in reversed(tail.stack) if path in traced.one_input]
-    blocks = [path for path in paths if not is_container(module.get_submodule(path))]
-    return next(iter(blocks or paths), "")
-
-
-def _outermost(module: nn.Module, reached: set[str], prefix: str = "") -> Iterator[str]:
-    """Paths of the submodules of ``module`` that have not been reached, nor any module inside them."""
-    for name, child in module.named_children():
-        path = f"{prefix}{name}"
-        if any(_is_inside(other, path) for other in reached):
-            yield from _outermost(child, reached, f"{path}.")
-        elif path not in reached:
-            yield path
 
 
 def _holds(plan: Plan | None, module: nn.Module) -> bool:
@@ -357,8 +351,10 @@ def replan(module: nn.Module) -> None:
     opaque: dict[int, Any] = {
         id(m): m for m in module.modules() if m is not module and (is_fused(m) or isinstance(m, fused_nn.FusedModule))
     }
+    left = [m for m in (descend(module, names_of(path)) for path in fusion.left) if m is not None]
+    opaque.update((id(m), m) for m in left)
     try:
-        plan = make_plan(module, opaque)
+        plan = make_plan(module, opaque, plain=set(map(id, left)))
         verdict = "it has no tail any more" if plan is None else None
         if plan is not None:
             verdict = _verdict(module, plan, opaque)

@@ -268,7 +268,8 @@ class _Piece:
 
 @torch.inference_mode(False)  # what is made here also serves outside of it
 def _private_copy(model: nn.Module, backend: str, winograd: str) -> nn.Module:
-    copied = fuse(model, backend=backend, winograd=winograd)
+    # A live launch looks at what it reads; here there is nothing to pay for.
+    copied = fuse(model, backend=backend, winograd=winograd, everywhere=True)
     copied.requires_grad_(False)
     device = next((p.device for p in copied.parameters()), torch.device("cpu"))
     if device.type == "cuda":

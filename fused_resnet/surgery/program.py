@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import linecache
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -76,11 +76,19 @@ class Plan:
 
 
 def make_plan(
-    module: nn.Module, opaque: dict[int, nn.Module], residual: bool = True, traces: list[Traced] | None = None
+    module: nn.Module,
+    opaque: dict[int, nn.Module],
+    residual: bool = True,
+    traces: list[Traced] | None = None,
+    plain: Container[int] = (),
 ) -> Plan | None:
-    """Plan ``module``'s forward in both modes; None where it has no tail. Raises trace.Untraceable."""
+    """Plan ``module``'s forward in both modes; None where it has no tail. Raises trace.Untraceable.
+
+    Of the ``opaque`` submodules, which it calls as a whole, the ``plain`` ones, by id, are not made of tails.
+    """
     traces = traces or [trace(module, opaque, training) for training in (True, False)]
-    programs = [_program(traced, residual, opaque) for traced in traces]
+    inner = {key: m for key, m in opaque.items() if key not in plain}
+    programs = [_program(traced, residual, inner) for traced in traces]
     if not any(p.tails or p.joins for p in programs):
         return None
     train, evaluation = programs

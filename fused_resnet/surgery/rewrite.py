@@ -16,10 +16,10 @@ from ..nn import between, tail
 from .match import MatchedTail
 from .trace import Traced
 
-_TAILS = (tail.conv_bn_act, tail.conv_bn_proj_act, tail.conv_bn_act_max_pool)
+TAILS = (tail.conv_bn_act, tail.conv_bn_proj_act, tail.conv_bn_act_max_pool)
 _FREE = (between.run, between.cat)
-_VALUES = (*_TAILS, tail.call, *_FREE)
-_READ_ONLY = (*_TAILS, *_FREE)
+_VALUES = (*TAILS, tail.call, *_FREE)
+_READ_ONLY = (*TAILS, *_FREE)
 
 
 def rewrite(traced: Traced, found: list[MatchedTail], opaque: dict[int, nn.Module]) -> fx.Graph:

@@ -156,7 +156,7 @@ MODELS: dict[type[nn.Module], int] = {
 def test_every_pair_is_fused_and_equal(cls: type[nn.Module]) -> None:
     model = randomise(cls())
     x = torch.randn(2, 3, 18, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    fused = fuse(model)
+    fused = fuse(model, everywhere=True)
     for training in (True, False, None):
         if training is None:  # some batch norms in the other mode
             for m in (model, fused):
@@ -177,7 +177,7 @@ def test_every_pair_is_fused_and_equal(cls: type[nn.Module]) -> None:
 def test_a_hook_inside_is_honoured() -> None:
     model = randomise(Inception()).eval()
     x = torch.randn(2, 3, 9, 7, dtype=torch.float64)
-    fused, seen = fuse(model), []
+    fused, seen = fuse(model, everywhere=True), []
     fused.a.three[0].conv.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     for m in (model, fused):
         m.b.register_forward_hook(lambda module, args, out: out * 2)
@@ -204,7 +204,7 @@ def test_a_block_whose_callers_give_it_more_joins_them() -> None:
             return self.third(self.second(self.first(x, self.pool(x)), None))
 
     model = randomise(nn.Sequential(Tree(), Tree())).eval()
-    fused = fuse(model)
+    fused = fuse(model, everywhere=True)
     x = torch.randn(2, 8, 16, 12, dtype=torch.float64)
     assert launches(fused, x) == 6
     for training in (True, False):
@@ -225,7 +225,7 @@ def test_the_comparison_stands_ill_conditioned_networks() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.bn(self.conv(self.stages(x)))
 
-    assert explain(fuse(Whole())).unfused == ()
+    assert explain(fuse(Whole(), everywhere=True)).unfused == ()
 
 
 def test_widths_make_no_new_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +234,7 @@ def test_widths_make_no_new_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discovery, "_verdicts", {})
     monkeypatch.setattr(discovery, "difference", lambda m, p, o: compared.append(m) or difference(m, p, o))
     model = nn.ModuleList([Unit(c, k) for c, k in ((4, 8), (8, 16), (16, 64), (64, 512))])
-    assert len(explain(fuse(model)).fused) == 4
+    assert len(explain(fuse(model, everywhere=True)).fused) == 4
     assert len(compared) == 1
 
 
@@ -249,7 +249,7 @@ def test_a_width_that_the_code_asks_for_is_no_other() -> None:
             return torch.relu(y) if self.conv.out_channels == 16 else y * 2
 
     model = randomise(nn.Sequential(Asks(4, 16), Asks(16, 32), Asks(32, 16), Asks(16, 32))).eval()
-    fused = fuse(copy.deepcopy(model))
+    fused = fuse(copy.deepcopy(model), everywhere=True)
     assert [e.tails for e in explain(fused)] == [("conv+bn+relu",), ("conv+bn",)] * 2
     assert_same_step(model, fused, torch.randn(2, 4, 9, 7, dtype=torch.float64), False)
 
@@ -281,7 +281,7 @@ def test_an_activation_that_no_tail_has(act: nn.Module, own: bool) -> None:
         return [conv, Activated(k, copy.deepcopy(act))] if own else [conv, nn.BatchNorm2d(k), copy.deepcopy(act)]
 
     model = randomise(nn.Sequential(*pair(3, 8), *pair(8, 8, groups=8), nn.AvgPool2d(2), *pair(8, 8)))
-    fused = fuse(model)
+    fused = fuse(model, everywhere=True)
     x = torch.randn(2, 3, 10, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for training in (True, False):
         for image in (x, x.to(memory_format=torch.channels_last)):
