@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import nn as fused_nn
 from .check import NEVER_RUNS, difference, one_thread
-from .gain import blocks_gain, no_gain, why_not_worth
+from .gain import blocks_gain, why_no_gain, why_not_worth
 from .guards import descend, names_of
 from .match import Matcher
 from .plan import ATTRIBUTE, Fusion, graphs_of, is_fused, original_class, planner
@@ -136,7 +136,7 @@ class _Search:
         if self.everywhere or blocks_gain([(f.module, plan) for f, plan in blocks]):
             return
         for found, plan in blocks:
-            found.plan, found.reason = None, no_gain(found.module, plan)
+            found.plan, found.reason = None, why_no_gain(found.module, plan)
             self._leave(found.module, found.reason)
 
     def _leave(self, module: nn.Module, why_not: str) -> None:

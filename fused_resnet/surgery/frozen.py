@@ -268,8 +268,10 @@ class _Piece:
 
 @torch.inference_mode(False)  # what is made here also serves outside of it
 def _private_copy(model: nn.Module, backend: str, winograd: str) -> nn.Module:
-    # A live launch looks at what it reads; here there is nothing to pay for.
-    copied = fuse(model, backend=backend, winograd=winograd, everywhere=True)
+    copied = fuse(model, backend=backend, winograd=winograd)
+    if any(is_fused(m) or isinstance(m, fused_nn.FusedModule) for m in copied.modules()):
+        # Around what gains a tail that does not is better one link more than a call with two copies.
+        copied = fuse(copied, True, backend=backend, winograd=winograd, everywhere=True)
     copied.requires_grad_(False)
     device = next((p.device for p in copied.parameters()), torch.device("cpu"))
     if device.type == "cuda":

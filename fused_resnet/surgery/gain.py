@@ -35,7 +35,7 @@ def why_not_worth(module: nn.Module, plan: Plan, planned: Planned) -> str | None
         return None
     if extensions.cpu() is not None and any(map(gains_alone, plan.convs(module))):
         return None
-    return no_gain(module, plan)
+    return why_no_gain(module, plan)
 
 
 def blocks_gain(blocks: Sequence[tuple[nn.Module, Plan]]) -> bool:
@@ -61,10 +61,10 @@ def on_cpu(module: nn.Module) -> bool:
     return tensor is not None and tensor.device.type == "cpu"
 
 
-def no_gain(module: nn.Module, plan: Plan) -> str:
+def why_no_gain(module: nn.Module, plan: Plan) -> str:
     """The clause that says why ``plan`` gains nothing."""
     kinds = ", ".join(dict.fromkeys(map(_kind, plan.convs(module))))
-    return f"no gain is expected on the CPU ({kinds}); fuse(everywhere=True) and freeze() fuse it all the same"
+    return f"no gain is expected on the CPU ({kinds}); fuse(everywhere=True) fuses it all the same"
 
 
 def hands_on(module: nn.Module, plan: Plan, planned: Planned) -> bool:
