@@ -14,6 +14,7 @@ from torch import fx, nn
 from ..backends.cpu_rule import gains_alone
 from ..core import extensions
 from ..core.height_width import height_width
+from ..core.layout import looks_channels_last
 from ..nn import tail
 from .guards import descend
 from .plan import Plan
@@ -30,12 +31,19 @@ def why_not_worth(module: nn.Module, plan: Plan, planned: Planned) -> str | None
 
     On the CPU a plan gains by a convolution of which our kernels gain by themselves
     (:func:`.cpu_rule.gains_alone`), or by handing an activation, as it is, to or from a submodule that is ``planned``.
+    In NCHW a convolution does not gain what eager's would in channels_last, unless another tail shares its copies.
     """
     if not on_cpu(module) or hands_on(module, plan, planned):
         return None
-    if extensions.cpu() is not None and any(map(gains_alone, plan.convs(module))):
+    gaining = [conv for conv in plan.convs(module) if gains_alone(conv)] if extensions.cpu() is not None else []
+    if not gaining:
+        return why_no_gain(module, plan)
+    if is_chain(plan) or any(looks_channels_last(c.weight.shape, c.weight.stride()) for c in gaining):
         return None
-    return why_no_gain(module, plan)
+    return (
+        f"no gain is expected on the CPU in NCHW ({_kinds(gaining)}), where it stands between two copies; after "
+        "model.to(memory_format=torch.channels_last) it is fused, fuse(everywhere=True) fuses it all the same"
+    )
 
 
 def blocks_gain(blocks: Sequence[tuple[nn.Module, Plan]]) -> bool:
@@ -63,7 +71,7 @@ def on_cpu(module: nn.Module) -> bool:
 
 def why_no_gain(module: nn.Module, plan: Plan) -> str:
     """The clause that says why ``plan`` gains nothing."""
-    kinds = ", ".join(dict.fromkeys(map(_kind, plan.convs(module))))
+    kinds = _kinds(plan.convs(module))
     return f"no gain is expected on the CPU ({kinds}); fuse(everywhere=True) fuses it all the same"
 
 
@@ -73,6 +81,12 @@ def hands_on(module: nn.Module, plan: Plan, planned: Planned) -> bool:
     calls = {n for n in nodes if n.target is tail.call and planned(_called(module, n))}
     makers = calls | {n for n in nodes if n.target in TAILS}
     return any(_sources(node) & (makers if node in calls else calls) for node in makers)
+
+
+def is_chain(plan: Plan) -> bool:
+    """Whether a tail of ``plan`` hands its activation, as it is, to another."""
+    tails = [n for n in plan.programs[-1].graph.nodes if n.target in TAILS]
+    return any(not _sources(node).isdisjoint(tails) for node in tails)
 
 
 def _called(module: nn.Module, call: fx.Node) -> nn.Module:
@@ -93,6 +107,10 @@ def _sources(node: fx.Node) -> set[fx.Node]:
         else:
             stack += [n for n in value.all_input_nodes if is_value(n)]
     return found
+
+
+def _kinds(convs: Sequence[nn.Conv2d]) -> str:
+    return ", ".join(dict.fromkeys(map(_kind, convs)))
 
 
 def _kind(conv: nn.Conv2d) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from fused_resnet import explain, freeze, fuse, refresh, unfuse
@@ -83,8 +84,7 @@ def test_what_gains_nothing_is_left_and_says_so(name: str) -> None:
 @compiled
 def test_one_that_gains_is_fused_by_itself() -> None:
     assert len(explain(fuse(Unit(32, 32).to(memory_format=torch.channels_last))).fused) == 1
-    assert len(explain(fuse(Unit(32, 32))).fused) == 0  # two copies more
-    model = randomise(Joined())
+    model = randomise(Joined()).to(memory_format=torch.channels_last)
     fused = fuse(model)
     assert {e.name: e.state for e in explain(fused)} == {
         "": "unfused", "narrow": "unfused", "large": "fused", "last": "unfused",
@@ -94,6 +94,56 @@ def test_one_that_gains_is_fused_by_itself() -> None:
         for image in (x, x.to(memory_format=torch.channels_last)):
             assert_same_step(model, fused, image, training)
     assert launches(fused.eval(), x) == 1
+
+
+class Chain(nn.Module):
+    """Two convolutions in one forward, with a pool between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
+        self.bn1, self.bn2, self.pool = nn.BatchNorm2d(64), nn.BatchNorm2d(64), nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(torch.relu(self.bn1(self.first(x))))
+        return torch.relu(self.bn2(self.second(x)))
+
+
+@compiled
+def test_in_nchw_one_convolution_is_left_and_says_what_helps() -> None:
+    for module in (Unit(64, 64), nn.Sequential(Unit(64, 64), nn.MaxPool2d(2))):
+        explanation = explain(fuse(module))
+        assert explanation.fused == ()
+        assert "no gain is expected on the CPU in NCHW (3x3 of 64 to 64 channels)" in str(explanation)
+        assert "after model.to(memory_format=torch.channels_last) it is fused" in str(explanation)
+        assert explain(fuse(module.to(memory_format=torch.channels_last))).unfused == ()
+
+
+@compiled
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_chain_is_fused_in_either_layout(layout: torch.memory_format) -> None:
+    """Two tails share what the copies of one would cost: VGG's."""
+    model = randomise(Chain()).to(memory_format=layout)
+    fused = fuse(model)
+    assert explain(fused).unfused == ()
+    x = torch.randn(2, 64, 8, 8, dtype=torch.float64)
+    for training in (True, False):
+        assert_same_step(model, fused, x, training)
+    assert launches(fused.eval(), x) == 2
+
+
+@compiled
+@pytest.mark.parametrize("name", ["googlenet", "densenet121", "vgg11_bn"])
+def test_what_the_default_makes_of_models_without_residuals(name: str) -> None:
+    with torch.device("meta"):
+        options = {"init_weights": False} if name == "googlenet" else {}
+        model: Any = getattr(torchvision.models, name)(weights=None, **options)
+    model = model.to_empty(device="cpu")
+    counts = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        fused = fuse(model.to(memory_format=layout), check=False)
+        counts.append(sum(entry.launches for entry in explain(fused)))
+    assert counts == {"googlenet": [0, 17], "densenet121": [0, 0], "vgg11_bn": [8, 8]}[name]
 
 
 @compiled
@@ -119,7 +169,7 @@ def test_neighbours_of_what_is_fused_are_fused() -> None:
 @pytest.mark.parametrize("again", ["deepcopy", "pickle", "refresh", "fuse"])
 def test_what_was_left_stays_left(again: str) -> None:
     """The plan of a module around it is made anew: it goes on calling what it called."""
-    model = randomise(Joined(nn.Sequential(Unit(48, 48), Unit(48, 8, 1)))).eval()
+    model = randomise(Joined(nn.Sequential(Unit(48, 48), Unit(48, 8, 1)))).to(memory_format=torch.channels_last).eval()
     fused = fuse(model)
     states = {e.name: e.state for e in explain(fused)}
     assert states == {
@@ -147,6 +197,7 @@ def test_what_was_left_stays_left(again: str) -> None:
 @compiled
 def test_a_frozen_model_leaves_nothing() -> None:
     model = randomise(Joined(nn.Sequential(Unit(48, 48), Unit(48, 8, 1))), torch.float32).eval()
+    model = model.to(memory_format=torch.channels_last)
     x = torch.randn(1, 3, 32, 24)
     with torch.inference_mode():
         for frozen in (freeze(model), freeze(fuse(model)), freeze(fuse(model, everywhere=True))):
