@@ -42,8 +42,9 @@ def fuse(
         winograd: ``"auto"``, ``"f2"`` or ``"off"``; see :func:`fused_resnet.functional.conv_bn_add_relu`.
         check: compare before replacing. Without it a rewritten forward is trusted as it is.
         everywhere: also where no gain is expected. Outside of residual blocks a model on the CPU is fused only where
-            that pays for a launch: from one large 3x3 convolution of stride 1 on. What is left as it is, is told by
-            :func:`explain`; fuse again after moving the model to a GPU, where every launch pays.
+            that pays for a launch: from one large 3x3 convolution of stride 1 on, in NCHW from a chain with one. What
+            is left as it is, is told by :func:`explain`; fuse again after moving the model to a GPU, where every launch
+            pays.
 
     Returns:
         The fused model. Fusing a fused model again only sets the options and fuses what is new in it.
