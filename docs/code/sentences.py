@@ -22,7 +22,7 @@ GAP = "…"
 ERRORS = {
     "ConfigError", "CheckpointError", "DataError", "NotImplementedError", "RuntimeError", "TypeError", "UserError",
     "ValueError", "ImportError", "ModuleNotFoundError", "Untraceable", "KeyError", "SystemExit",
-    "Refused",
+    "Refused", "SeveralInputs",
 }  # fmt: skip
 
 #: Part of the package: heading, what its sentences mean for who reads one. The first that fits.
@@ -92,6 +92,11 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     # what fuse leaves alone
     (r"made inside forward", "make the module in `__init__`, where it is trained and saved"),
     (r"decides by the data", "move the decision out of the block's forward"),
+    (
+        r"no gain is expected on the CPU in NCHW",
+        "`fuse(model.to(memory_format=torch.channels_last))` fuses it",
+    ),
+    (r"no gain is expected", "nothing to do; `fuse(model, everywhere=True)` fuses it all the same"),
     (r"takes more than one argument", "nothing to do: what is inside is planned by itself where it can be"),
     (r"cannot be traced", "look at the named error: a call that `torch.fx` cannot follow; write it another way"),
     (r"only batch norm fits", "nothing to do: other norms depend on the values of the convolution"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ..core import extensions
+from ..core.layout import output_memory_format
 from ..core.problem import Problem
 
 #: A weight arrives from memory in the time of so many multiply-adds with it (13 GB/s against 230 GFLOP/s; the ratio is
@@ -33,6 +35,12 @@ _BF16X3_BYTES = 1.5
 _BF16_MULTIPLY_ADD = 0.5
 #: bf16x3 Winograd weights of more bytes do not stay in a core's second-level cache, where the tiles need them.
 _BF16X3_WEIGHTS_STAY = 1 << 20
+
+
+#: What a filter of ours saves, for each pair of an input and an output channel, must pay for what each channel costs:
+#: the transforms, and from NCHW the copies. So many pairs to a channel do at 28 x 28 pixels and more (one thread,
+#: AVX2; 1.2 to 2 times eager's speed, 1x1 convolutions and strided ones 0.6 to 1.0 times).
+_LEAST_PAIRS = {torch.channels_last: 16, torch.contiguous_format: 20}
 
 
 class Algorithm(NamedTuple):
@@ -104,6 +112,23 @@ def fastest(problem: Problem, winograd: str = "auto", tiles: bool | None = None)
             multiply_adds = _BF16X3_MULTIPLY_ADD * _round_up(winograd_tiles, 16)
             cost[Algorithm(m, "bf16x3")] = c32 * k * positions * multiply_adds + _BF16X3_TRANSFORM * transforms
     return min(cost, key=lambda algorithm: cost[algorithm])
+
+
+def gains_alone(conv: nn.Conv2d) -> bool:
+    """Whether a launch of ``conv`` with its BN and activation beats eager's operators even where it stands alone.
+
+    Only where there is a faster algorithm than eager's, Winograd, and enough channels. Anything else saves no more than
+    passes over an output that lies in a cache, about what the launch itself costs at batch 1.
+    """
+    k, c, r, s = conv.weight.shape
+    if conv.groups != 1 or (r, s) != (3, 3) or not (_is_one(conv.stride) and _is_one(conv.dilation)):
+        return False
+    layout = output_memory_format(conv.weight, conv.weight)
+    return c >= 16 and c * k >= _LEAST_PAIRS[layout] * (c + k)
+
+
+def _is_one(numbers: Any) -> bool:
+    return numbers in (1, (1, 1))
 
 
 @lru_cache(maxsize=1)

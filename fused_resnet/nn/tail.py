@@ -4,14 +4,11 @@
 (parameters, buffers, ``training``, geometry), so that ``load_state_dict``, ``train()``, ``bn.eval()``, an optimizer
 step or an EMA copy need no notice.
 
-Between tails an activation is a :class:`Value`: always in channels_last, which is what the kernels read and write,
-whatever the model's own layout is. Where it reaches anything else, :func:`leave` gives it the strides that eager's
-activation would have there.
+Between tails an activation is a :class:`.value.Value`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +19,12 @@ from .. import functional
 from ..core.layout import looks_channels_last, looks_contiguous, sum_order
 from ..core.packed_weights import PackedWeights
 from ..core.reference import ACTIVATIONS
+from . import between
 from .parts import batch_norm_eps, geometry, is_plain_max_pool, uses_batch_statistics, why_not_bypassed
 from .pristine import is_torchs_own
+from .value import MODULE_CALL, Recorded, Value, apply, enter, leave
+
+__all__ = ["MODULE_CALL", "Recorded", "Value", "apply", "enter", "leave"]
 
 
 class Options(NamedTuple):
@@ -39,60 +40,16 @@ class Options(NamedTuple):
 _DEFAULTS = Options()
 
 
-class Value(NamedTuple):
-    """An activation between tails."""
-
-    tensor: Tensor
-    channels_last: bool
-    """Whether eager's would be in channels_last here."""
-    original: Tensor | None = None
-    """What eager has here, where it is not ``tensor``, or strided in a way that neither format describes."""
-
-
-def enter(x: Any) -> Any:
-    """``x`` as a :class:`Value`; anything that is not an image in a plain floating-point tensor stays what it is."""
-    if not isinstance(x, Tensor) or x.dim() != 4:
-        return x
-    tensor, channels_last = x.contiguous(memory_format=torch.channels_last), looks_channels_last(x.shape, x.stride())
-    return Value(tensor, channels_last, None if channels_last and tensor is x else x)
-
-
-def leave(x: Any) -> Any:
-    """The tensor of a :class:`Value`, strided as eager's would be; anything else stays what it is."""
-    if not isinstance(x, Value):
-        return x
-    if x.original is not None:
-        return x.original
-    wanted = torch.channels_last if x.channels_last else torch.contiguous_format
-    return x.tensor.contiguous(memory_format=wanted)
-
-
-class Recorded:
-    """Stands for a :class:`Value` while a network is frozen: tails are noted instead of run."""
-
-    def tail(
-        self, conv: nn.Conv2d, bn: Any, residual: Any, projection: Any, pool: Any, activation: str, options: Options,
-        residual_first: bool = False,
-    ) -> Any:  # fmt: skip
-        """The value of ``pool(act(bn(conv(self)) + residual))``, or with ``projection(residual)`` added."""
-        raise NotImplementedError
-
-    def call(self, module: nn.Module) -> Any:
-        """What ``module`` makes of it."""
-        raise NotImplementedError
-
-    def apply(self, function: Callable[[Tensor], Any]) -> Any:
-        """See :func:`apply`."""
-        raise NotImplementedError
-
-
 def call(module: nn.Module, x: Any) -> Any:
     """``module(x)``, from a :class:`Value` to a :class:`Value` where ``module`` is made of tails and nobody looks.
 
-    A hook on the module, or a forward of its own, sees and returns what it would in eager.
+    So is what is the same in any layout (:func:`.between.is_free`): a pool between two tails of a container. A hook on
+    the module, or a forward of its own, sees and returns what it would in eager.
     """
     if isinstance(x, Recorded):
         return x.call(module)
+    if isinstance(x, Value) and between.is_free(module):
+        return between.run(module, x)
     if may_go_inside(module):
         if type(module) is nn.Sequential:
             for child in module._modules.values():
@@ -122,12 +79,8 @@ def may_go_inside(module: nn.Module) -> bool:
     return cls is nn.Sequential or cls is nn.Identity or getattr(forward, "_runs_inside", None) is forward
 
 
-#: As it was when this file was imported.
-_MODULE_CALL = nn.Module.__call__
-
-
 def _is_modules_own(call: Any) -> bool:
-    if call is _MODULE_CALL:
+    if call is MODULE_CALL:
         return True
     return call is nn.Module.__call__ and is_torchs_own(call)  # torch.export puts a function of its own there
 
@@ -136,11 +89,6 @@ def runs_inside(forward: Any) -> Any:
     """Mark a forward that computes what the ``run_inside`` of its class does."""
     forward._runs_inside = forward  # itself: functools.wraps copies the mark to others
     return forward
-
-
-def apply(function: Callable[[Tensor], Any], x: Any) -> Any:
-    """``function`` of the tensor that eager would have in place of ``x``."""
-    return x.apply(function) if isinstance(x, Recorded) else enter(function(leave(x)))
 
 
 # ---- reading the modules -----------------------------------------------------------------------------------

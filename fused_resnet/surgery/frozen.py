@@ -282,6 +282,9 @@ class _Piece:
 @torch.inference_mode(False)  # what is made here also serves outside of it
 def _private_copy(model: nn.Module, backend: str, winograd: str, dtype: torch.dtype | None) -> nn.Module:
     copied = fuse(model, backend=backend, winograd=winograd)
+    if any(map(runs_tails, copied.modules())):
+        # Around what gains a tail that does not is better one link more than a call with two copies.
+        copied = fuse(copied, True, backend=backend, winograd=winograd, everywhere=True)
     copied.requires_grad_(False)
     if dtype is not None:
         _convert(copied, dtype)

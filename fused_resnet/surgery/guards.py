@@ -7,6 +7,7 @@ rest is looked at when the graph is made.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +127,12 @@ class Guards:
             self._deep, self._children, self._asked, self._tensors, tuple(c for c, _, _ in self._classes),
             tuple(f[0] for f in self._functions), tuple((v.say, v.was if v.deep else id(v.was)) for v in self._outside),
         )  # fmt: skip
+
+    def but_for_modes(self) -> Guards:
+        """The same, whatever mode the modules are in."""
+        other = copy.copy(self)
+        other._values = tuple(value for value in self._values if value[2] != "training")
+        return other
 
     @property
     def _values_key(self) -> Any:

@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from ..nn import FusedModule
 from .arguments import check_options, require_module
 from .discovery import discover, replan
+from .gain import on_cpu
 from .plan import ATTRIBUTE, Fusion, attach, carry_modes, detach, is_fused
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def fuse(model: M, inplace: bool = False, *, backend: str = "auto", winograd: str = "auto", check: bool = True) -> M:
+def fuse(
+    model: M, inplace: bool = False, *, backend: str = "auto", winograd: str = "auto", check: bool = True,
+    everywhere: bool = False,
+) -> M:  # fmt: skip
     """Run the residual blocks of ``model``, and its stem, with one launch for each conv -> BN (-> add) -> ReLU.
 
     Names, attributes, Parameters and the state_dict stay what they are: only the forward of each understood block
@@ -37,6 +41,10 @@ def fuse(model: M, inplace: bool = False, *, backend: str = "auto", winograd: st
         backend: ``"auto"`` or a name from :func:`fused_resnet.backends.names`.
         winograd: ``"auto"``, ``"f2"`` or ``"off"``; see :func:`fused_resnet.functional.conv_bn_add_relu`.
         check: compare before replacing. Without it a rewritten forward is trusted as it is.
+        everywhere: also where no gain is expected. Outside of residual blocks a model on the CPU is fused only where
+            that pays for a launch: from one large 3x3 convolution of stride 1 on, in NCHW from a chain with one. What
+            is left as it is, is told by :func:`explain`; fuse again after moving the model to a GPU, where every launch
+            pays.
 
     Returns:
         The fused model. Fusing a fused model again only sets the options and fuses what is new in it.
@@ -50,9 +58,12 @@ def fuse(model: M, inplace: bool = False, *, backend: str = "auto", winograd: st
     check_options(backend, winograd)
     if not inplace:
         model = _copied(model)
-    for found in discover(model, check).planned:
+    for module in list(model.modules()):
+        if is_fused(module) and module.__dict__[ATTRIBUTE].left and (everywhere or not on_cpu(module)):
+            detach(module)  # its plan goes around what is planned now
+    for found in discover(model, check, everywhere).planned:
         assert found.plan is not None
-        attach(found.module, Fusion(found.plan, partly=found.reason))
+        attach(found.module, Fusion(found.plan, partly=found.reason, left=found.left))
     for module in model.modules():
         if is_fused(module):
             fusion = module.__dict__[ATTRIBUTE]

@@ -46,6 +46,8 @@ class MatchedTail:
     """Whether the residual, or the projection, is the first operand of the addition."""
     pool: str | None = None
     """The max pool right after it, which joins the pass on the CPU."""
+    then: str | None = None
+    """The batch norm's own activation, where it is none of the tail's: a module that is called on the result."""
 
     def __str__(self) -> str:
         parts = [self.conv] + ([self.bn] if self.bn else [])
@@ -75,7 +77,8 @@ class _Branch:
 
     conv: str
     bn: str | None
-    activation: str
+    activation: str | None
+    """None for one that is none of the tail's."""
     bypassed: list[str]
     nodes: list[fx.Node]
     source: fx.Node
@@ -161,13 +164,13 @@ class Matcher:
         """The conv (-> BN) whose output is ``use``, each step of single use and not yet part of a tail."""
         node, passed = self.up(use)
         bypassed, nodes = [str(n.target) for n in passed], list(passed)
-        bn, activation = None, "none"
+        bn: str | None = None
+        activation: str | None = "none"
         module = self.module(node)
         if node is not None and module is not None and self.is_norm(module) and self._free(node):
-            own_activation = _own_activation(module)
-            if own_activation is None:
+            if not _is_known_norm(module):
                 return None
-            bn, activation = str(node.target), own_activation
+            bn, activation = str(node.target), _own_activation(module)
             nodes.append(node)
             bypassed.append(bn)
             node, passed = self.up(node.args[0])
@@ -192,6 +195,24 @@ class Matcher:
 
     def tails(self, residual: bool = True) -> list[MatchedTail]:
         """All tails in the order of the graph; ``residual=False`` leaves the additions alone."""
+        while True:
+            found = self._tails(residual)
+            split = self._split(found)
+            if not split:
+                return sorted(found, key=lambda tail: max(map(self.order, tail.nodes)))
+            self.unreadable = self.unreadable | split
+            self.claimed = set()
+
+    def _split(self, found: list[MatchedTail]) -> set[int]:
+        """Batch norms that would be called both in a tail and by themselves.
+
+        Autograd refuses that in training: a call of torch's keeps the running statistics, which a tail's updates.
+        """
+        within = {node for tail in found for node in tail.nodes}
+        norms = [(id(m), node in within) for node in self.graph.nodes if (m := self.module(node)) and self.is_norm(m)]
+        return {key for key, _ in norms if (key, True) in norms and (key, False) in norms}
+
+    def _tails(self, residual: bool) -> list[MatchedTail]:
         found: list[MatchedTail] = []
         if residual:
             for node in self.graph.nodes:
@@ -205,7 +226,7 @@ class Matcher:
         for node in self.graph.nodes:
             if node not in self.claimed and isinstance(self.module(node), nn.Conv2d):
                 found += self._claim(self._plain_tail(node))
-        return sorted(found, key=lambda tail: max(map(self.order, tail.nodes)))
+        return found
 
     def _claim(self, tail: MatchedTail | None) -> list[MatchedTail]:
         if tail is None:
@@ -282,13 +303,15 @@ class Matcher:
         activation, act_nodes = self._then_activation(node)
         bypassed: list[str] = []
         nodes: list[fx.Node] = []
-        bn = None
+        bn = then = None
         if self.is_norm(module):
             own = _own_activation(module)
             branch = self.branch(node.args[0])
-            if own is None or branch is None or branch.bn is not None:
+            if not _is_known_norm(module) or branch is None or branch.bn is not None:
                 return None
-            if own != "none":
+            if own is None:
+                activation, act_nodes, then = "none", [], f"{node.target}.act"
+            elif own != "none":
                 activation, act_nodes = own, []
             bn = str(node.target)
             bypassed = [bn, *branch.bypassed]
@@ -312,7 +335,7 @@ class Matcher:
             bypassed.append(str(pool.target))
             nodes.append(pool)
         path = None if pool is None else str(pool.target)
-        return MatchedTail(conv, bn, activation, False, None, tuple(bypassed), nodes, source, pool=path)
+        return MatchedTail(conv, bn, activation, False, None, tuple(bypassed), nodes, source, pool=path, then=then)
 
 
 def _depth(node: fx.Node) -> int:
@@ -325,17 +348,16 @@ def _depth(node: fx.Node) -> int:
     return len(seen)
 
 
+def _is_known_norm(bn: nn.Module) -> bool:
+    """Whether a batch norm module holds nothing but its tensors, an activation, and a dropout that is none."""
+    children = dict(bn.named_children())
+    return not set(children) - {"act", "drop"} and isinstance(children.get("drop"), (nn.Identity, type(None)))
+
+
 def _own_activation(bn: nn.Module) -> str | None:
     """The activation inside a batch norm module (timm's BatchNormAct2d): ``none`` without one, None if unknown."""
-    children = dict(bn.named_children())
-    if not children:
-        return "none"
-    if set(children) - {"act", "drop"} or not isinstance(children.get("drop"), (nn.Identity, type(None))):
-        return None
-    act = children.get("act")
-    if act is None or type(act) is nn.Identity:
-        return "none"
-    return _activation_of(act)
+    act = dict(bn.named_children()).get("act")
+    return "none" if act is None or type(act) is nn.Identity else _activation_of(act)
 
 
 def _activation_of(module: nn.Module) -> str | None:

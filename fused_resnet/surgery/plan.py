@@ -41,6 +41,8 @@ class Fusion:
     problem: str | None = None
     """Why there is no plan (a loaded module whose code has changed since it was saved)."""
 
+    left: dict[str, str] = field(default_factory=dict)
+    """By path, the submodules that could be planned and are called as they are: why nothing is gained by it."""
     expands: bool = True
     """See :class:`fused_resnet.nn.tail.Options`; a plan whose sums always expand is none."""
     graphs: list[tuple[str, dict[str, Any]]] = field(default_factory=list, repr=False, compare=False)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import linecache
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import fx, nn
 
-from ..nn import tail
+from ..nn import between, tail
 from ..nn.pristine import DROPOUTS
 from .guards import Bypassed, Guards, descend, names_of
 from .match import MatchedTail, Matcher
@@ -31,6 +31,11 @@ class Program:
     guards: Guards = field(compare=False)
     graph: fx.Graph = field(compare=False, repr=False)
     """What ``function`` does."""
+
+    @property
+    def joins(self) -> bool:
+        """Whether it calls modules that may be made of tails, which then hand activations on to one another."""
+        return any(node.target is tail.call for node in self.graph.nodes)
 
     def why_not(self, root: nn.Module) -> str | None:
         """None when the program may run for ``root`` now, else a clause that says why not."""
@@ -71,12 +76,20 @@ class Plan:
 
 
 def make_plan(
-    module: nn.Module, opaque: dict[int, nn.Module], residual: bool = True, traces: list[Traced] | None = None
+    module: nn.Module,
+    opaque: dict[int, nn.Module],
+    residual: bool = True,
+    traces: list[Traced] | None = None,
+    plain: Container[int] = (),
 ) -> Plan | None:
-    """Plan ``module``'s forward in both modes; None where it has no tail. Raises trace.Untraceable."""
+    """Plan ``module``'s forward in both modes; None where it has no tail. Raises trace.Untraceable.
+
+    Of the ``opaque`` submodules, which it calls as a whole, the ``plain`` ones, by id, are not made of tails.
+    """
     traces = traces or [trace(module, opaque, training) for training in (True, False)]
-    programs = [_program(traced, residual, opaque) for traced in traces]
-    if not any(p.tails for p in programs):
+    inner = {key: m for key, m in opaque.items() if key not in plain}
+    programs = [_program(traced, residual, inner) for traced in traces]
+    if not any(p.tails or p.joins for p in programs):
         return None
     train, evaluation = programs
     # Where the mode was not asked for, one program serves both: BN modules say at each call what they use.
@@ -148,7 +161,7 @@ def _is_work(node: fx.Node) -> bool:
 def _name(node: fx.Node) -> str:
     if node.target is tail.conv_bn_act_max_pool:  # the pool is part of the pass on the CPU only
         node = cast(fx.Node, node.args[2])
-    if node.target is tail.call:
+    if node.target in (tail.call, between.run):
         node = cast(fx.Node, node.args[0])
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 

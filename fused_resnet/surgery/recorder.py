@@ -20,6 +20,7 @@ from ..core.layout import looks_channels_last, looks_contiguous
 from ..core.packed_weights import PackedWeights
 from ..core.reference import ConvBN, TailArguments
 from ..nn import tail
+from ..nn.between import is_free, is_image, run
 from ..nn.parts import geometry, uses_batch_statistics, why_not_bypassed
 from ..nn.tail import Options
 from ..selection import plans
@@ -39,6 +40,13 @@ class Symbol(tail.Recorded):
         self.recorder, self.tensor, self.channels_last, self.slot = recorder, tensor, channels_last, slot
         self.segment: Convolutions | None = None
         self.link = NOTHING
+        self.fresh = False
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether eager's tensor would be NCHW or channels_last."""
+        shape, stride = self.tensor.shape, self.tensor.stride()
+        return is_image(self.tensor) and (looks_contiguous(shape, stride) or looks_channels_last(shape, stride))
 
     def tail(
         self, conv: nn.Conv2d, bn: Any, residual: Any, projection: Any, pool: Any, activation: str,
@@ -51,6 +59,14 @@ class Symbol(tail.Recorded):
 
     def apply(self, function: Callable[[Tensor], Any]) -> Any:
         return self.recorder.apply(function, self)
+
+    def in_any_layout(self, function: Callable[..., Any]) -> Any:
+        return self.recorder.in_any_layout(function, [self], (), lambda slots: slots)
+
+    @staticmethod
+    def joined(values: list[Any], dim: int) -> Any:
+        recorder = next(x.recorder for x in values if isinstance(x, Symbol))
+        return recorder.in_any_layout(torch.cat, values, (dim,), lambda slots: [slots])
 
 
 # ---- recording ---------------------------------------------------------------------------------------------
@@ -140,7 +156,9 @@ class Recorder:
             return self._links(run, call, x, residual, pool_sizes, channels_last)
         inputs = [self._kept_slot(x)] + ([] if residual is None else [self._kept_slot(residual)])
         slot = self._emit(str(conv), _runner(run, call, self._kept), tuple(inputs), {})
-        return Symbol(self, slot.example, channels_last, slot)
+        y = Symbol(self, slot.example, channels_last, slot)
+        y.fresh = True
+        return y
 
     def _links(
         self, run: FusedConvolution, call: TailArguments, x: Symbol, residual: Symbol | None, pool: Pool | None,
@@ -165,7 +183,7 @@ class Recorder:
 
         segment.links += run.links(call, place(x), place(residual), len(segment.links))
         y = Symbol(self, _output_like(call, pool), channels_last)
-        y.segment, y.link = segment, len(segment.links) - 1
+        y.segment, y.link, y.fresh = segment, len(segment.links) - 1, True
         return y
 
     def _live_tail(
@@ -203,6 +221,8 @@ class Recorder:
 
     def call(self, module: nn.Module, x: Any) -> Any:
         """See :func:`fused_resnet.nn.tail.call`."""
+        if isinstance(x, Symbol) and is_free(module):
+            return run(module, x)
         if isinstance(x, Symbol) and tail.may_go_inside(module):
             if type(module) is nn.Identity:
                 return x
@@ -238,6 +258,22 @@ class Recorder:
         """See :func:`fused_resnet.nn.tail.apply`."""
         return self._enter(self._emit(getattr(function, "__name__", "function"), function, (self._leave(x),), {}))
 
+    def in_any_layout(self, function: Callable[..., Any], values: list[Any], rest: Any, arguments: Any) -> Any:
+        """See :mod:`fused_resnet.nn.between`."""
+        free = all(isinstance(x, Symbol) and x.is_dense for x in values) and rest in ((), (1,))
+        slots = [(self._kept_slot(x) if free else self._leave(x)) if isinstance(x, Symbol) else x for x in values]
+        name = _name(function) if isinstance(function, nn.Module) else function.__name__
+        slot = self._emit(name, function, (*arguments(slots), *rest), {})
+        if not free:
+            return self._enter(slot)
+        if not is_image(slot.example):  # eager's strides are not those of a layout
+            self._steps.pop()
+            left = [self._leave(x) for x in values]
+            return self._enter(self._emit(name, function, (*arguments(left), *rest), {}))
+        y = Symbol(self, slot.example, all(x.channels_last for x in values), slot)
+        y.fresh = True
+        return y
+
     def _interpret(self, graph: fx.Graph, module: nn.Module, x: Symbol, options: Options) -> Any:
         values: dict[fx.Node, Any] = {}
         inputs = iter((x, options))
@@ -251,7 +287,8 @@ class Recorder:
                 return args[0]
             elif is_value(node):
                 entered = map_values(args, self._enter)
-                if any(isinstance(argument, Slot) for argument in entered):
+                flat = [v for value in entered for v in (value if isinstance(value, list) else [value])]
+                if any(isinstance(argument, Slot) for argument in flat):
                     raise NotRecordable  # no image, the operator's own error says so
                 values[node] = node.target(*entered, **kwargs)
             elif node.target is tail.enter:

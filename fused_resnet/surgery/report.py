@@ -133,11 +133,22 @@ def explain_found(found: Found) -> Entry:
     """The entry of a module that is not fused (yet)."""
     kind = original_class(found.module).__name__
     if found.plan is None:
-        reason = found.reason or "it has no tail"
-        return Entry(found.name, kind, "unfused", f"left as it is: {reason}", 0, (), (), reason)
+        return _unfused(found.name, found.module, found.reason or "it has no tail")
     tails = tuple(str(t) for t in found.plan.tails)
     text = "can be fused, " + _sentence_of_plan(found.plan, found.reason)
     return Entry(found.name, kind, "fusable", text, len(tails), tails, found.plan.programs[-1].left, found.reason)
+
+
+def _unfused(name: str, module: nn.Module, reason: str) -> Entry:
+    return Entry(name, original_class(module).__name__, "unfused", f"left as it is: {reason}", 0, (), (), reason)
+
+
+def _left(name: str, module: nn.Module) -> Iterator[tuple[str, Entry]]:
+    left = module.__dict__[ATTRIBUTE].left
+    for path, inner in module.named_modules(prefix=name):
+        reason = left.get(path[len(name) + 1 :] if name else path)
+        if reason is not None and not is_fused(inner):
+            yield path, _unfused(path, inner, reason)
 
 
 def explain_block(name: str, module: Any) -> Entry:
@@ -157,14 +168,15 @@ def build(model: nn.Module, discovery: Discovery) -> Explanation:
     for name, module in model.named_modules():
         if is_fused(module):
             entries[name] = explain_fused(name, module)
+            entries.update(_left(name, module))
         elif name in discovery.already:
             entries[name] = explain_block(name, module)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     notes = []
     if not entries:
         notes.append(
-            f"No block of this {original_class(model).__name__} adds a residual to a convolution's output: "
-            "there is no residual tail to fuse, and the model is left as it is."
+            f"No convolution of this {original_class(model).__name__} is followed by a batch norm or added to: "
+            "there is no tail to fuse, and the model is left as it is."
         )
     weight = next((m.weight for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if entries and weight is not None:

@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx, nn
 
-from ..nn import tail
+from ..nn import between, tail
 from .match import MatchedTail
 from .trace import Traced
 
-_TAILS = (tail.conv_bn_act, tail.conv_bn_proj_act, tail.conv_bn_act_max_pool)
-_VALUES = (*_TAILS, tail.call)
+TAILS = (tail.conv_bn_act, tail.conv_bn_proj_act, tail.conv_bn_act_max_pool)
+_FREE = (between.run, between.cat)
+_VALUES = (*TAILS, tail.call, *_FREE)
+_READ_ONLY = (*TAILS, *_FREE)
 
 
 def rewrite(traced: Traced, found: list[MatchedTail], opaque: dict[int, nn.Module]) -> fx.Graph:
@@ -31,6 +34,7 @@ def rewrite(traced: Traced, found: list[MatchedTail], opaque: dict[int, nn.Modul
     replaced: dict[Any, fx.Node] = {}
     _replace_calls(traced, opaque, replaced)
     _replace_tails(graph, found, options, replaced)
+    _replace_free(traced, placeholder)
     for node in [placeholder, *(n for n in graph.nodes if is_value(n))]:
         _leave(graph, node)
     for node in list(graph.nodes):
@@ -89,11 +93,40 @@ def _replace_tails(graph: fx.Graph, found: list[MatchedTail], options: fx.Node, 
                 args = (get(matched.conv), get(matched.bn), source, residual)
             order: dict[str, Any] = {"residual_first": True} if matched.residual_first else {}
             new = graph.call_function(call, (*args, matched.activation, options), order)
+            if matched.then is not None:
+                new = graph.call_function(between.run, (get(matched.then), new))
         end.replace_all_uses_with(new)
         place[new] = place[end]
         replaced[end] = new
         for node in sorted(matched.nodes, key=lambda n: place[n], reverse=True):
             graph.erase_node(node)
+
+
+def _replace_free(traced: Traced, placeholder: fx.Node) -> None:
+    """Have what is the same in any layout go on with values; in place only where nobody else could see that."""
+    graph = traced.graph
+    for node in list(graph.nodes):
+        read = [n for n in node.all_input_nodes if is_value(n) or n is placeholder]
+        if not read:
+            continue
+        one = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
+        if one and between.is_free(module := traced.modules.get(str(node.target))):
+            if getattr(module, "inplace", False) and (read[0] is placeholder or len(read[0].users) > 1):
+                continue
+            with graph.inserting_before(node):
+                new = graph.call_function(between.run, (graph.get_attr(str(node.target)), read[0]))
+        elif node.target is torch.cat and _is_along_channels(node) and len(read) == len(node.all_input_nodes):
+            with graph.inserting_before(node):
+                new = graph.call_function(between.cat, (node.args[0], 1))
+        else:
+            continue
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+def _is_along_channels(node: fx.Node) -> bool:
+    dim = node.args[1] if len(node.args) == 2 else node.kwargs.get("dim")
+    return dim in (1, -3) and set(node.kwargs) <= {"dim"} and isinstance(node.args[0], (list, tuple))
 
 
 def _leave(graph: fx.Graph, value: fx.Node) -> None:
@@ -103,7 +136,7 @@ def _leave(graph: fx.Graph, value: fx.Node) -> None:
     reader, and may be made of tails, goes on with the value itself.
     """
     readers = list(value.users)
-    others = [user for user in readers if user.target not in _TAILS and not _returns(user, value)]
+    others = [user for user in readers if user.target not in _READ_ONLY and not _returns(user, value)]
     if not others or (len(readers) == 1 and is_value(readers[0])):
         return
     order = {node: i for i, node in enumerate(graph.nodes)}

@@ -36,6 +36,10 @@ class Untraceable(Exception):
     """A forward that cannot be planned; the message is a clause that follows the module's name."""
 
 
+class SeveralInputs(Untraceable):
+    """A forward that takes more than one argument; whoever calls it may be traced through it."""
+
+
 @dataclass
 class Traced:
     """A module's forward in one mode."""
@@ -51,6 +55,23 @@ class Traced:
     """id of a module -> its paths, where it has several."""
     unreadable: set[int] = field(default_factory=set)
     """Batch norms of a user's whose forward depends on what cannot be compared."""
+    one_input: set[str] = field(default_factory=set)
+    """Of the inlined, those that are called with one value of the graph and nothing else."""
+
+    @property
+    def called(self) -> set[str]:
+        """Paths of the modules that the graph calls as they are."""
+        return {str(node.target) for node in self.graph.nodes if node.op == "call_module"}
+
+    @property
+    def given_more(self) -> set[str]:
+        """Those of them that are given anything but one value of the graph."""
+        calls = [node for node in self.graph.nodes if node.op == "call_module"]
+        return {
+            str(node.target)
+            for node in calls
+            if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node)
+        }
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -124,6 +145,7 @@ def trace(module: nn.Module, opaque: dict[int, nn.Module], training: bool) -> Tr
     tracer = _Tracer(copied, stand_ins, recorder)
     for m in list(inside(copied, stand_ins)):
         m.__dict__["training"] = training  # not by train(): a model's own train() may keep parts frozen
+    torch.overrides.is_tensor_method_or_property(torch.flatten)  # makes its list once, which would be watched
     before = _random_states()
     problem: Exception | None = None
     try:
@@ -139,6 +161,8 @@ def trace(module: nn.Module, opaque: dict[int, nn.Module], training: bool) -> Tr
         raise Untraceable(str(problem)) from problem
     if drew:
         raise Untraceable("draws random numbers in its forward, which a plan made once would freeze")
+    if isinstance(problem, TypeError) and "required positional argument" in str(problem):
+        raise SeveralInputs("takes more than one argument") from problem
     if problem is not None:
         raise Untraceable(_why_untraceable(problem)) from problem
     if why_not is not None:
@@ -157,6 +181,7 @@ def trace(module: nn.Module, opaque: dict[int, nn.Module], training: bool) -> Tr
         recorder.reads,
         {key: paths for key, paths in aliases.items() if len(paths) > 1},
         tracer.unreadable,
+        {path for path, one in tracer.one_input.items() if one},
     )
 
 
@@ -176,8 +201,6 @@ def _first_line(error: BaseException) -> str:
 def _why_untraceable(error: Exception) -> str:
     if isinstance(error, fx.proxy.TraceError):
         return f"decides by the data it is given ({_first_line(error)})"
-    if isinstance(error, TypeError) and "required positional argument" in str(error):
-        return "takes more than one argument"
     return f"cannot be traced ({type(error).__name__}: {_first_line(error)})"
 
 
@@ -197,6 +220,18 @@ def _restore_random_states(states: tuple[Tensor, Any]) -> None:
     random.setstate(states[1])
 
 
+_PLAIN_ARGUMENTS = (fx.Proxy, fx.Node, int, float, bool, str, type(None), torch.dtype, type(...))
+
+
+def _is_plain(value: Any) -> bool:
+    cls = type(value)
+    if cls in (tuple, list):
+        return all(map(_is_plain, value))
+    if cls is dict:
+        return all(map(_is_plain, value.values()))
+    return cls in _PLAIN_ARGUMENTS
+
+
 # ---- the tracer --------------------------------------------------------------------------------------------
 
 
@@ -212,8 +247,10 @@ class _Tracer(fx.Tracer):
         self.names = recorder.paths
         self.tensors = {id(t): name for name, t in tensors_of(root)}
         self.unreadable: set[int] = set()
+        self.one_input: dict[str, bool] = {}
         self._stack: list[str] = [""]
-        self._leaves: dict[int, bool] = {}
+        # Before the trace: in it, the buffers of a frozen batch norm are no tensors.
+        self._leaves = {id(m): is_leaf(m, opaque) for m in root.modules()}
         self._running = False
 
     def create_args_for_root(
@@ -228,8 +265,6 @@ class _Tracer(fx.Tracer):
         return forward, [self.root, self.create_proxy("placeholder", "x", (), {})]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if id(m) not in self._leaves:
-            self._leaves[id(m)] = is_leaf(m, self.opaque)
         return self._leaves[id(m)]
 
     def path_of_module(self, mod: nn.Module) -> str:
@@ -248,27 +283,38 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         if self._running:
             return forward(*args, **kwargs)
+        with self.recorder.paused():
+            return self._call_module(m, forward, args, kwargs)
+
+    def _call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if id(m) not in self.names:
             raise Untraceable(
                 f"calls a {type(m).__name__} that is not one of its registered submodules: made inside forward it "
                 "starts from new random weights at each call and is never trained, which is a bug; in a plain list "
                 "it is missing from parameters() and state_dict()"
             )
-        with self.recorder.paused():
-            leaf = self.is_leaf_module(m, self.names[id(m)])
-            probe = leaf and self._may_hand_through(m)
-            if leaf and id(m) not in self.opaque and is_batch_norm(m) and not parts.is_plain_batch_norm(m):
-                self._read_batch_norm(m)
-        if probe and self._hands_through(m, forward, args, kwargs):
+
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            with self.recorder.resumed():
+                return forward(*args, **kwargs)
+
+        leaf = self.is_leaf_module(m, self.names[id(m)])
+        if leaf and id(m) not in self.opaque and isinstance(m, _BatchNorm) and not parts.is_plain_batch_norm(m):
+            self._read_batch_norm(m)
+        if leaf and self._may_hand_through(m) and self._hands_through(m, traced, args, kwargs):
             return args[0]
         if leaf:
-            with self.recorder.paused():
-                return super().call_module(m, forward, args, kwargs)
-        if m not in self.inlined:
-            self.inlined.append(m)
-        self._stack.append(self.names[id(m)])
-        try:
             return super().call_module(m, forward, args, kwargs)
+        if not any(m is other for other in self.inlined):
+            self.inlined.append(m)
+        path = self.names[id(m)]
+        one = len(args) == 1 and not kwargs and isinstance(args[0], fx.Proxy)
+        self.one_input[path] = one and self.one_input.get(path, True)
+        self._stack.append(path)
+        try:
+            return super().call_module(m, traced, args, kwargs)
         finally:
             self._stack.pop()
 
@@ -335,8 +381,12 @@ class _Tracer(fx.Tracer):
             recorder.rollback(mark)
             self.unreadable.add(id(m))
 
-    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
-        proxy = super().create_proxy(*args, **kwargs)
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> fx.Proxy:
+        if _is_plain(args) and _is_plain(kwargs):  # no code of the model's runs to take them apart
+            with self.recorder.paused():
+                proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
+        else:
+            proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         proxy.node.meta["stack"] = tuple(self._stack)
         return proxy
 

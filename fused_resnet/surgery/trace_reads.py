@@ -31,6 +31,22 @@ _REFLECTION = {
 }
 
 
+class _Switched:
+    """A context in which a recorder is on, or off."""
+
+    __slots__ = ("_before", "_on", "_recorder")
+
+    def __init__(self, recorder: Recorder, on: bool) -> None:
+        self._recorder, self._on = recorder, on
+
+    def __enter__(self) -> None:
+        self._before = self._recorder._on
+        self._recorder._switch(self._on)
+
+    def __exit__(self, *_: object) -> None:
+        self._recorder._switch(self._before)
+
+
 class Recorder(Outside):
     """Takes notice of what runs and what is read, while :meth:`watch` is entered; :meth:`finish` says the result."""
 
@@ -41,27 +57,27 @@ class Recorder(Outside):
         self._ran: dict[types.CodeType, set[int]] = {}
         self._ran_standard: set[types.CodeType] = set()
         self._instances: dict[tuple[str, str], Any] = {}
-        self._on = False
+        self._noted: set[tuple[str, str, types.CodeType]] = set()
+        self._on = self._watching = False
         for module in self.modules.values():
             self._note_class(type(module))
 
-    @contextmanager
-    def resumed(self) -> Iterator[None]:
+    def resumed(self) -> _Switched:
         """What is read in this context is part of the forward again."""
-        on, self._on = self._on, True
-        try:
-            yield
-        finally:
-            self._on = on
+        return _Switched(self, True)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> _Switched:
         """What is read in this context is no part of the forward."""
-        on, self._on = self._on, False
-        try:
-            yield
-        finally:
-            self._on = on
+        return _Switched(self, False)
+
+    def _switch(self, on: bool) -> None:
+        # Python calls the two functions for every line and every call of C, most of them torch's while it traces.
+        if on is self._on:
+            return
+        self._on = on
+        if self._watching:
+            sys.setprofile(self._profile if on else None)
+            sys.settrace(self._call if on else None)
 
     # ---- running code -----------------------------------------------------------------------------------------
 
@@ -73,11 +89,11 @@ class Recorder(Outside):
             gc.disable()  # what finalizers run is no part of the forward
             ON_THIS_THREAD.recorder = self
             try:
-                sys.settrace(self._call)
-                sys.setprofile(self._profile)
+                self._watching = True
                 yield
             finally:
-                self._on = False
+                self._switch(False)
+                self._watching = False
                 ON_THIS_THREAD.recorder = None
                 if profile is None or callable(profile):
                     sys.setprofile(profile)
@@ -91,16 +107,19 @@ class Recorder(Outside):
     def read(self, module: Any, path: str, name: str) -> Any:
         """The attribute ``name`` of the module at ``path``, recorded."""
         caller = sys._getframe(2).f_code
-        if kind_of(caller) == "machinery":
+        known = (path, name, caller)
+        if known in self._noted or kind_of(caller) == "machinery":
             return object_getattribute(module, name)
         try:
             value = object_getattribute(module, name)  # may run a property of the model's
         except AttributeError:
             with self.paused():
                 self._note_registered(module, path, name)
+                self._noted.add(known)
             raise
         with self.paused():
             self._note(module, path, name, value, caller)
+            self._noted.add(known)
         return value
 
     def recording(self, module: Any) -> str | None:
@@ -273,12 +292,9 @@ class Recorder(Outside):
 
     def why_not(self) -> str | None:
         """None, or why what has been recorded so far cannot be guarded; undoes what the forward changed."""
-        on, self._on = self._on, False
-        try:
+        with self.paused():
             changed = self._why_not_unchanged()  # first, because it puts things back
             return self._why_not_known() or self._why_not_code() or changed
-        finally:
-            self._on = on
 
     def _why_not_known(self) -> str | None:
         for text, lines in self._late.values():

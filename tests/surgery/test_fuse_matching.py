@@ -254,7 +254,7 @@ def test_fused_as_far_as_it_is_equal(cls: type[nn.Module]) -> None:
     # before a plain block, because a model without any residual tail is left alone as a whole
     first = cls()
     model = randomise(nn.Sequential(first, Block()) if cls is not UsedTwice else nn.ModuleList([first, Block()]))
-    fused = fuse(model)
+    fused = fuse(model, everywhere=True)
     assert explain(fused)["0"].tails == PARTLY[cls], explain(fused)
     x = torch.randn(2, 6, 8, 7, dtype=torch.float64)
     pair = (model[0], fused[0]) if cls is UsedTwice else (model, fused)
